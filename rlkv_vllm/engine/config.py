@@ -1,0 +1,249 @@
+"""From vLLM's configuration to the plan of the split cache.
+
+The user's options come in ``additional_config["rlkv"]``. Everything that can be
+refused without loading weights is refused here, so that the serve command, the
+Python API and every worker process say the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rlkv_vllm.allocation.forecast import TARGET_TOKENS, CacheGeometry, Forecast, forecast_split
+from rlkv_vllm.allocation.groups import CacheGroups
+from rlkv_vllm.engine.compat import block_size_is_the_users
+from rlkv_vllm.engine.support import check_supported
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import check_matches, fingerprint_from_config
+from rlkv_vllm.profile.lookup import find_profile
+from rlkv_vllm.profile.schema import HeadProfile
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONFIG_KEY = "rlkv"
+
+#: Block sizes that the attention paths accept are multiples of this (tokens).
+BLOCK_SIZE_MULTIPLE = 16
+
+#: Tried in this order when the user gives no ``--block-size``: vLLM's CPU kernel is a
+#: quarter slower on blocks of 16, but its rings waste less (tokens).
+PREFERRED_BLOCK_SIZES = (32, 16)
+
+#: A preferred block size may cost this much more memory than the smallest cache.
+BLOCK_SIZE_WASTE = 1.03
+
+#: Without ``--prefix-cache-retention-interval``: prompt tokens between two
+#: places at which a different prompt with the same beginning can resume.
+DEFAULT_RETENTION_INTERVAL = 256
+
+
+class SplitConfig(BaseModel):
+    """``additional_config["rlkv"]``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    profile: Annotated[str, Field(min_length=1)]
+    sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
+    sink: Annotated[int, Field(ge=0)] | None = None
+    window: Annotated[int, Field(ge=1)] | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What every process needs to know about the split cache of a model.
+
+    Attributes:
+        config: the user's options.
+        profile: the head profile.
+        profile_id: how the user named it.
+        sparsity: share of streaming KV heads asked for.
+        forecast: packing of the heads, cache sizes, exact byte and block accounting.
+        retention_interval: prompt tokens between two retained tails; 0: none.
+        max_model_len: longest request (tokens).
+    """
+
+    config: SplitConfig
+    profile: HeadProfile
+    profile_id: str
+    sparsity: float
+    forecast: Forecast
+    retention_interval: int
+    max_model_len: int
+
+    @property
+    def geometry(self) -> CacheGeometry:
+        """Sizes of the cache: heads, block, sink and window."""
+        return self.forecast.geometry
+
+    @property
+    def groups(self) -> CacheGroups:
+        """Allocation of the heads and their packing into cache groups."""
+        return self.forecast.groups
+
+
+def split_config(vllm_config: VllmConfig) -> SplitConfig | None:
+    """The user's options, or None when the plugin is installed but not asked for."""
+    raw = (vllm_config.additional_config or {}).get(CONFIG_KEY)
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise RlkvError(
+            f"additional_config['{CONFIG_KEY}'] must be an object such as "
+            f'{{"profile": "embedded", "sparsity": 0.4}}, got {type(raw).__name__}'
+        )
+    try:
+        return SplitConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RlkvError(
+            f"additional_config['{CONFIG_KEY}']['{where}']: {first['msg']}, got "
+            f"{first['input']!r}; allowed keys are {', '.join(SplitConfig.model_fields)}"
+        ) from None
+
+
+def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
+    """The plan for this model and configuration, or None when not configured.
+
+    Raises:
+        RlkvError: the profile cannot be read, does not fit the model or its
+            pinned checksum, no sparsity is known, or the configuration uses a
+            feature that the split cache does not support.
+    """
+    config = split_config(vllm_config)
+    if config is None:
+        return None
+    check_supported(vllm_config)
+    model = vllm_config.model_config
+    text_config = model.hf_text_config.to_dict()
+    # vLLM knows best what it will run: heads may be implied by the architecture.
+    text_config["num_key_value_heads"] = model.get_total_num_kv_heads()
+    text_config["head_dim"] = model.get_head_size()
+    return _plan(
+        config,
+        str(model.model),
+        model.revision,
+        _freeze(text_config),
+        vllm_config.parallel_config.tensor_parallel_size,
+        _block_sizes(vllm_config),
+        _retention_interval(vllm_config),
+        model.dtype.itemsize,
+        model.max_model_len,
+    )
+
+
+def _freeze(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The hashable scalars of a model configuration."""
+    return tuple(
+        sorted((k, v) for k, v in config.items() if isinstance(v, str | int | float | bool))
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(
+    config: SplitConfig,
+    model_id: str,
+    revision: str | None,
+    text_config: tuple[tuple[str, Any], ...],
+    tp_size: int,
+    block_sizes: tuple[int, ...],
+    retention_interval: int,
+    dtype_bytes: int,
+    max_model_len: int,
+) -> SplitPlan:
+    profile, _ = find_profile(config.profile)
+    if config.sha256 is not None and profile.sha256() != config.sha256:
+        raise RlkvError(
+            f"--profile {config.profile}: changed since the server was started (sha256 "
+            f"{profile.sha256()[:12]}..., expected {config.sha256[:12]}...): restart the server"
+        )
+    fingerprint = fingerprint_from_config(dict(text_config), model_id, revision)
+    check_matches(profile, fingerprint)
+    sparsity = config.sparsity if config.sparsity is not None else profile.recommended_sparsity
+    if sparsity is None:
+        raise RlkvError(
+            f"--profile {config.profile} recommends no sparsity: give --sparsity, the share of "
+            "KV heads that keep only sinks and a window, from 0 to 1"
+        )
+    forecasts = [
+        forecast_split(
+            profile.gates,
+            sparsity,
+            CacheGeometry(
+                num_layers=fingerprint.num_layers,
+                num_kv_heads=fingerprint.num_kv_heads,
+                head_dim=fingerprint.head_dim,
+                dtype_bytes=dtype_bytes,
+                block_size=block_size,
+                sink=profile.sink if config.sink is None else config.sink,
+                window=profile.window if config.window is None else config.window,
+            ),
+            tp_size=tp_size,
+            max_model_len=max_model_len,
+        )
+        for block_size in block_sizes
+    ]
+    forecast = _fastest_of_the_small(forecasts, max_model_len)
+    geometry = forecast.geometry
+    return SplitPlan(
+        config=config,
+        profile=profile,
+        profile_id=_profile_id(config.profile),
+        sparsity=sparsity,
+        forecast=forecast,
+        retention_interval=_fit_interval(
+            retention_interval, geometry.window, geometry.block_size
+        ),
+        max_model_len=max_model_len,
+    )
+
+
+def _fastest_of_the_small(forecasts: list[Forecast], max_model_len: int) -> Forecast:
+    """The first forecast whose requests cost about what the smallest cache would."""
+    tokens = min(max_model_len, TARGET_TOKENS)
+
+    def cost(forecast: Forecast) -> int:
+        return max(forecast.bytes_per_request(tokens, rank) for rank in forecast.ranks)
+
+    smallest = min(map(cost, forecasts))
+    return next(f for f in forecasts if cost(f) <= BLOCK_SIZE_WASTE * smallest)
+
+
+def _profile_id(name: str) -> str:
+    path = Path(name)
+    return path.stem if path.suffix == ".json" else name
+
+
+def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...]:
+    """Block sizes to choose from: the user's, else those that the kernels like."""
+    if not block_size_is_the_users(vllm_config):
+        # vLLM's faster CPU kernel wants whole vectors of 32 elements.
+        fits = vllm_config.model_config.get_head_size() % 32 == 0
+        return PREFERRED_BLOCK_SIZES if fits else (BLOCK_SIZE_MULTIPLE,)
+    block_size: int = vllm_config.cache_config.block_size
+    if block_size % BLOCK_SIZE_MULTIPLE:
+        raise RlkvError(
+            f"--block-size {block_size}: the split cache needs a multiple of "
+            f"{BLOCK_SIZE_MULTIPLE}; 16 or 32 waste least"
+        )
+    return (block_size,)
+
+
+def _retention_interval(vllm_config: VllmConfig) -> int:
+    given = vllm_config.cache_config.prefix_cache_retention_interval
+    return DEFAULT_RETENTION_INTERVAL if given is None else int(given)
+
+
+def _fit_interval(interval: int, window: int, block_size: int) -> int:
+    """A multiple of the block size that leaves room between two tails, or 0."""
+    if interval == 0:
+        return 0
+    tail = -(-(window - 1) // block_size)
+    return max(-(-interval // block_size), 2 * tail, 1) * block_size

@@ -1,0 +1,356 @@
+"""Attention on the CPU with full and streaming heads in one layer.
+
+Full heads go through vLLM's own C++ paged attention, streaming heads through
+:mod:`rlkv_vllm.kernels.streaming`. Without a split plan everything is vLLM's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionLayer, MultipleOf
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+    _get_attn_isa,
+)
+
+from rlkv_vllm.engine.compat import attention_layer_name
+from rlkv_vllm.engine.config import BLOCK_SIZE_MULTIPLE, split_config, split_plan
+from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads, register_head_caches
+from rlkv_vllm.engine.support import check_layer_supported
+from rlkv_vllm.kernels.streaming import StepPlan, plan_step, streaming_attention
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+logger = init_logger("vllm.rlkv")
+
+
+class SplitCPUBackend(CPUAttentionBackend):
+    """Stands in for ``CPU_ATTN``; vLLM's own classes do the work without a split plan."""
+
+    # Both caches of a layer are written in forward(): the attention layer itself owns none.
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: object | None = None,
+    ) -> list[int | MultipleOf]:
+        """vLLM prefers multiples of 32 on the CPU; its kernel takes 16, which rings want."""
+        del kv_cache_spec
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @staticmethod
+    def get_impl_cls() -> type[SplitCPUImpl]:
+        """The attention implementation."""
+        return SplitCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SplitCPUMetadataBuilder]:
+        """The metadata builder."""
+        return SplitCPUMetadataBuilder
+
+
+@dataclass
+class SplitMetadata:
+    """One step as one block table sees it; derived parts are made once and shared by layers."""
+
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    full_schedules: dict[int, torch.Tensor] = field(default_factory=dict)
+    streaming_plan: StepPlan | None = None
+
+
+class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Keeps the step's tensors; vLLM's builder when there is no split plan."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        self.split = split_config(vllm_config) is not None
+        if not self.split:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            return
+        self.kv_cache_spec = kv_cache_spec
+        self.layer_names = layer_names
+        self.vllm_config = vllm_config
+        self.device = device
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """Metadata of one step for one block table."""
+        if not self.split:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        common = common_attn_metadata
+        return SplitMetadata(
+            common.num_actual_tokens,
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+            common.slot_mapping,
+        )
+
+
+class SplitCPUImpl(CPUAttentionBackendImpl):
+    """Attention of one layer; vLLM's own when there is no split plan."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+            **kwargs,
+        )
+        self._vllm_config = get_current_vllm_config()
+        self.plan = split_plan(self._vllm_config)
+        if self.plan is not None:
+            check_layer_supported(
+                alibi_slopes=alibi_slopes,
+                sliding_window=sliding_window,
+                logits_soft_cap=logits_soft_cap,
+                attn_type=attn_type,
+                sinks=sinks,
+                kv_sharing_target=kv_sharing_target_layer_name,
+            )
+        self.heads: LayerHeads | None = None
+        self._views: list[torch.Tensor] | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Register the layer's head caches: the only hook before vLLM collects cache specs."""
+        super().process_weights_after_loading(act_dtype)
+        if self.plan is None or self.heads is not None:
+            return
+        name = attention_layer_name(self._vllm_config, self)
+        layer = self._vllm_config.compilation_config.static_forward_context[name]
+        self.heads = register_head_caches(
+            self.plan,
+            self._vllm_config,
+            SplitCPUBackend,
+            layer_name=name,
+            layer_index=extract_layer_index(name),
+            rank=get_tensor_model_parallel_rank(),
+            num_q_heads=self.num_heads,
+            head_dim=self.head_size,
+            dtype=layer.kv_cache_torch_dtype,
+        )
+        for group in self.heads.groups:
+            for cache_layer in group.layers:
+                cache_layer.on_bind = self._drop_views
+        # The attention layer owns no cache but needs an entry in the step's metadata.
+        layer.kv_sharing_target_layer_name = self.heads.groups[0].metadata_name
+        self._query_heads = [self._query_head_index(g) for g in self.heads.groups]
+
+    def _query_head_index(self, group: HeadGroup) -> torch.Tensor | None:
+        """Query heads of the group's KV heads, or None when these are all of the layer."""
+        if len(group.kv_heads) == self.num_kv_heads:
+            return None
+        g = self.num_queries_per_kv
+        return torch.tensor([h * g + i for h in group.kv_heads for i in range(g)])
+
+    def _drop_views(self) -> None:
+        self._views = None
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the step's KV and attend.
+
+        Args:
+            layer: the attention layer.
+            query: ``[tokens, query heads, head_dim]``.
+            key: ``[tokens, KV heads, head_dim]``.
+            value: as ``key``.
+            kv_cache: the cache of the layer's first head; unused when split.
+            attn_metadata: None while vLLM profiles the model.
+            output: ``[tokens, query heads, head_dim]``, filled in place.
+            output_scale: not supported by the CPU backend.
+            output_block_scale: not supported by the CPU backend.
+        """
+        if attn_metadata is None:
+            return output
+        if self.plan is None:
+            if key is not None and value is not None and not self._shares_cache(layer):
+                self.do_kv_cache_update(
+                    layer, key, value, kv_cache, attn_metadata.slot_mapping
+                )
+            return super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        assert self.heads is not None
+        metadata = get_forward_context().attn_metadata
+        assert isinstance(metadata, dict), "micro-batching is not used on the CPU"
+        if self._views is None:
+            self._views = [group.view() for group in self.heads.groups]
+        n = attn_metadata.num_actual_tokens
+        for group, view, q_index in zip(
+            self.heads.groups, self._views, self._query_heads, strict=True
+        ):
+            step = metadata[group.metadata_name]
+            q, k, v = query[:n], key[:n], value[:n]
+            out = output[:n]
+            if q_index is not None:
+                kv_index = list(group.kv_heads)
+                q, k, v = q[:, q_index], k[:, kv_index], v[:, kv_index]
+                out = torch.empty_like(q)
+            attend = self._full if group is self.heads.full else self._streaming
+            attend(step, view, q, k, v, out)
+            if q_index is not None:
+                output[:n, q_index] = out
+        return output
+
+    @staticmethod
+    def _shares_cache(layer: AttentionLayer) -> bool:
+        return getattr(layer, "kv_sharing_target_layer_name", None) is not None
+
+    def _full(
+        self,
+        step: SplitMetadata,
+        cache: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        num_blocks, num_heads, block_size, _ = cache.shape
+        key_cache, value_cache = cache.view(
+            num_blocks, num_heads, block_size * 2, self.head_size
+        ).chunk(2, dim=2)
+        isa = _get_attn_isa(query.dtype, block_size, self.head_size)
+        ops.cpu_attn_reshape_and_cache(
+            key, value, key_cache, value_cache, step.slot_mapping, isa
+        )
+        schedule = step.full_schedules.get(num_heads)
+        if schedule is None:
+            schedule = ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=step.seq_lens.shape[0],
+                num_heads=num_heads * self.num_queries_per_kv,
+                num_kv_heads=num_heads,
+                head_dim=self.head_size,
+                seq_lens=step.seq_lens,
+                dtype=query.dtype,
+                query_start_loc=step.query_start_loc,
+                causal=True,
+                sliding_window_size=-1,
+                isa=isa,
+                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            )
+            step.full_schedules[num_heads] = schedule
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=output,
+            query_start_loc=step.query_start_loc,
+            seq_lens=step.seq_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=step.block_table,
+            softcap=0,
+            scheduler_metadata=schedule,
+            s_aux=None,
+        )
+
+    def _streaming(
+        self,
+        step: SplitMetadata,
+        cache: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        assert self.plan is not None
+        n, num_heads, d = key.shape
+        _, _, block_size, content = cache.shape
+        if step.streaming_plan is None:
+            step.streaming_plan = plan_step(
+                step.block_table,
+                step.seq_lens,
+                step.query_start_loc,
+                step.slot_mapping[:n],
+                block_size=block_size,
+                sink=self.plan.geometry.sink,
+                window=self.plan.geometry.window,
+            )
+        # [heads, slots, 2 * head_dim]: a head's blocks are dense, so slots are rows.
+        slots = cache.as_strided(
+            (num_heads, cache.shape[0] * block_size, content),
+            (cache.stride(1), content, 1),
+            cache.storage_offset(),
+        )
+        group = self.num_queries_per_kv
+        streaming_attention(
+            step.streaming_plan,
+            slots,
+            query.view(n, num_heads, group, d),
+            key,
+            value,
+            output.view(n, num_heads, group, d),
+            self.scale,
+        )

@@ -1,0 +1,76 @@
+"""KV cache spec of one streaming head: its ring of pinned sinks and a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingSpec(SlidingWindowSpec):
+    """One KV head that keeps the first ``sink`` and the last ``sliding_window`` tokens.
+
+    A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap
+    only to those.
+
+    Attributes:
+        sink: first tokens that are never freed (tokens).
+        cache_group: which streaming heads share a block table. It exists only
+            while vLLM sorts specs into groups: :meth:`merge` refuses to mix two
+            values, so each becomes a KV cache group of its own, and erases it
+            in the group's spec, so that the coordinator sees one kind of ring.
+        retention_interval: keep a window's worth of prompt blocks for the
+            prefix cache every so many tokens (a multiple of the block size);
+            0 keeps none.
+        num_groups: KV cache groups of the model, full one included.
+        chunk_blocks: most blocks of one group that a scheduler step can ask for.
+    """
+
+    sink: int
+    cache_group: int = 0
+    retention_interval: int = 0
+    num_groups: int = 1
+    chunk_blocks: int = 0
+
+    @property
+    def num_sink_blocks(self) -> int:
+        """Blocks that hold sinks."""
+        return cdiv(self.sink, self.block_size)
+
+    @property
+    def window_blocks(self) -> int:
+        """Most blocks that a window touches."""
+        return cdiv(self.sliding_window - 1, self.block_size) + 1
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        """Most blocks a request holds at once, chunked prefill included.
+
+        While a chunk runs, a request holds its sinks, the window before the
+        chunk and the window at its end: chunk positions that are out of the
+        window when the chunk ends are never allocated. So the bound does not
+        depend on the chunk's length.
+        """
+        del max_in_flight_tokens
+        ring = self.num_sink_blocks + 2 * self.window_blocks
+        return min(ring, cdiv(max_model_len, self.block_size))
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether one block table serves all of ``kv_cache_specs``."""
+        return all(
+            isinstance(spec, RingSpec)
+            and (spec.sliding_window, spec.sink, spec.cache_group)
+            == (self.sliding_window, self.sink, self.cache_group)
+            for spec in kv_cache_specs.values()
+        )
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for the cache layers of a group."""
+        if not all(spec == specs[0] for spec in specs[1:]):
+            raise AssertionError("streaming heads of different cache groups do not merge")
+        return replace(specs[0], cache_group=0)

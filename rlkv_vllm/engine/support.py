@@ -1,0 +1,155 @@
+"""What the split cache does not support yet: refused at start-up, never silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlkv_vllm.errors import RlkvError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One unsupported feature.
+
+    Attributes:
+        what: the feature and its flag.
+        used: whether a configuration uses it.
+        mend: what to do instead.
+    """
+
+    what: str
+    used: Callable[[VllmConfig], bool]
+    mend: str
+
+
+def _platform_is_not_cpu(_: VllmConfig) -> bool:
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
+def _has_sliding_window(config: VllmConfig) -> bool:
+    text = config.model_config.hf_text_config
+    layer_types = getattr(text, "layer_types", None) or ()
+    if "sliding_attention" in layer_types:
+        return True
+    uses_it = getattr(text, "use_sliding_window", True)
+    return bool(uses_it and getattr(text, "sliding_window", None) and not layer_types)
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "this platform (only the CPU attention path is built in this release)",
+        _platform_is_not_cpu,
+        "install rlkv_vllm[cpu] and serve on the CPU, or start without --profile",
+    ),
+    Refusal(
+        "--pipeline-parallel-size > 1",
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        "use --tensor-parallel-size",
+    ),
+    Refusal(
+        "--decode-context-parallel-size / --prefill-context-parallel-size > 1",
+        lambda c: (
+            c.parallel_config.decode_context_parallel_size > 1
+            or c.parallel_config.prefill_context_parallel_size > 1
+        ),
+        "remove the flag",
+    ),
+    Refusal(
+        "--speculative-config (rejected tokens would have overwritten the ring)",
+        lambda c: c.speculative_config is not None,
+        "remove the flag",
+    ),
+    Refusal(
+        "--kv-transfer-config (KV connectors and offloading)",
+        lambda c: c.kv_transfer_config is not None,
+        "remove the flag",
+    ),
+    Refusal(
+        "--kv-cache-dtype other than the model's own",
+        lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+        "remove the flag",
+    ),
+    Refusal(
+        "--disable-hybrid-kv-cache-manager (rings would be given whole caches)",
+        lambda c: bool(c.scheduler_config.disable_hybrid_kv_cache_manager),
+        "remove the flag",
+    ),
+    Refusal(
+        "encoder-decoder models",
+        lambda c: bool(c.model_config.is_encoder_decoder),
+        "serve the model with plain vLLM",
+    ),
+    Refusal(
+        "multimodal models",
+        lambda c: bool(c.model_config.is_multimodal_model),
+        "serve the model with plain vLLM",
+    ),
+    Refusal(
+        "models with state-space layers or without attention",
+        lambda c: bool(c.model_config.is_hybrid or c.model_config.is_attention_free),
+        "serve the model with plain vLLM",
+    ),
+    Refusal(
+        "multi-head latent attention (MLA) models",
+        lambda c: bool(c.model_config.use_mla),
+        "serve the model with plain vLLM",
+    ),
+    Refusal(
+        "models with their own sliding-window layers",
+        _has_sliding_window,
+        "serve the model with plain vLLM",
+    ),
+    Refusal(
+        "pooling models (embeddings, scoring)",
+        lambda c: c.model_config.runner_type != "generate",
+        "serve the model with plain vLLM",
+    ),
+)
+
+
+def check_supported(vllm_config: VllmConfig) -> None:
+    """Refuse a configuration that the split cache cannot serve exactly.
+
+    Raises:
+        RlkvError: names the feature and what to do.
+    """
+    for refusal in REFUSALS:
+        if refusal.used(vllm_config):
+            raise RlkvError(f"the split KV cache does not support {refusal.what}: {refusal.mend}")
+
+
+def check_layer_supported(
+    *,
+    alibi_slopes: object | None,
+    sliding_window: object | None,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    sinks: object | None,
+    kv_sharing_target: str | None,
+) -> None:
+    """Refuse an attention layer whose arithmetic the split paths do not have.
+
+    Raises:
+        RlkvError: names the property.
+    """
+    problems = {
+        "ALiBi slopes": alibi_slopes is not None,
+        "a sliding window of its own": sliding_window is not None,
+        "a logits soft-cap": bool(logits_soft_cap),
+        f"attention type {attn_type}": attn_type != "decoder",
+        "learned attention sinks": sinks is not None,
+        "a KV cache shared with another layer": kv_sharing_target is not None,
+    }
+    for what, present in problems.items():
+        if present:
+            raise RlkvError(
+                f"the split KV cache does not support attention layers with {what}: "
+                "serve the model with plain vLLM"
+            )

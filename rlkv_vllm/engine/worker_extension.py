@@ -1,0 +1,63 @@
+"""What a worker answers about its split cache, through vLLM's ``--worker-extension-cls``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from rlkv_vllm.engine.config import split_plan
+from rlkv_vllm.engine.head_cache import HeadCacheLayer
+from rlkv_vllm.engine.report import SplitReport
+from rlkv_vllm.engine.specs import RingSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class RlkvWorkerExtension:
+    """Methods that vLLM adds to its worker class; called with ``collective_rpc``."""
+
+    if TYPE_CHECKING:
+        vllm_config: VllmConfig
+
+    def rlkv_split_report(self) -> dict[str, Any]:
+        """Count what is really allocated on this worker.
+
+        Returns:
+            ``{"active": False, ...}`` when any attention layer keeps a cache of
+            its own or the head caches are not those of the plan; otherwise
+            ``active`` True and the fields of :class:`SplitReport`.
+        """
+        plan = split_plan(self.vllm_config)
+        rank = get_tensor_model_parallel_rank()
+        base: type[Any] = AttentionLayerBase
+        layers = get_layers_from_vllm_config(self.vllm_config, base)
+        heads = {
+            name: layer
+            for name, layer in layers.items()
+            if isinstance(layer, HeadCacheLayer) and ".kvpad" not in name
+        }
+        rings = sum(isinstance(layer.spec, RingSpec) for layer in heads.values())
+        unsplit = [
+            name
+            for name, layer in layers.items()
+            if not isinstance(layer, HeadCacheLayer)
+            and getattr(layer, "kv_sharing_target_layer_name", None) not in layers
+        ]
+        found = {
+            "rank": rank,
+            "full_head_caches": len(heads) - rings,
+            "streaming_head_caches": rings,
+            "unsplit_layers": unsplit,
+        }
+        if plan is None or not heads or unsplit:
+            return {"active": False, **found}
+        allocation = plan.groups.allocation
+        expected = (allocation.num_full_on(rank), allocation.num_streaming_on(rank))
+        if (len(heads) - rings, rings) != expected:
+            return {"active": False, **found}
+        num_blocks = next(iter(heads.values())).kv_cache.shape[0]
+        return {"active": True, **found, **SplitReport.of(plan, rank, num_blocks).to_dict()}

@@ -1,0 +1,98 @@
+"""Single files from the Hugging Face hub, with errors a user can act on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import one_line
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` has the form `org/repo`."""
+    return _REPO_ID.fullmatch(name) is not None
+
+
+def download(
+    repo: str, filename: str, revision: str | None, *, what: str
+) -> tuple[Path, str | None]:
+    """Fetch one file of a repository into the hub's cache.
+
+    Honours `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the user's token.
+
+    Args:
+        repo: `org/repo`.
+        filename: path inside the repository.
+        revision: commit, branch or tag; None for the default branch.
+        what: what the repository is to the user (`model`, `profile`), for messages.
+
+    Returns:
+        The cached file and the commit it belongs to, if known.
+
+    Raises:
+        RlkvError: if the repository, revision or file does not exist, or the hub cannot be
+            reached and the file is not cached.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = one_line(f"{repo}@{revision}" if revision else repo)
+    try:
+        path = Path(hf_hub_download(repo, filename, revision=revision))
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub is unreachable"
+        raise RlkvError(
+            f"{what} {at}: {filename} is not in the Hugging Face cache and {why}: go online "
+            "or give a local path"
+        ) from error
+    except GatedRepoError as error:
+        raise RlkvError(
+            f"{what} {at}: access is restricted: accept its terms on the hub and log in with "
+            "`hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RlkvError(
+            f"{what} {at}: no such repository on the Hugging Face hub (or it is private): "
+            "check the name, or log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise RlkvError(
+            f"{what} {at}: no such revision: give a commit, branch or tag that exists"
+        ) from error
+    except EntryNotFoundError as error:
+        raise RlkvError(f"{what} {at}: the repository has no {filename}: check the name") from error
+    except HFValidationError as error:
+        raise RlkvError(f"{what} {at}: not a valid repository name: use `org/repo`") from error
+    except Exception as error:  # which HTTP library lies below differs between hub versions
+        raise RlkvError(
+            f"{what} {at}: {filename} cannot be fetched ({type(error).__name__}): try again or "
+            "give a local path"
+        ) from error
+    commit = path.parents[len(Path(filename).parts) - 1].name
+    return path, commit if _COMMIT.fullmatch(commit) else revision
+
+
+def download_optional(repo: str, filename: str, revision: str | None, *, what: str) -> Path | None:
+    """As `download`, but None if the repository has no such file.
+
+    Also None if the hub cannot be reached and the cache does not know about the file.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return download(repo, filename, revision, what=what)[0]
+    except RlkvError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise

@@ -1,0 +1,161 @@
+"""The head profile: what one JSON file says about the KV heads of one model.
+
+The models below are the single source of the format; the published JSON Schema
+(`docs/head_profile.schema.json`) is generated from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from datetime import date
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+SCHEMA_VERSION: Literal[1] = 1
+
+_MAX_COUNT = 2**31 - 1  # what a C int of the kernels holds
+
+Count = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
+Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    """Immutable, and refuses what it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelFingerprint(_Record):
+    """Which model the gates belong to, and the architecture that must match to use them."""
+
+    id: str = Field(min_length=1, description="Base model: Hugging Face id or a local name.")
+    revision: str | None = Field(
+        default=None, description="Commit or tag of the base model, if known."
+    )
+    model_type: str = Field(min_length=1, description="`model_type` of the model's config.json.")
+    num_layers: Count = Field(description="Decoder layers.")
+    num_query_heads: Count = Field(description="Query heads per layer.")
+    num_kv_heads: Count = Field(description="KV heads per layer.")
+    head_dim: Count = Field(description="Size of one head.")
+
+
+class Provenance(_Record):
+    """How, when and from what the gates were made."""
+
+    method: str = Field(
+        min_length=1,
+        description="The scorer that made the gates, e.g. `head-importance`, `rlkv`, "
+        "`duo-attention`.",
+    )
+    source: str | None = Field(default=None, description="Paper, URL or file they come from.")
+    config: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Every setting of the run that made the gates."
+    )
+    seed: int | None = Field(default=None, description="Random seed of that run.")
+    versions: dict[str, str] = Field(
+        default_factory=dict, description="Package name to version, as used by that run."
+    )
+    created: date = Field(description="Day the profile was made (ISO 8601).")
+    data: str | None = Field(default=None, description="Data set the gates were made on.")
+
+    @field_validator("config")
+    @classmethod
+    def _finite(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        _require_finite(value, "config")
+        return value
+
+
+class EvaluationRow(_Record):
+    """One measurement of the profile at one sparsity."""
+
+    task: str = Field(min_length=1, description="Name of the task or benchmark.")
+    n: Count = Field(description="Problems solved for this row.")
+    sparsity: Share = Field(description="Share of KV heads that were streaming heads.")
+    accuracy: Share = Field(description="Share of problems solved at that sparsity.")
+    full_accuracy: Share = Field(description="Share solved with the full cache.")
+    mean_output_tokens: float = Field(
+        ge=0.0, allow_inf_nan=False, description="Mean length of the answers, in tokens."
+    )
+
+
+class HeadProfile(_Record):
+    """A score for every KV head of a model, and how to serve it with a split cache."""
+
+    model_config = ConfigDict(title="rlkv_vllm head profile")
+
+    schema_version: Literal[1] = Field(
+        default=SCHEMA_VERSION, description="Version of this format."
+    )
+    model: ModelFingerprint = Field(description="The model the gates belong to.")
+    gates: list[list[Share]] = Field(
+        min_length=1,
+        description="Gate of every KV head, [layers][KV heads], in [0, 1]. Heads with the "
+        "highest gates keep their whole cache (full heads); the others keep sink and window "
+        "only (streaming heads).",
+    )
+    sink: int = Field(
+        ge=0, le=_MAX_COUNT, description="First tokens that a streaming head always sees."
+    )
+    window: Count = Field(
+        description="Last tokens that a streaming head sees, the current one included."
+    )
+    provenance: Provenance = Field(description="How the gates were made.")
+    evaluation: list[EvaluationRow] = Field(
+        default_factory=list, description="Accuracy measured with these gates."
+    )
+    recommended_sparsity: Share | None = Field(
+        default=None, description="Sparsity to serve at if the user names none."
+    )
+
+    @model_validator(mode="after")
+    def _gates_fit_the_model(self) -> Self:
+        layers, heads = self.model.num_layers, self.model.num_kv_heads
+        if len(self.gates) != layers:
+            raise ValueError(
+                f"gates has {len(self.gates)} rows but model.num_layers is {layers}: "
+                "one row per layer is needed"
+            )
+        for layer, row in enumerate(self.gates):
+            if len(row) != heads:
+                raise ValueError(
+                    f"gates row {layer} has {len(row)} columns but model.num_kv_heads is "
+                    f"{heads}: one gate per KV head is needed"
+                )
+        if self.model.num_query_heads % heads:
+            raise ValueError(
+                f"model.num_query_heads {self.model.num_query_heads} is not a multiple of "
+                f"model.num_kv_heads {heads}"
+            )
+        return self
+
+    def sha256(self) -> str:
+        """Hex digest of the canonical JSON (sorted keys, no spaces, UTF-8)."""
+        text = json.dumps(
+            self.model_dump(mode="json"),
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_schema_text() -> str:
+    """The JSON Schema of the format, as published in `docs/head_profile.schema.json`."""
+    schema = HeadProfile.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _require_finite(value: JsonValue, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} holds {value}, which JSON cannot hold")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_finite(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _require_finite(item, f"{where}[{index}]")

