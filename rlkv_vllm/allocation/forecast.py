@@ -131,11 +131,15 @@ class Forecast:
         pages += allocation.num_streaming_on(rank) * geometry.ring_blocks(num_tokens)
         return pages * geometry.page_bytes
 
-    def padding_bytes_per_request(self, num_tokens: int, rank: int) -> int:
-        """The part of `bytes_per_request` that holds nothing."""
-        return self.bytes_per_request(num_tokens, rank) - self.ideal_bytes_per_request(
-            num_tokens, rank
-        )
+    def waste(self, num_tokens: int) -> float:
+        """Share by which such a request holds more than ideal, e.g. 0.02.
+
+        Measured on the rank where it holds most, since that one decides how many blocks the
+        pool has.
+        """
+        actual = max(self.bytes_per_request(num_tokens, rank) for rank in self.ranks)
+        ideal = max(self.ideal_bytes_per_request(num_tokens, rank) for rank in self.ranks)
+        return actual / ideal - 1
 
     def num_blocks(self, memory_bytes: int) -> int:
         """Blocks of the shared pool in `memory_bytes` per rank; the tightest rank decides."""

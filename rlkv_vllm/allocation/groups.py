@@ -9,6 +9,7 @@ holds more blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -59,8 +60,8 @@ class CacheGroups:
     def padding(self, rank: int, group: int) -> int:
         """Dummy cache layers that make `group` as large as the largest group of `rank`.
 
-        Not 0 for the full group only where the rank has fewer full heads than the ring heads
-        of some layer need, or one full head less than another rank has.
+        Not 0 for the full group only where a rank has fewer full heads than the ring heads of
+        one of its layers need, or one full head less than another rank has.
         """
         return self.pages_per_block(rank) - self.size(rank, group) if group in self.groups else 0
 
@@ -82,7 +83,9 @@ def pack(allocation: Allocation, *, full_blocks: int, ring_blocks: int) -> Cache
 
     Minimises what a request of the target length costs on the rank where it costs most:
     `pages_per_block * (full_blocks + num_ring_groups * ring_blocks)` pages. Within 0.5% of
-    that minimum the fewest groups win. Deterministic.
+    that minimum the fewest groups win. The full group, which holds nearly all blocks, is
+    padded only if it is smaller than what the ring heads of a single layer need: then, at
+    sparsities close to 1, the waste is large (`Forecast.waste`). Deterministic.
 
     Args:
         allocation: full and streaming heads.
@@ -136,22 +139,29 @@ class _Rank:
         self.all_streaming = [
             layer for layer in layers if len(self.streaming[layer]) == self.heads_per_layer
         ]
+        # What the ring heads of one layer need in a group: all of them if the layer reads the
+        # full group too, half of them if not.
+        self.layer_need = max(
+            self.mixed[0][0] if self.mixed else 0,
+            -(-self.heads_per_layer // 2) if self.all_streaming else 0,
+        )
 
     def least_pages(self, num_bins: int) -> int:
         """Lower bound of the pages per block with `num_bins` ring groups."""
-        layer_needs = [self.num_full, -(-self.num_streaming // num_bins)]
-        if self.mixed:
-            layer_needs.append(self.mixed[0][0])
-        if self.all_streaming:
-            layer_needs.append(-(-self.heads_per_layer // min(2, num_bins)))
-        return max(layer_needs)
+        return max(self.num_full, self.layer_need, -(-self.num_streaming // num_bins))
 
-    def pack(self, num_bins: int) -> tuple[int, list[_Bin]]:
-        """Pages per block, and the filled ring groups, for `num_bins` of them."""
+    def pack(self, num_bins: int, most_pages: float) -> tuple[int, list[_Bin]] | None:
+        """Pages per block, and the filled ring groups, for `num_bins` of them.
+
+        None if no packing with at most `most_pages` was found.
+        """
         pages = self.least_pages(num_bins)
-        while (bins := self._fill(num_bins, pages)) is None:
+        while pages <= most_pages:
+            bins = self._fill(num_bins, pages)
+            if bins is not None:
+                return pages, bins
             pages += 1
-        return pages, bins
+        return None
 
     def _fill(self, num_bins: int, capacity: int) -> list[_Bin] | None:
         """Best-fit decreasing; layers without full heads then fill the holes in two pieces."""
@@ -200,15 +210,23 @@ def _packings(
     ranks: list[_Rank], full_blocks: int, ring_blocks: int
 ) -> Iterator[tuple[int, list[list[_Bin]]]]:
     """Cost and content of every packing that may be among the best, fewest groups first."""
-    fewest_pages = max(rank.least_pages(rank.num_streaming or 1) for rank in ranks)
-    cheapest: float = float("inf")
-    for num_bins in range(1, max(rank.num_streaming for rank in ranks) + 1):
+    most = max(rank.num_streaming for rank in ranks)
+    fewest_pages = max(rank.least_pages(most) for rank in ranks)
+    # Ring groups larger than the full group would pad it, more of them cost less. On a rank
+    # with one full head less than another padding is free: the other decides.
+    most_pages: float = math.inf
+    if all(rank.num_full >= rank.layer_need for rank in ranks):
+        most_pages = max(rank.num_full for rank in ranks)
+    cheapest: float = math.inf
+    for num_bins in range(1, most + 1):
         blocks = full_blocks + num_bins * ring_blocks
         if fewest_pages * blocks > cheapest:
             return
         if max(rank.least_pages(num_bins) for rank in ranks) * blocks > NEAR_TIE * cheapest:
             continue
-        packed = [rank.pack(num_bins) for rank in ranks]
-        cost = max(pages for pages, _ in packed) * blocks
-        cheapest = min(cheapest, cost)
-        yield cost, [bins for _, bins in packed]
+        packings = (rank.pack(num_bins, most_pages) for rank in ranks)
+        packed = [packing for packing in packings if packing is not None]
+        if len(packed) == len(ranks):
+            cost = max(pages for pages, _ in packed) * blocks
+            cheapest = min(cheapest, cost)
+            yield cost, [bins for _, bins in packed]

@@ -38,8 +38,8 @@ PREFERRED_BLOCK_SIZES = (32, 16)
 #: A preferred block size may cost this much more memory than the smallest cache.
 BLOCK_SIZE_WASTE = 1.03
 
-#: Without ``--prefix-cache-retention-interval``: prompt tokens between two
-#: places at which a different prompt with the same beginning can resume.
+#: Prompt tokens between two places at which a different prompt with the same
+#: beginning can resume from the prefix cache.
 DEFAULT_RETENTION_INTERVAL = 256
 
 
@@ -52,6 +52,7 @@ class SplitConfig(BaseModel):
     sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
     sink: Annotated[int, Field(ge=0)] | None = None
     window: Annotated[int, Field(ge=1)] | None = None
+    retention_interval: Annotated[int, Field(ge=0)] = DEFAULT_RETENTION_INTERVAL
     sha256: str | None = None
 
 
@@ -133,7 +134,7 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
         _freeze(text_config),
         vllm_config.parallel_config.tensor_parallel_size,
         _block_sizes(vllm_config),
-        _retention_interval(vllm_config),
+        _retention_interval(vllm_config, config),
         model.dtype.itemsize,
         model.max_model_len,
     )
@@ -236,9 +237,9 @@ def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...]:
     return (block_size,)
 
 
-def _retention_interval(vllm_config: VllmConfig) -> int:
-    given = vllm_config.cache_config.prefix_cache_retention_interval
-    return DEFAULT_RETENTION_INTERVAL if given is None else int(given)
+def _retention_interval(vllm_config: VllmConfig, config: SplitConfig) -> int:
+    """vLLM's ``--prefix-cache-retention-interval`` where given (its default is 0), else ours."""
+    return vllm_config.cache_config.prefix_cache_retention_interval or config.retention_interval
 
 
 def _fit_interval(interval: int, window: int, block_size: int) -> int:

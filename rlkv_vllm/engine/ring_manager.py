@@ -131,8 +131,8 @@ class RingManager(SlidingWindowManager):
     def _is_retained(self, block_index: int) -> bool:
         """Whether a prefix-cache hit at a retention boundary needs this block.
 
-        The block before the window of a prompt's end is the caller's case: a
-        resent prompt resumes one token earlier than its end, possibly one block.
+        The end of the prompt is the callers' case: a resent prompt resumes one
+        token before it, which may be one block earlier.
         """
         if not self.segment_blocks:
             return False
@@ -174,6 +174,8 @@ class RingManager(SlidingWindowManager):
 
         Scans forward from the last call: lean tables have null holes, at which
         the base class's backward scan would stop and leak what lies before.
+        Only retained blocks stay in the prefix cache: a long answer would push
+        out everything else with blocks that nobody can resume at.
         """
         table = self.req_to_blocks.get(request_id)
         if table is None:
@@ -183,6 +185,18 @@ class RingManager(SlidingWindowManager):
         if first >= last:
             return
         freed = [block for block in table[first:last] if not block.is_null]
+        if self.enable_caching:
+            replay = (num_prompt_tokens or 0) // self.block_size
+            self.block_pool.evict_blocks(
+                {
+                    block.block_id
+                    for i, block in enumerate(table[first:last], start=first)
+                    if not block.is_null
+                    and block.ref_cnt == 1
+                    and not self._is_retained(i)
+                    and not replay - self.tail_blocks - 1 <= i < replay
+                }
+            )
         table[first:last] = [self._null_block] * (last - first)
         self._swept[request_id] = last
         self.block_pool.free_blocks(reversed(freed))
@@ -280,21 +294,7 @@ class RingManager(SlidingWindowManager):
         reachable_boundaries: Sequence[int] = (),
         dcp_world_size: int = 1,
         final_segment_end_block: int | None = None,
-    ) -> list[bool] | None:
-        """Which blocks to enter into the prefix cache: as a window's, and all sinks."""
-        mask = super().reachable_block_mask(
-            start_block,
-            end_block,
-            alignment_tokens,
-            kv_cache_spec,
-            use_eagle,
-            retention_interval,
-            reachable_boundaries,
-            dcp_world_size,
-            final_segment_end_block,
-        )
-        if mask is not None:
-            assert isinstance(kv_cache_spec, RingSpec)
-            for i in range(start_block, min(end_block, kv_cache_spec.num_sink_blocks)):
-                mask[i - start_block] = True
-        return mask
+    ) -> None:
+        """Enter every real block into the prefix cache; what is not worth keeping leaves
+        it again in :meth:`remove_skipped_blocks`, so that the end of an answer stays.
+        """

@@ -88,9 +88,9 @@ def read_bytes(path: str | Path) -> bytes:
     path = Path(path)
     try:
         if not path.exists():
-            raise RlkvError(f"{path}: no such file: check the path")
+            raise RlkvError(f"{one_line(path)}: no such file: check the path")
         if not path.is_file():
-            raise RlkvError(f"{path}: not a plain file: give the path of a file")
+            raise RlkvError(f"{one_line(path)}: not a plain file: give the path of a file")
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
@@ -102,8 +102,8 @@ def read_bytes(path: str | Path) -> bytes:
         ) from error
     if len(content) > MAX_FILE_BYTES:
         raise RlkvError(
-            f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB, which no profile is: give "
-            "the right file"
+            f"{one_line(path)}: larger than {MAX_FILE_BYTES // 2**20} MiB, which no profile "
+            "is: give the right file"
         )
     return content
 
@@ -113,7 +113,9 @@ def read_text(path: str | Path) -> str:
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise RlkvError(f"{path}: not UTF-8 text (byte {error.start}): give a text file") from error
+        raise RlkvError(
+            f"{one_line(path)}: not UTF-8 text (byte {error.start}): give a text file"
+        ) from error
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -130,13 +132,15 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
 def _parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
     def no_constant(name: str) -> NoReturn:
-        raise RlkvError(f"{path}: holds {name}, which JSON does not allow: use a finite number")
+        raise RlkvError(
+            f"{one_line(path)}: holds {name}, which JSON does not allow: use a finite number"
+        )
 
     def finite(number: str) -> float:
         value = float(number)
         if not math.isfinite(value):
             raise RlkvError(
-                f"{path}: number {one_line(number)} is out of range: use a finite number"
+                f"{one_line(path)}: number {one_line(number)} is out of range: use a finite number"
             )
         return value
 
@@ -145,7 +149,9 @@ def _parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
         if len(result) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise RlkvError(f'{path}: key "{one_line(twice)}" is given twice: keep one of them')
+            raise RlkvError(
+                f'{one_line(path)}: key "{one_line(twice)}" is given twice: keep one of them'
+            )
         return result
 
     try:
@@ -153,16 +159,18 @@ def _parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
             text, parse_constant=no_constant, parse_float=finite, object_pairs_hook=no_duplicates
         )
     except RecursionError as error:
-        raise RlkvError(f"{path}: nested too deeply to be a profile") from error
+        raise RlkvError(f"{one_line(path)}: nested too deeply to be a profile") from error
     except ValueError as error:
         if isinstance(error, RlkvError):
             raise
         raise RlkvError(
-            f"{path}: not valid JSON ({one_line(error)}): the file may be truncated; fetch or "
-            "make it again"
+            f"{one_line(path)}: not valid JSON ({one_line(error)}): the file may be truncated; "
+            "fetch or make it again"
         ) from error
     if not isinstance(value, dict):
-        raise RlkvError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+        raise RlkvError(
+            f"{one_line(path)}: holds a JSON {type(value).__name__}, expected an object"
+        )
     return value
 
 
@@ -181,19 +189,19 @@ def load_profile(path: str | Path) -> HeadProfile:
     version = raw.get("schema_version")
     if type(version) is not int:
         raise RlkvError(
-            f"{path}: no integer schema_version, so this is no head profile: make one with "
-            "`rlkv score`, or with `rlkv profile import` from a published format"
+            f"{one_line(path)}: no integer schema_version, so this is no head profile: make one "
+            "with `rlkv score`, or with `rlkv profile import` from a published format"
         )
     if version != SCHEMA_VERSION:
         raise RlkvError(
-            f"{path}: schema_version {one_line(version)} is unknown, this rlkv_vllm reads "
-            f"{SCHEMA_VERSION}: install the rlkv_vllm that wrote the profile, or make it again"
+            f"{one_line(path)}: schema_version {one_line(version)} is unknown, this rlkv_vllm "
+            f"reads {SCHEMA_VERSION}: install the version that wrote it, or make it again"
         )
     try:
         # From the text and not from `raw`: only JSON mode is strict and still reads dates.
         return HeadProfile.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise RlkvError(f"{path}: {_first_error(error)}") from error
+        raise RlkvError(f"{one_line(path)}: {_first_error(error)}") from error
 
 
 def save_profile(profile: HeadProfile, path: str | Path) -> None:
@@ -224,6 +232,7 @@ def _first_error(error: ValidationError) -> str:
     where = "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
     ).lstrip(".")
+    where = one_line(where, 80)
     message = one_line(first["msg"].removeprefix("Value error, "))
     if where:
         given = first["input"]
@@ -305,8 +314,8 @@ def load_model_config(model: str, revision: str | None = None) -> tuple[dict[str
         RlkvError: if there is no such model, it is offline and not cached, or the file is
             not valid JSON.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = _local_folder(model)
+    if folder is not None:
         if not (folder / "config.json").is_file():
             raise RlkvError(
                 f"model {one_line(model)}: the folder has no config.json: give a model folder "
@@ -331,7 +340,15 @@ def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFing
         RlkvError: as `load_model_config` and `fingerprint_from_config`.
     """
     config, commit = load_model_config(model, revision)
-    return fingerprint_from_config(config, model, commit)
+    folder = _local_folder(model)
+    # Where somebody's copy lies is nobody else's business: a local model is known by its name.
+    name = model if folder is None else folder.resolve().name or model
+    return fingerprint_from_config(config, name, commit)
+
+
+def _local_folder(model: str) -> Path | None:
+    path = os.path.expanduser(model)
+    return Path(path) if os.path.isdir(path) else None
 
 
 def check_matches(profile: HeadProfile, fingerprint: ModelFingerprint) -> None:

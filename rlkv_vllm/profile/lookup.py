@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,9 +54,10 @@ def find_profile(name: str) -> tuple[HeadProfile, Path]:
     Raises:
         RlkvError: if there is no such profile, or it is not valid.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return load_profile(path), path
+    # os.path, unlike pathlib, takes a name that no path can have for a file that is not there.
+    local = os.path.expanduser(name)
+    if os.path.isfile(local):
+        return load_profile(local), Path(local)
     packaged = packaged_profiles().get(name)
     if packaged is not None:
         return load_profile(packaged), packaged
@@ -63,6 +65,8 @@ def find_profile(name: str) -> tuple[HeadProfile, Path]:
     is_hub_name = match is not None and hub.is_repo_id(match["repo"])
     # `results/profile.json` is a forgotten file more often than a repository.
     if match is None or not is_hub_name or (name.endswith(".json") and not match["file"]):
+        if os.path.exists(local):
+            return load_profile(local), Path(local)  # says why it cannot be one
         raise RlkvError(
             f"profile {one_line(name)}: no such file, packaged profile "
             f"({', '.join(packaged_profiles()) or 'none'}) or `org/repo[@revision]`: check the "

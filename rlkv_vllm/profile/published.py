@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from datetime import date
 from pathlib import Path
@@ -135,7 +136,7 @@ def export_duo_attention(
 
 
 def _find_table(path: Path) -> Path:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path  # a missing file is reported when it is read
     found = [path / name for name in (RLKV_FILE, DUO_FILE) if (path / name).exists()]
     if not found:

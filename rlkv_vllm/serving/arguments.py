@@ -26,6 +26,10 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
 }
 EMBEDDED_CACHE_BYTES = 256 * 2**20
 
+#: How long running requests may finish after Ctrl-C or SIGTERM. vLLM's 0 kills
+#: the engine, which then complains.
+SHUTDOWN_TIMEOUT_S = 5
+
 _USAGE = "rlkv serve [MODEL] [--profile P] [--sparsity S] [--sink N] [--window N] [vLLM flags]"
 
 _HELP = f"""\
@@ -50,6 +54,16 @@ vLLM flags used most (every flag of `vllm serve` is accepted, unchanged):
 
 rlkv serve --help=all lists every flag; VLLM_LOGGING_LEVEL=INFO shows vLLM's log.
 """
+
+
+def own_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Our own flags, as far as they are on the command line; needs no vLLM."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_own_options(parser)
+    try:
+        return parser.parse_known_args(list(arguments))[0]
+    except argparse.ArgumentError as error:
+        raise RlkvError(f"{error}: see `rlkv serve --help`") from error
 
 
 def short_help() -> str:
@@ -92,6 +106,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _server_parser()
     try:
         args = parser.parse_args(list(arguments))
+    except RlkvError:
+        raise
     except (ValueError, OSError, IndexError) as error:  # --config FILE, dotted flags
         raise RlkvError(f"{' '.join(str(error).split())}: see `rlkv serve --help`") from error
     args.model = args.model_tag or args.model or testbed.MODEL_NAME
@@ -118,7 +134,7 @@ def _server_parser() -> FlexibleArgumentParser:
     parser = make_arg_parser(Parser(prog="rlkv serve", usage=_USAGE))
     _add_own_options(parser)
     # None tells "not given" from vLLM's own default.
-    parser.set_defaults(model=None, enforce_eager=None)
+    parser.set_defaults(model=None, enforce_eager=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     return parser
 
 

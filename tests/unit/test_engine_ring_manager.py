@@ -258,3 +258,25 @@ def test_specs_of_different_groups_do_not_merge() -> None:
         RingSpec.merge([a, b])
     assert RingSpec.merge([a, a]).cache_group == 0
     assert not a.is_uniform_with_collection({"a": a, "b": b})
+
+
+def test_an_answer_leaves_only_what_can_be_resumed_at() -> None:
+    manager = make_manager(retention_interval=128)
+    steps = Steps(manager)
+    request = make_request("a", [i * 31 % 499 for i in range(300)])
+    steps.prefill(request)
+    steps.decode(request, 400)
+    manager.free(request)
+    cached = sum(
+        block.block_hash is not None and block.block_hash[-4:] == (1).to_bytes(4, "big")
+        for block in manager.block_pool.blocks
+    )
+    # Sink, 4 blocks before each of 5 boundaries, 5 before the prompt's end, and the last window.
+    assert 5 * 4 < cached <= 1 + 5 * 4 + 5 + 5
+    resent = make_request("b", request.all_token_ids[:300])
+    assert steps.start(resent) == 288
+    turn = make_request("c", [*request.all_token_ids, *range(50)])
+    assert steps.start(turn) == 699 // BLOCK * BLOCK
+    for boundary in (384, 512, 640):
+        branch = make_request(str(boundary), [*request.all_token_ids[: boundary + 20], *range(60)])
+        assert steps.start(branch) >= boundary

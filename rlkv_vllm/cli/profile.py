@@ -1,0 +1,379 @@
+"""`rlkv profile`: look at, check, convert and plan with head profiles."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlkv_vllm.errors import RlkvError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rlkv_vllm.allocation import Forecast
+    from rlkv_vllm.profile import HeadProfile
+
+app = typer.Typer(no_args_is_help=True, help="Head profiles: list, show, check, convert, plan.")
+
+_PROFILE_HELP = "Path, packaged name, or org/repo[@revision] on the Hugging Face hub."
+_MODEL_HELP = "Model folder, or org/name on the Hugging Face hub."
+
+ProfileName = Annotated[str, typer.Argument(metavar="PROFILE", help=_PROFILE_HELP)]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Share of streaming heads, 0 to 1. Default: the profile's own."),
+]
+
+
+class ExportFormat(StrEnum):
+    """Formats that a profile can be written in."""
+
+    duo_attention = "duo-attention"
+
+
+class Dtype(StrEnum):
+    """Cache types, named as by vLLM's --dtype."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    half = "half"
+    float32 = "float32"
+    float = "float"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes per element. vLLM's auto is 2 bytes: it serves float32 models in bfloat16."""
+        return 4 if self.value in ("float32", "float") else 2
+
+
+@app.command("list")
+def list_() -> None:
+    """List the packaged profiles."""
+    from rlkv_vllm.profile.io import load_profile
+    from rlkv_vllm.profile.lookup import packaged_folders, packaged_profiles
+
+    found = packaged_profiles()
+    if not found:
+        _print(f"no packaged profiles in {' or '.join(map(str, packaged_folders()))}")
+        return
+    table = _table("name", "model", "layers x KV heads", "method", "sparsity")
+    for name, path in found.items():
+        profile = load_profile(path)
+        recommended = profile.recommended_sparsity
+        table.add_row(
+            name,
+            profile.model.id,
+            f"{profile.model.num_layers} x {profile.model.num_kv_heads}",
+            profile.provenance.method,
+            "-" if recommended is None else f"{recommended:g}",
+        )
+    _print(table)
+
+
+@app.command()
+def show(
+    profile: ProfileName,
+    sparsity: Sparsity = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a profile: model, sink and window, provenance, evaluation, full heads per layer."""
+    from rlkv_vllm.allocation import allocate
+    from rlkv_vllm.profile.lookup import find_profile
+
+    loaded, path = find_profile(profile)
+    if sparsity is None:
+        sparsity = loaded.recommended_sparsity
+    allocation = None if sparsity is None else allocate(loaded.gates, sparsity)
+    if as_json:
+        import json
+
+        content = {
+            "file": str(path),
+            "sha256": loaded.sha256(),
+            "profile": loaded.model_dump(mode="json"),
+            "sparsity": sparsity,
+            "full_heads": None if allocation is None else allocation.full,
+        }
+        typer.echo(json.dumps(content, indent=2))
+        return
+    model, provenance = loaded.model, loaded.provenance
+    facts = _table("", "")
+    facts.show_header = False
+    revision = f" @ {model.revision}" if model.revision else ""
+    for name, value in (
+        ("file", path),
+        ("sha256", loaded.sha256()),
+        ("model", f"{model.id}{revision}"),
+        (
+            "architecture",
+            f"{model.model_type}: {model.num_layers} layers, {model.num_query_heads} query heads, "
+            f"{model.num_kv_heads} KV heads of {model.head_dim}",
+        ),
+        ("sink / window", f"{loaded.sink} / {loaded.window} tokens"),
+        ("method", provenance.method),
+        ("source", provenance.source),
+        ("created", provenance.created),
+        ("data", provenance.data),
+        ("seed", provenance.seed),
+        ("versions", ", ".join(f"{k} {v}" for k, v in provenance.versions.items())),
+        ("recommended sparsity", loaded.recommended_sparsity),
+    ):
+        facts.add_row(name, "-" if value is None or value == "" else str(value))
+    _print(facts)
+    if loaded.evaluation:
+        rows = _table("task", "n", "sparsity", "accuracy", "full cache", "mean output tokens")
+        for row in loaded.evaluation:
+            rows.add_row(
+                row.task,
+                str(row.n),
+                f"{row.sparsity:g}",
+                f"{row.accuracy:.3f}",
+                f"{row.full_accuracy:.3f}",
+                f"{row.mean_output_tokens:.1f}",
+            )
+        _print(rows)
+    if allocation is None:
+        _print("no recommended sparsity: pass --sparsity to see the full heads")
+        return
+    heads = _table("layer", "full heads", f"ids at sparsity {sparsity:g}")
+    for layer, ids in enumerate(allocation.full):
+        heads.add_row(str(layer), str(len(ids)), " ".join(map(str, ids)) or "-")
+    _print(heads)
+    _print(f"{allocation.num_full} full heads, {allocation.num_streaming} streaming heads")
+
+
+@app.command()
+def validate(
+    profile: ProfileName,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
+) -> None:
+    """Check a profile, and with --model that it fits that model."""
+    from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
+    from rlkv_vllm.profile.lookup import find_profile
+
+    loaded, path = find_profile(profile)
+    if model is not None:
+        check_matches(loaded, load_model_fingerprint(model))
+    _print(f"{path}: valid{f', fits {model}' if model else ''}")
+
+
+@app.command("import")
+def import_(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR_OR_TSV",
+            help="RLKV adapter_weights.tsv, DuoAttention full_attention_heads.tsv, or a folder "
+            "with one of them.",
+        ),
+    ],
+    model: Annotated[str, typer.Option(help=f"The model the gates belong to. {_MODEL_HELP}")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write (JSON).")],
+    sink: Annotated[int | None, typer.Option(help="First tokens that streaming heads see.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Last tokens that streaming heads see.")
+    ] = None,
+) -> None:
+    """Make a profile from the files that RLKV or DuoAttention publish."""
+    from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
+    from rlkv_vllm.profile.published import import_published
+
+    imported = import_published(path, load_model_fingerprint(model), sink=sink, window=window)
+    save_profile(imported, output)
+    _print(
+        f"{output}: {imported.provenance.method} gates of {imported.model.num_layers} layers x "
+        f"{imported.model.num_kv_heads} KV heads, sink {imported.sink}, window "
+        f"{imported.window}; {imported.provenance.config['clipped_gates']} gates clipped to [0, 1]"
+    )
+
+
+@app.command()
+def export(
+    profile: ProfileName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    format_: Annotated[
+        ExportFormat, typer.Option("--format", help="Format to write.")
+    ] = ExportFormat.duo_attention,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Write 1 for full and 0 for streaming heads instead of the gates."),
+    ] = None,
+) -> None:
+    """Write a profile as DuoAttention's full_attention_heads.tsv and config.json."""
+    from rlkv_vllm.profile.lookup import find_profile
+    from rlkv_vllm.profile.published import DUO_CONFIG, DUO_FILE, export_duo_attention
+
+    export_duo_attention(find_profile(profile)[0], output, sparsity)
+    _print(f"{output}: {DUO_FILE} and {DUO_CONFIG} ({format_.value})")
+
+
+@app.command()
+def plot(
+    profile: ProfileName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture: .png, .svg or .pdf.")],
+    sparsity: Sparsity = None,
+) -> None:
+    """Draw the gates as a heat map and mark the full heads."""
+    from rlkv_vllm.profile.lookup import find_profile
+    from rlkv_vllm.profile.plot import plot_profile
+
+    loaded, _ = find_profile(profile)
+    plot_profile(loaded, _sparsity_of(loaded, sparsity, profile), output)
+    _print(f"{output}: written")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
+    profile: ProfileName,
+    max_model_len: Annotated[int, typer.Option(help="Longest request, in tokens.")],
+    memory: Annotated[
+        str, typer.Option(help="Cache memory of each rank, e.g. 8GiB, 512MiB or 8G.")
+    ],
+    sparsity: Sparsity = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.auto,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
+) -> None:
+    """Forecast the cache memory of a split model against the full cache."""
+    from rlkv_vllm.allocation import CacheGeometry, forecast_split
+    from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
+    from rlkv_vllm.profile.lookup import find_profile
+
+    memory_bytes = _parse_size(memory)
+    for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
+        if value < 1:
+            raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
+    loaded, _ = find_profile(profile)
+    sparsity = _sparsity_of(loaded, sparsity, profile)
+    fingerprint = load_model_fingerprint(model)
+    check_matches(loaded, fingerprint)
+    geometry = CacheGeometry(
+        num_layers=fingerprint.num_layers,
+        num_kv_heads=fingerprint.num_kv_heads,
+        head_dim=fingerprint.head_dim,
+        dtype_bytes=dtype.num_bytes,
+        block_size=block_size,
+        sink=loaded.sink,
+        window=loaded.window,
+    )
+    forecast = forecast_split(
+        loaded.gates, sparsity, geometry, tp_size=tp, max_model_len=max_model_len
+    )
+    _print_plan(forecast, sparsity, max_model_len, memory_bytes)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the profile format."""
+    from rlkv_vllm.profile.schema import json_schema_text
+
+    typer.echo(json_schema_text(), nl=False)
+
+
+def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_bytes: int) -> None:
+    allocation, groups = forecast.groups.allocation, forecast.groups
+    heads = _table("rank", "full heads", "streaming heads", "pages per block")
+    for rank in forecast.ranks:
+        heads.add_row(
+            str(rank),
+            str(allocation.num_full_on(rank)),
+            str(allocation.num_streaming_on(rank)),
+            str(groups.pages_per_block(rank)),
+        )
+    _print(heads)
+    geometry = forecast.geometry
+    _print(
+        f"sparsity {sparsity:g} ({allocation.sparsity:.4f} reached), sink {geometry.sink}, window "
+        f"{geometry.window}, block size {geometry.block_size}, {groups.num_ring_groups} ring "
+        f"group(s); padding costs {100 * forecast.waste(num_tokens):.1f}% of a request"
+    )
+    deciding = max(forecast.ranks, key=forecast.block_bytes)
+    table = _table("per rank", "split", "full cache", "split / full")
+    for name, split, stock, show_as in (
+        (
+            "one more token",
+            forecast.bytes_per_token(deciding),
+            forecast.stock_bytes_per_token,
+            _bytes,
+        ),
+        (
+            f"a request of {num_tokens} tokens",
+            forecast.bytes_per_request(num_tokens, deciding),
+            forecast.stock_bytes_per_request(num_tokens),
+            _bytes,
+        ),
+        (
+            f"blocks in {_bytes(memory_bytes)}",
+            forecast.num_blocks(memory_bytes),
+            forecast.stock_num_blocks(memory_bytes),
+            str,
+        ),
+        (
+            "such requests at once",
+            forecast.requests_at_once(num_tokens, memory_bytes),
+            forecast.stock_requests_at_once(num_tokens, memory_bytes),
+            str,
+        ),
+    ):
+        ratio = f"{split / stock:.3f}" if stock else "-"
+        table.add_row(name, show_as(split), show_as(stock), ratio)
+    _print(table)
+
+
+def _sparsity_of(profile: HeadProfile, given: float | None, name: str) -> float:
+    from rlkv_vllm.profile.io import one_line
+
+    sparsity = profile.recommended_sparsity if given is None else given
+    if sparsity is None:
+        raise RlkvError(
+            f"profile {one_line(name)} recommends no sparsity: pass --sparsity, e.g. 0.5"
+        )
+    return sparsity
+
+
+def _parse_size(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from rlkv_vllm.profile.io import one_line
+
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except (ValidationError, OverflowError) as error:
+        raise RlkvError(
+            f"--memory {one_line(text, 40)}: use a size such as 8GiB or 512MiB"
+        ) from error
+    if size < 1:
+        raise RlkvError(f"--memory {one_line(text, 40)}: must be more than 0 bytes, e.g. 8GiB")
+    return int(size)
+
+
+def _bytes(size: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**power:
+            return f"{size / 2**power:.4g} {unit}"
+    return f"{size} B"
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _print(content: Table | str) -> None:
+    """Print without interpreting markup, and without wrapping text or long cells in pipes."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(content, soft_wrap=isinstance(content, str))

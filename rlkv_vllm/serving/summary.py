@@ -1,0 +1,66 @@
+"""What a user wants to see once the split is proven: savings, and where to send a request."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+
+from rlkv_vllm import testbed
+from rlkv_vllm.engine.report import SplitReport
+
+
+def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
+    """Table of the split cache against a full one, and an example request.
+
+    Args:
+        reports: one per worker.
+        args: the server's flags.
+    """
+    tightest = min(reports, key=lambda report: report.requests_at_once)
+    workers = "" if len(reports) == 1 else f"; figures of the fullest of {len(reports)} workers"
+    rows = [("", "split cache", "full cache"), *tightest.rows()]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [
+        f"  {label:<{widths[0]}}  {split:<{widths[1]}}  {full}".rstrip()
+        for label, split, full in rows
+    ]
+    return "\n".join(
+        [
+            f"the KV cache is split per head, as read back from the engine{workers}",
+            *lines,
+            "  try:",
+            *(f"    {line}" for line in _request(args)),
+        ]
+    )
+
+
+def _request(args: Namespace) -> list[str]:
+    names = args.served_model_name or [args.model]
+    model = names if isinstance(names, str) else names[0]
+    body = {"model": model, "messages": [{"role": "user", "content": _question(model)}]}
+    quoted = json.dumps(body).replace("'", "'\\''")
+    lines = [
+        f"curl {_where(args)}/v1/chat/completions -H 'Content-Type: application/json'",
+        f"  -d '{quoted}'",
+    ]
+    if args.api_key:
+        lines.insert(1, "  -H 'Authorization: Bearer YOUR_KEY'")
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _where(args: Namespace) -> str:
+    if args.uds:
+        return f"--unix-socket {args.uds} http://localhost"
+    scheme = "https" if args.ssl_keyfile and args.ssl_certfile else "http"
+    host = args.host or "127.0.0.1"
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{host}:{args.port}{args.root_path or ''}"
+
+
+def _question(model: str) -> str:
+    if model == testbed.MODEL_NAME:
+        return testbed.example_question()
+    return "A train leaves at 9:40 and arrives at 13:05. How long does it travel?"

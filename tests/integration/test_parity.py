@@ -1,0 +1,113 @@
+"""A split engine answers what a plain forward with the same per-head mask answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import NUM_KV_HEADS, NUM_LAYERS
+from tests.engines import EngineCache, generate, pool_is_restored
+from tests.integration.conftest import random_prompt
+from tests.oracle import count_differences
+
+#: Layers with some, without any, with all, and with one full head.
+UNEVEN = ((0, 1), (), (0, 1, 2, 3), (2,))
+ALL_FULL = (tuple(range(NUM_KV_HEADS)),) * NUM_LAYERS
+ALL_STREAMING = ((),) * NUM_LAYERS
+
+PROMPT_LENGTHS = (17, 50, 64, 65, 200, 700, 1000)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "block_size", "sink", "window", "full_heads"),
+    [
+        ("qwen3", 16, 16, 64, UNEVEN),
+        ("qwen3", 32, 20, 33, UNEVEN),
+        ("qwen3", 16, 0, 64, ALL_STREAMING),
+        ("llama", 32, 16, 64, UNEVEN),
+        ("llama", 16, 20, 33, UNEVEN),
+        ("qwen2", 16, 0, 33, UNEVEN),
+        ("qwen2", 32, 20, 64, UNEVEN),
+        ("mistral", 16, 20, 64, UNEVEN),
+        ("mistral", 32, 0, 33, UNEVEN),
+    ],
+)
+def test_equals_the_oracle(
+    architecture: str,
+    block_size: int,
+    sink: int,
+    window: int,
+    full_heads: tuple[tuple[int, ...], ...],
+    checkpoint: Callable[[str], Path],
+    profile_of: Callable[..., Path],
+    engines: EngineCache,
+) -> None:
+    model = checkpoint(architecture)
+    profile = profile_of(model, full_heads, sink=sink, window=window)
+    llm = engines.get(model, profile, block_size=block_size)
+    prompts = [random_prompt(n, 0) for n in PROMPT_LENGTHS]
+    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
+        wrong, worst = count_differences(
+            model, prompt, output.outputs[0], full_heads, sink, window
+        )
+        assert wrong == 0, f"{wrong} tokens differ for a prompt of {len(prompt)}"
+        assert worst < 1e-4
+    assert pool_is_restored(llm)
+
+
+_STOCK = """
+import json, sys
+from tests.engines import engine, generate
+from pathlib import Path
+model, options, prompts = json.loads(sys.stdin.read())
+with engine(Path(model), **options) as llm:
+    print("RESULT", json.dumps([
+        [list(o.outputs[0].token_ids), [p[t].logprob for p, t in zip(o.outputs[0].logprobs, o.outputs[0].token_ids)]]
+        for o in generate(llm, prompts)
+    ]))
+"""
+
+
+def stock(model: Path, prompts: list[list[int]], **options: Any) -> list[Any]:
+    """Tokens and log-probabilities of vLLM without any plugin, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _STOCK],
+        input=json.dumps([str(model), options, prompts]),
+        env=os.environ | {"VLLM_PLUGINS": "none"},
+        cwd=Path(__file__).parents[2],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-2000:]
+    result: list[Any] = json.loads(lines[0].removeprefix("RESULT "))
+    return result
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_all_full_profile_and_idle_plugin_equal_stock_vllm(
+    block_size: int,
+    checkpoint: Callable[[str], Path],
+    profile_of: Callable[..., Path],
+    engines: EngineCache,
+) -> None:
+    model = checkpoint("qwen3")
+    prompts = [random_prompt(n, 1) for n in PROMPT_LENGTHS]
+    expected = stock(model, prompts, block_size=block_size)
+    all_full = profile_of(model, ALL_FULL, sink=16, window=64)
+    for profile in (None, all_full):
+        llm = engines.get(model, profile, block_size=block_size)
+        for (tokens, logprobs), output in zip(expected, generate(llm, prompts), strict=True):
+            completion = output.outputs[0]
+            assert list(completion.token_ids) == tokens
+            ours = [p[t].logprob for p, t in zip(completion.logprobs, tokens, strict=True)]
+            assert ours == logprobs
+        assert pool_is_restored(llm)

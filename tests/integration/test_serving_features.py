@@ -1,0 +1,170 @@
+"""The split cache stays exact under everything the scheduler does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from vllm import LLM
+
+from tests.engines import EngineCache, generate, greedy, pool_is_restored, scheduler
+from tests.integration.conftest import random_prompt
+from tests.integration.test_parity import ALL_STREAMING, PROMPT_LENGTHS, UNEVEN
+from tests.oracle import count_differences
+
+SINK, WINDOW, BLOCK = 16, 64, 16
+RETENTION = 256
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("qwen3")
+
+
+@pytest.fixture(scope="module")
+def profile(model: Path, profile_of: Callable[..., Path]) -> Path:
+    return profile_of(model, UNEVEN, sink=SINK, window=WINDOW)
+
+
+def assert_exact(model: Path, prompts: list[list[int]], outputs: list[object]) -> None:
+    wrong, worst = zip(
+        *(
+            count_differences(model, p, o.outputs[0], UNEVEN, SINK, WINDOW)  # type: ignore[attr-defined]
+            for p, o in zip(prompts, outputs, strict=True)
+        ),
+        strict=True,
+    )
+    assert sum(wrong) == 0, f"tokens that differ, by request: {wrong}"
+    assert max(worst) < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [48, 100])
+def test_chunked_prefill(
+    chunk: int, model: Path, profile: Path, engines: EngineCache
+) -> None:
+    llm = engines.get(
+        model, profile, block_size=BLOCK, max_num_batched_tokens=chunk, enable_chunked_prefill=True
+    )
+    prompts = [random_prompt(n, 2) for n in PROMPT_LENGTHS]
+    assert_exact(model, prompts, generate(llm, prompts))
+    assert pool_is_restored(llm)
+
+
+class TestPrefixCaching:
+    """Hits restore sinks and windows, and the answers stay exact."""
+
+    @pytest.fixture
+    def llm(self, model: Path, profile: Path, engines: EngineCache) -> LLM:
+        llm = engines.get(model, profile, block_size=BLOCK, enable_prefix_caching=True)
+        assert llm.reset_prefix_cache()
+        return llm
+
+    def test_identical_prompt(self, model: Path, llm: LLM) -> None:
+        prompt = random_prompt(700, 3)
+        first, again = generate(llm, [prompt]), generate(llm, [prompt])
+        assert first[0].num_cached_tokens == 0
+        assert again[0].num_cached_tokens == 699 // BLOCK * BLOCK
+        assert_exact(model, [prompt, prompt], first + again)
+
+    def test_different_prompt_with_a_shared_prefix(self, model: Path, llm: LLM) -> None:
+        shared = random_prompt(400, 4)
+        prompts = [shared + random_prompt(n, 5) for n in (600, 300, 90)]
+        outputs = [generate(llm, [p])[0] for p in prompts]
+        for output in outputs[1:]:
+            assert (output.num_cached_tokens or 0) >= 384 - RETENTION
+        assert outputs[1].num_cached_tokens == RETENTION
+        assert_exact(model, prompts, outputs)
+
+    def test_multi_turn(self, model: Path, llm: LLM) -> None:
+        prompt = random_prompt(150, 6)
+        for turn in range(3):
+            output = generate(llm, [prompt])[0]
+            # All of the last turn is cached but its last, never computed, token.
+            expected = 0 if turn == 0 else (len(prompt) - 31) // BLOCK * BLOCK
+            assert output.num_cached_tokens == expected
+            assert_exact(model, [prompt], [output])
+            prompt = prompt + list(output.outputs[0].token_ids) + random_prompt(30, turn)
+
+    def test_blocks_filled_and_hit_in_one_step(self, model: Path, llm: LLM) -> None:
+        shared = random_prompt(512, 7)
+        prompts = [shared + random_prompt(40, n) for n in range(6)]
+        outputs = generate(llm, prompts)
+        assert any(output.num_cached_tokens for output in outputs[1:])
+        assert_exact(model, prompts, outputs)
+        assert pool_is_restored(llm)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_preemption_in_a_small_pool(
+    caching: bool, model: Path, profile: Path, engines: EngineCache
+) -> None:
+    llm = engines.get(
+        model,
+        profile,
+        block_size=BLOCK,
+        num_gpu_blocks_override=150,
+        enable_prefix_caching=caching,
+        max_model_len=1024,
+    )
+    prompts = [random_prompt(40 + 13 * n, 8) for n in range(30)]
+    preempted = []
+    preempt = scheduler(llm)._preempt_request
+    scheduler(llm)._preempt_request = lambda *a, **k: (preempted.append(a), preempt(*a, **k))[1]
+    try:
+        outputs = generate(llm, prompts, 150)
+    finally:
+        del scheduler(llm)._preempt_request
+    assert len(preempted) >= 3, "the pool was large enough: nothing was tested"
+    assert_exact(model, prompts, outputs)
+    assert pool_is_restored(llm)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_aborts_in_flight_give_all_blocks_back(
+    caching: bool, model: Path, profile: Path, engines: EngineCache
+) -> None:
+    llm = engines.get(
+        model,
+        profile,
+        block_size=BLOCK,
+        num_gpu_blocks_override=150,
+        enable_prefix_caching=caching,
+        max_model_len=1024,
+        max_num_batched_tokens=100,
+    )
+    core = llm.llm_engine
+    prompts = {str(n): random_prompt(30 + 70 * (n % 5), n) for n in range(20)}
+    for name, prompt in prompts.items():
+        core.add_request(name, {"prompt_token_ids": prompt}, greedy(60))
+    finished = {}
+    for step in range(2000):
+        if not core.has_unfinished_requests():
+            break
+        for output in core.step():
+            if output.finished:
+                finished[output.request_id] = output
+        # Waiting, prefilling, decoding and preempted requests all get their turn.
+        if step % 7 == 3 and step // 7 < 10:
+            core.abort_request([str(step // 7 * 2)], internal=False)
+    assert len(finished) == 10
+    kept = [name for name in prompts if name in finished]
+    assert_exact(model, [prompts[n] for n in kept], [finished[n] for n in kept])
+    assert pool_is_restored(llm)
+
+
+def test_all_heads_streaming_holds_a_constant_number_of_blocks(
+    model: Path, profile_of: Callable[..., Path], engines: EngineCache
+) -> None:
+    profile = profile_of(model, ALL_STREAMING, sink=SINK, window=WINDOW)
+    llm = engines.get(model, profile, block_size=BLOCK)
+    core = llm.llm_engine
+    core.add_request("a", {"prompt_token_ids": random_prompt(1500, 9)}, greedy(100))
+    pool = scheduler(llm).kv_cache_manager.block_pool
+    groups = len(scheduler(llm).kv_cache_config.kv_cache_groups)
+    held = []
+    while core.has_unfinished_requests():
+        core.step()
+        held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+    assert max(held) <= groups * (1 + WINDOW // BLOCK + 1)
+    assert pool_is_restored(llm)

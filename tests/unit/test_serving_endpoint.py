@@ -1,0 +1,207 @@
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlkv_vllm.allocation import CacheGeometry, Forecast, allocate, pack, ring_blocks
+from rlkv_vllm.engine import config as engine_config
+from rlkv_vllm.engine.config import SplitConfig, SplitPlan
+from rlkv_vllm.engine.report import SplitReport
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.serving.endpoint import RlkvEndpoint, check_answers, prove_split
+from tests.profiles import assert_one_line, make_profile
+
+BLOCK, LENGTH, BLOCKS = 16, 512, 200
+
+
+def make_plan(tp_size: int = 1) -> SplitPlan:
+    profile = make_profile(layers=4, heads=2)
+    allocation = allocate(profile.gates, 0.5, tp_size)
+    geometry = CacheGeometry(
+        num_layers=4,
+        num_kv_heads=2,
+        head_dim=64,
+        dtype_bytes=2,
+        block_size=BLOCK,
+        sink=profile.sink,
+        window=profile.window,
+    )
+    groups = pack(
+        allocation,
+        full_blocks=LENGTH // BLOCK,
+        ring_blocks=ring_blocks(LENGTH, profile.sink, profile.window, BLOCK),
+    )
+    return SplitPlan(
+        config=SplitConfig(profile="p.json", sparsity=0.5),
+        profile=profile,
+        profile_id="p",
+        sparsity=0.5,
+        forecast=Forecast(geometry, groups),
+        retention_interval=256,
+        max_model_len=LENGTH,
+    )
+
+
+def answer(plan: SplitPlan, rank: int = 0, **changes: Any) -> dict[str, Any]:
+    found = {"active": True, "rank": rank, "unsplit_layers": [], "full_head_caches": 4}
+    report = SplitReport.of(plan, rank, BLOCKS).to_dict()
+    return found | {"streaming_head_caches": 4} | report | changes
+
+
+def refusal(plan: SplitPlan, *answers: dict[str, Any]) -> RlkvError:
+    with pytest.raises(RlkvError) as caught:
+        check_answers(answers, plan)
+    assert_one_line(caught.value, "the KV cache is not split", "rlkv doctor")
+    return caught.value
+
+
+class Engine:
+    """An engine client whose workers answer what a test says."""
+
+    def __init__(self, *answers: Any, error: Exception | None = None) -> None:
+        self.answers, self.error = answers, error
+        self.vllm_config = SimpleNamespace()
+
+    async def collective_rpc(self, method: str, timeout: float) -> list[Any]:
+        assert method == "rlkv_split_report"
+        assert timeout > 0
+        if self.error:
+            raise self.error
+        return list(self.answers)
+
+
+def test_an_answer_that_agrees_is_a_proof() -> None:
+    plan = make_plan()
+    assert check_answers([answer(plan)], plan) == [SplitReport.of(plan, 0, BLOCKS)]
+
+
+def test_every_rank_must_answer_once() -> None:
+    plan = make_plan(tp_size=2)
+    both = [answer(plan, 1), answer(plan, 0)]
+    assert len(check_answers(both, plan)) == 2
+    assert_one_line(refusal(plan, both[0]), "1 of 2 workers")
+    refusal(plan, both[0], both[0])
+    refusal(plan)
+
+
+def test_layers_with_whole_caches_are_named() -> None:
+    plan = make_plan()
+    layers = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+    inactive = {"active": False, "rank": 0, "unsplit_layers": layers}
+    inactive |= {"full_head_caches": 0, "streaming_head_caches": 0}
+    assert_one_line(refusal(plan, inactive), "worker 0", "2 attention layers", layers[0])
+
+
+def test_wrong_number_of_head_caches() -> None:
+    plan = make_plan()
+    assert_one_line(refusal(plan, answer(plan, active=False)), "4 full and 4 streaming")
+
+
+@pytest.mark.parametrize(
+    ("what", "built"),
+    [
+        ("profile_sha256", "0" * 64),
+        ("sparsity", 0.25),
+        ("full_heads", 5),
+        ("streaming_heads", 3),
+        ("sink", 0),
+        ("window", 63),
+        ("block_size", 32),
+    ],
+)
+def test_another_split_than_planned(what: str, built: object) -> None:
+    plan = make_plan()
+    assert_one_line(refusal(plan, answer(plan, **{what: built})), f"{what} {built}")
+
+
+async def test_workers_that_cannot_answer() -> None:
+    engine = Engine(error=AttributeError("no attribute\n'rlkv_split_report'"))
+    with pytest.raises(RlkvError) as caught:
+        await prove_split(engine, make_plan())  # type: ignore[arg-type]
+    assert_one_line(caught.value, "not split", "no attribute 'rlkv_split_report'")
+
+
+def flags(**changes: Any) -> Namespace:
+    plain = {"served_model_name": ["m"], "model": "/m", "api_key": None, "host": None}
+    plain |= {"port": 8000, "uds": None, "ssl_keyfile": None, "ssl_certfile": None}
+    return Namespace(**(plain | {"root_path": None} | changes))
+
+
+async def test_init_state_keeps_the_reports_and_prints_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_plan()
+    monkeypatch.setattr(engine_config, "split_plan", lambda config: plan)
+    state = SimpleNamespace()
+    with caplog.at_level("INFO", logger="vllm.rlkv"):
+        await RlkvEndpoint().init_state(Engine(answer(plan)), state, flags())  # type: ignore[arg-type]
+    assert state.rlkv_reports == [SplitReport.of(plan, 0, BLOCKS)]
+    assert "4 full, 4 streaming" in caplog.text
+    assert "curl http://127.0.0.1:8000/v1/chat/completions" in caplog.text
+
+
+async def test_init_state_refuses_when_a_worker_is_not_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = make_plan()
+    monkeypatch.setattr(engine_config, "split_plan", lambda config: plan)
+    state = SimpleNamespace()
+    with pytest.raises(RlkvError, match="not split"):
+        await RlkvEndpoint().init_state(
+            Engine(answer(plan, active=False)),  # type: ignore[arg-type]
+            state,  # type: ignore[arg-type]
+            flags(),
+        )
+    assert not hasattr(state, "rlkv_reports")
+
+
+async def test_nothing_happens_without_a_split_or_an_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_config, "split_plan", lambda config: None)
+    state = SimpleNamespace()
+    engine = Engine(error=AssertionError("asked"))
+    await RlkvEndpoint().init_state(engine, state, flags())  # type: ignore[arg-type]
+    await RlkvEndpoint().init_state(None, state, flags())  # type: ignore[arg-type]
+    assert vars(state) == {}
+
+
+def test_vllm_accepts_the_plugin() -> None:
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    assert isinstance(RlkvEndpoint(), EndpointPlugin)
+    assert RlkvEndpoint.name == "rlkv"
+
+
+def test_the_summary_shows_the_fullest_worker(tmp_path: Path) -> None:
+    from rlkv_vllm.serving.summary import summary
+
+    report = SplitReport.of(make_plan(), 0, BLOCKS)
+    tight = replace(report, requests_at_once=3)
+    text = summary([report, tight], flags())
+    assert "fullest of 2 workers" in text
+    row = next(line for line in text.splitlines() if "requests at once" in line)
+    assert row.split() == f"requests at once of 512 tokens 3 {report.full_requests_at_once}".split()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"host": "0.0.0.0", "port": 81}, "curl http://127.0.0.1:81/v1/"),
+        ({"host": "::1"}, "curl http://[::1]:8000/v1/"),
+        ({"ssl_keyfile": "k", "ssl_certfile": "c"}, "curl https://127.0.0.1:8000/v1/"),
+        ({"uds": "/s"}, "curl --unix-socket /s http://localhost/v1/"),
+        ({"root_path": "/llm"}, "curl http://127.0.0.1:8000/llm/v1/"),
+        ({"api_key": ["secret"]}, "Authorization: Bearer YOUR_KEY"),
+        ({"served_model_name": None}, '"model": "/m"'),
+    ],
+)
+def test_the_example_request_fits_the_flags(changes: dict[str, Any], expected: str) -> None:
+    from rlkv_vllm.serving.summary import summary
+
+    text = summary([SplitReport.of(make_plan(), 0, BLOCKS)], flags(**changes))
+    assert expected in text
+    assert "secret" not in text
