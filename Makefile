@@ -59,7 +59,7 @@ doctor: $(SERVE_STAMP)  ## what serving needs, one line each
 	@$(BIN)/python -m rlkv_vllm doctor --port $(PORT)
 
 wheel: $(DEV_STAMP)  ## wheel and sdist into dist/
-	$(PIP) wheel . --no-deps --wheel-dir dist
+	$(BIN)/python -m build
 
 clean:  ## remove .venv and what tools leave behind
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from rlkv_vllm.errors import RlkvError
 
@@ -74,11 +76,18 @@ class Allocation:
 
     def num_full_on(self, rank: int) -> int:
         """Full heads of all layers on `rank`."""
-        return sum(len(self.full_on(rank, layer)) for layer in range(self.num_layers))
+        return self._full_on_ranks[rank]
 
     def num_streaming_on(self, rank: int) -> int:
         """Streaming heads of all layers on `rank`."""
         return self.num_layers * self.heads_per_rank - self.num_full_on(rank)
+
+    @cached_property
+    def _full_on_ranks(self) -> tuple[int, ...]:
+        counts = Counter(chain.from_iterable(self.full))
+        return tuple(
+            sum(counts[head] for head in self.heads_of(rank)) for rank in range(self.tp_size)
+        )
 
 
 def allocate(gates: Sequence[Sequence[float]], sparsity: float, tp_size: int = 1) -> Allocation:

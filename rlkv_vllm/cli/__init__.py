@@ -11,6 +11,7 @@ import typer
 
 import rlkv_vllm
 from rlkv_vllm.cli.doctor import doctor
+from rlkv_vllm.cli.profile import app as profile_app
 from rlkv_vllm.cli.serve import serve
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )(serve)
+app.add_typer(profile_app, name="profile")
 app.command("doctor")(doctor)
 
 

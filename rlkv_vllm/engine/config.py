@@ -35,7 +35,7 @@ BLOCK_SIZE_MULTIPLE = 16
 #: quarter slower on blocks of 16, but its rings waste less (tokens).
 PREFERRED_BLOCK_SIZES = (32, 16)
 
-#: A preferred block size may cost this much more memory than the smallest cache.
+#: A preferred block size may cost this much more memory than the tokens in it.
 BLOCK_SIZE_WASTE = 1.03
 
 #: Prompt tokens between two places at which a different prompt with the same
@@ -207,14 +207,21 @@ def _plan(
 
 
 def _fastest_of_the_small(forecasts: list[Forecast], max_model_len: int) -> Forecast:
-    """The first forecast whose requests cost about what the smallest cache would."""
+    """The first forecast that wastes little of what its tokens need, else the smallest."""
     tokens = min(max_model_len, TARGET_TOKENS)
 
-    def cost(forecast: Forecast) -> int:
-        return max(forecast.bytes_per_request(tokens, rank) for rank in forecast.ranks)
+    def waste(forecast: Forecast) -> float:
+        geometry, allocation = forecast.geometry, forecast.groups.allocation
+        ring = min(tokens, geometry.sink + geometry.window)
+        return max(
+            forecast.bytes_per_request(tokens, rank)
+            / geometry.head_token_bytes
+            / (allocation.num_full_on(rank) * tokens + allocation.num_streaming_on(rank) * ring)
+            for rank in forecast.ranks
+        )
 
-    smallest = min(map(cost, forecasts))
-    return next(f for f in forecasts if cost(f) <= BLOCK_SIZE_WASTE * smallest)
+    small = (forecast for forecast in forecasts if waste(forecast) <= BLOCK_SIZE_WASTE)
+    return next(small, min(forecasts, key=waste))
 
 
 def _profile_id(name: str) -> str:

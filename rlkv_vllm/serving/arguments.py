@@ -21,14 +21,14 @@ WORKER_EXTENSION = "rlkv_vllm.engine.worker_extension.RlkvWorkerExtension"
 EMBEDDED_DEFAULTS: dict[str, Any] = {
     "profile": testbed.MODEL_NAME,
     "served_model_name": [testbed.MODEL_NAME],
-    "reasoning_parser": "deepseek_r1",
+    "reasoning_parser": testbed.REASONING_PARSER,
     "enforce_eager": True,
 }
 EMBEDDED_CACHE_BYTES = 256 * 2**20
 
 #: How long running requests may finish after Ctrl-C or SIGTERM. vLLM's 0 kills
 #: the engine, which then complains.
-SHUTDOWN_TIMEOUT_S = 5
+SHUTDOWN_TIMEOUT_S = 10
 
 _USAGE = "rlkv serve [MODEL] [--profile P] [--sparsity S] [--sink N] [--window N] [vLLM flags]"
 
@@ -127,7 +127,7 @@ def _server_parser() -> FlexibleArgumentParser:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise RlkvError(f"{' '.join(message.split())}: see `rlkv serve --help`")
 

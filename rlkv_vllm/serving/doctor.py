@@ -76,7 +76,7 @@ def examine(port: int) -> Iterator[Finding]:
 def _python() -> str:
     found = platform.python_version()
     if not (3, 11) <= sys.version_info[:2] <= (3, 14):
-        raise RlkvError(f"{found}: vLLM {SUPPORTED_VLLM} needs 3.11 to 3.14: make a new environment")
+        raise RlkvError(f"{found}: vLLM {SUPPORTED_VLLM} needs 3.11 to 3.14: use one of these")
     return f"{found} ({sys.prefix})"
 
 
@@ -137,7 +137,9 @@ def _plugin() -> str:
     backend = AttentionBackendEnum.CPU_ATTN.get_path()
     if not backend.startswith("rlkv_vllm."):
         raise RlkvError(f"vLLM still uses {backend} after loading the plugin: install again")
-    if preflight.PLUGIN_NAME not in {plugin.name for plugin in load_endpoint_plugins(("generate",))}:
+    if preflight.PLUGIN_NAME not in {
+        plugin.name for plugin in load_endpoint_plugins(("generate",))
+    }:
         raise RlkvError("vLLM does not load the endpoint plugin: install again")
     return f"found and loaded by vLLM (VLLM_PLUGINS={os.environ['VLLM_PLUGINS']})"
 
@@ -150,8 +152,14 @@ def _embedded_model() -> str:
 
     model = str(testbed.model_dir())
     wanted = argparse.Namespace(
-        model=model, revision=None, profile=EMBEDDED_DEFAULTS["profile"], sparsity=None,
-        sink=None, window=None, additional_config=None, worker_extension_cls="",
+        model=model,
+        revision=None,
+        profile=EMBEDDED_DEFAULTS["profile"],
+        sparsity=None,
+        sink=None,
+        window=None,
+        additional_config=None,
+        worker_extension_cls="",
     )
     add_split(wanted, preflight.split_options(wanted))
     config = AsyncEngineArgs(

@@ -8,11 +8,14 @@ import os
 import socket
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import check_matches, load_model_fingerprint, one_line
 from rlkv_vllm.profile.lookup import find_profile
+
+if TYPE_CHECKING:
+    from rlkv_vllm.engine.config import SplitPlan
 
 PLUGIN_NAME = "rlkv"
 GENERAL_PLUGINS = "vllm.general_plugins"
@@ -100,7 +103,7 @@ def check_address(args: argparse.Namespace) -> None:
     """
     if args.uds:
         if Path(args.uds).exists():
-            raise RlkvError(f"--uds {one_line(args.uds)}: exists already: remove it or name another")
+            raise RlkvError(f"--uds {one_line(args.uds)}: exists: remove it or name another")
         return
     if not 0 <= args.port <= 65535:
         raise RlkvError(f"--port {args.port}: must be from 0 to 65535")
@@ -211,4 +214,24 @@ def choose_cpu_memory(args: argparse.Namespace, cache_bytes: int | None) -> str 
     return (
         f"using {free_share:.0%} of the memory (vLLM's share is {given:.0%}, more than is free): "
         "set --kv-cache-memory-bytes for a cache of fixed size"
+    )
+
+
+def check_capacity(plan: SplitPlan, cache_bytes: int | None) -> None:
+    """Refuse a cache in which a request of ``--max-model-len`` would never fit.
+
+    Args:
+        plan: the split to be served.
+        cache_bytes: of the cache, per worker; None when vLLM measures what is free.
+
+    Raises:
+        RlkvError: naming the flags and what would fit.
+    """
+    tokens = plan.max_model_len
+    if cache_bytes is None or plan.forecast.requests_at_once(tokens, cache_bytes) > 0:
+        return
+    need = max(plan.forecast.bytes_per_request(tokens, rank) for rank in plan.forecast.ranks)
+    raise RlkvError(
+        f"--kv-cache-memory-bytes {cache_bytes:,}: one request of --max-model-len {tokens:,} "
+        f"needs {need:,} bytes and a spare block: raise the one or lower the other"
     )

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _LOGGING_CONFIG = Path(__file__).with_name("logging.json")
 
@@ -71,9 +72,7 @@ class StartUpFilter(logging.Filter):
             if message.startswith(start):
                 record.msg, record.args = phase, None
                 return True
-        return record.levelno >= logging.WARNING and not any(
-            noise in message for noise in _NOISE
-        )
+        return record.levelno >= logging.WARNING and not any(noise in message for noise in _NOISE)
 
 
 class LineFormatter(logging.Formatter):
@@ -82,12 +81,16 @@ class LineFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__(datefmt="%H:%M:%S")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+    def formatMessage(self, record: logging.LogRecord) -> str:
         """One record as text."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         return f"rlkv {self.formatTime(record, self.datefmt)} {level}{record.message}"
 
-    def usesTime(self) -> bool:  # noqa: N802
+    def formatException(self, ei: Any) -> str:
+        """The last line: the rest says nothing to a user, and vLLM's own log has it."""
+        return super().formatException(ei).rstrip().rsplit("\n", 1)[-1]
+
+    def usesTime(self) -> bool:
         """The time is added by :meth:`formatMessage`."""
         return False
 

@@ -10,7 +10,13 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving import preflight, progress
-from rlkv_vllm.serving.arguments import EMBEDDED_CACHE_BYTES, add_split, own_options, parse, short_help
+from rlkv_vllm.serving.arguments import (
+    EMBEDDED_CACHE_BYTES,
+    add_split,
+    own_options,
+    parse,
+    short_help,
+)
 
 #: The user stopped the server: that is how a server ends.
 STOPPED = 0
@@ -96,7 +102,9 @@ def _check_engine_config(args: argparse.Namespace) -> None:
             usage_context=UsageContext.OPENAI_API_SERVER
         )
         validate_api_server_args(args)
-        split_plan(config)
+        plan = split_plan(config)
+        if plan is not None:
+            preflight.check_capacity(plan, config.cache_config.kv_cache_memory_bytes)
     except RlkvError:
         raise
     except (ValueError, TypeError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
@@ -104,7 +112,7 @@ def _check_engine_config(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """vLLM's ``serve`` command on parsed arguments.
+    """VLLM's ``serve`` command on parsed arguments.
 
     Called from Python because the console script of the CPU wheel does not start.
     """

@@ -79,5 +79,5 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError(prog_name)
 
     monkeypatch.setattr(cli, "app", app)
-    with pytest.raises(ValueError, match="^rlkv$"):
+    with pytest.raises(ValueError, match=r"^rlkv$"):
         cli.main()

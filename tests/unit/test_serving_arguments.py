@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ SPLIT = {"profile": "/p.json", "sparsity": 0.5, "sink": 4, "window": 16, "sha256
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-    yield
+    return
 
 
 def refusal(*arguments: str) -> RlkvError:

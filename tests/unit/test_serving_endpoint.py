@@ -6,43 +6,13 @@ from typing import Any
 
 import pytest
 
-from rlkv_vllm.allocation import CacheGeometry, Forecast, allocate, pack, ring_blocks
 from rlkv_vllm.engine import config as engine_config
-from rlkv_vllm.engine.config import SplitConfig, SplitPlan
+from rlkv_vllm.engine.config import SplitPlan
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving.endpoint import RlkvEndpoint, check_answers, prove_split
-from tests.profiles import assert_one_line, make_profile
-
-BLOCK, LENGTH, BLOCKS = 16, 512, 200
-
-
-def make_plan(tp_size: int = 1) -> SplitPlan:
-    profile = make_profile(layers=4, heads=2)
-    allocation = allocate(profile.gates, 0.5, tp_size)
-    geometry = CacheGeometry(
-        num_layers=4,
-        num_kv_heads=2,
-        head_dim=64,
-        dtype_bytes=2,
-        block_size=BLOCK,
-        sink=profile.sink,
-        window=profile.window,
-    )
-    groups = pack(
-        allocation,
-        full_blocks=LENGTH // BLOCK,
-        ring_blocks=ring_blocks(LENGTH, profile.sink, profile.window, BLOCK),
-    )
-    return SplitPlan(
-        config=SplitConfig(profile="p.json", sparsity=0.5),
-        profile=profile,
-        profile_id="p",
-        sparsity=0.5,
-        forecast=Forecast(geometry, groups),
-        retention_interval=256,
-        max_model_len=LENGTH,
-    )
+from tests.plans import BLOCKS, make_plan
+from tests.profiles import assert_one_line
 
 
 def answer(plan: SplitPlan, rank: int = 0, **changes: Any) -> dict[str, Any]:

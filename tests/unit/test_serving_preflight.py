@@ -12,6 +12,7 @@ import pytest
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import save_profile
 from rlkv_vllm.serving import preflight
+from tests.plans import make_plan
 from tests.profiles import assert_one_line, make_model_dir, make_profile
 
 
@@ -56,9 +57,7 @@ def test_flags_win_over_the_profile_also_where_they_are_zero(tmp_path: Path) -> 
     assert (split["sparsity"], split["sink"], split["window"]) == (0.0, 0, 1)
 
 
-def test_the_profile_path_is_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_profile_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = options(tmp_path)
     monkeypatch.chdir(tmp_path)
     args.profile = "heads.json"
@@ -297,3 +296,19 @@ def test_two_cache_sizes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "VLLM_CPU_KVCACHE_SPACE=4" in note
     assert "--kv-cache-memory-bytes 7" in note
     assert preflight.choose_cpu_memory(memory_args(), 99) is None
+
+
+# --- capacity --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_cache_must_hold_one_longest_request(tp_size: int) -> None:
+    plan = make_plan(tp_size)
+    # One request, and the block that vLLM keeps for itself.
+    blocks = plan.forecast.blocks_per_request(plan.max_model_len) + 1
+    enough = blocks * max(plan.forecast.block_bytes(rank) for rank in plan.forecast.ranks)
+    preflight.check_capacity(plan, enough)
+    preflight.check_capacity(plan, None)
+    with pytest.raises(RlkvError) as caught:
+        preflight.check_capacity(plan, enough - 1)
+    assert_one_line(caught.value, f"--kv-cache-memory-bytes {enough - 1:,}", "--max-model-len 512")

@@ -2,7 +2,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,12 +13,12 @@ def record(message: str, level: int = logging.INFO, name: str = "vllm.x") -> log
 
 
 @pytest.fixture(autouse=True)
-def _nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in (*progress._LEVEL_VARIABLES, *progress._QUIET_ENVIRONMENT):
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
     monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)
-    yield
+    return
 
 
 def test_phases_are_renamed_and_other_information_is_dropped() -> None:
@@ -45,6 +44,19 @@ def test_lines_show_the_level_only_where_it_matters() -> None:
     assert line(record("hello"))[-6:] == " hello"
     assert line(record("hello", logging.WARNING)).endswith(" warning: hello")
     assert line(record("hello")).startswith("rlkv ")
+
+
+def test_of_a_traceback_the_error_is_shown() -> None:
+    failed = record("EngineCore failed to start.", logging.ERROR)
+    try:
+        raise ValueError("the cache is too small")
+    except ValueError:
+        failed.exc_info = sys.exc_info()
+    lines = progress.LineFormatter().format(failed).splitlines()
+    assert [line.partition(" error: ")[2] or line for line in lines] == [
+        "EngineCore failed to start.",
+        "ValueError: the cache is too small",
+    ]
 
 
 def test_the_users_choice_of_logging_stays(monkeypatch: pytest.MonkeyPatch) -> None:

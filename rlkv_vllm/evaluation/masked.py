@@ -1,0 +1,186 @@
+"""Solving a task with per-head masks in Hugging Face: the counterpart of the served engine.
+
+Streaming heads are masked, no memory is saved: slow, but exact, and it needs no vLLM. For
+choosing a scorer or a sparsity, and for checking what the engine serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlkv_vllm.training.gated_attention import attach_gates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlkv_vllm.evaluation.tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """Which heads see everything, and what the others see.
+
+    Attributes:
+        full_heads: full KV heads per layer.
+        sink: first tokens that a streaming head sees.
+        window: last tokens that a streaming head sees, the query's own included.
+    """
+
+    full_heads: Sequence[Collection[int]]
+    sink: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one problem.
+
+    Attributes:
+        prompt_ids: the problem as the chat template renders it.
+        output_ids: generated tokens; the end token is the last one if there is one.
+        text: the decoded output, without special tokens.
+        is_correct: whether the task accepts it.
+        hit_cap: whether the token limit cut it off.
+    """
+
+    prompt_ids: list[int]
+    output_ids: list[int]
+    text: str
+    is_correct: bool
+    hit_cap: bool
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The answers to a task, one per problem, in its order; not empty."""
+
+    answers: list[Answer]
+
+    @property
+    def correct(self) -> list[bool]:
+        """Per problem, whether it is solved: what paired tests compare."""
+        return [answer.is_correct for answer in self.answers]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of problems solved."""
+        return sum(self.correct) / len(self.answers)
+
+    @property
+    def mean_output_tokens(self) -> float:
+        """Mean length of the outputs, end token included."""
+        return sum(len(answer.output_ids) for answer in self.answers) / len(self.answers)
+
+    @property
+    def capped_share(self) -> float:
+        """Share of the outputs that the token limit cut off."""
+        return sum(answer.hit_cap for answer in self.answers) / len(self.answers)
+
+
+def solve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    split: HeadSplit | None = None,
+    max_new_tokens: int = 512,
+    batch_size: int = 64,
+    report: Callable[[int], None] = lambda solved: None,
+) -> TaskResult:
+    """Answer `problems` greedily, in batches padded on the left.
+
+    Args:
+        model: a Hugging Face decoder; ungated, and unchanged afterwards.
+        tokenizer: its tokenizer, with a chat template.
+        task: checks the answers.
+        problems: of that task, at least one.
+        split: which heads are streaming heads; None is the plain model.
+        max_new_tokens: where an answer is cut off.
+        batch_size: problems decoded together.
+        report: called after every batch with the number of problems in it.
+
+    Returns:
+        The answers, in the order of `problems`.
+    """
+    prompts = [render(tokenizer, problem) for problem in problems]
+    # Alike lengths side by side need little padding; longest first shows memory limits early.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: dict[int, Answer] = {}
+    was_training = model.training
+    model.eval()
+    gates = nullcontext() if split is None else attach_gates(model, split.sink, split.window)
+    try:
+        with gates as handle:
+            if handle is not None and split is not None:
+                handle.set_hard(split.full_heads)
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                outputs = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+                for i, (ids, ended) in zip(batch, outputs, strict=True):
+                    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+                    answers[i] = Answer(
+                        prompt_ids=prompts[i],
+                        output_ids=ids,
+                        text=text,
+                        is_correct=bool(task.check(text, problems[i].answer)),
+                        hit_cap=not ended,
+                    )
+                report(len(batch))
+    finally:
+        model.train(was_training)
+    return TaskResult([answers[i] for i in range(len(problems))])
+
+
+def render(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+    """The token ids of a problem, ready for the model's answer."""
+    text = tokenizer.apply_chat_template(
+        problem.messages, tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+) -> list[tuple[list[int], bool]]:
+    """Greedy outputs up to and including the end token, and whether there was one."""
+    ends = _end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    # `generate` records no gradients by itself.
+    sequences = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        # A model's own sampling settings are no part of greedy decoding, and warned about.
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad,
+    )
+    outputs = []
+    for row in sequences[:, longest:].tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        outputs.append((row if end is None else row[: end + 1], end is not None))
+    return outputs
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer, by the model's generation config and its tokenizer."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    return {end for end in ends | {tokenizer.eos_token_id} if end is not None}

@@ -1,0 +1,287 @@
+"""Training of the embedded reasoner, on one core in minutes.
+
+Muon on the hidden matrices and AdamW on the rest, cross-entropy on completions only, and a
+curriculum that enlarges the problems as fast as the model masters them. A run is a function of
+its configuration: the data of a step depend on seed and step alone, so that a resumed run ends
+in the same state as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import write_bytes_atomic
+from rlkv_vllm.testbed.model import MAX_LENGTH, build_model
+from rlkv_vllm.testbed.muon import Muon
+from rlkv_vllm.testbed.problems import FAMILIES, make_problem
+from rlkv_vllm.testbed.tokenizer import build_tokenizer, training_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+CHECKPOINT = "checkpoint.safetensors"
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; the defaults made the shipped weights.
+
+    Attributes:
+        seed: of the initial weights and of the data.
+        max_steps: where to stop when the curriculum has not ended the run before.
+        batch_tokens: tokens in a batch, prompts included.
+        muon_lr: peak learning rate of the hidden matrices.
+        adam_lr: peak learning rate of embeddings and norms.
+        warmup_steps: linear warm-up of both learning rates.
+        first_scale: size of the problems at the start, in (0, 1].
+        scale_step: how much they grow each time the model masters them.
+        master_accuracy: running token accuracy from which a size is mastered.
+        decay_accuracy: running token accuracy at full size from which the learning rate decays.
+        decay_steps: length of the linear decay to zero, the end of the run.
+        checkpoint_steps: how often the state is saved.
+    """
+
+    seed: int = 0
+    max_steps: int = 6000
+    batch_tokens: int = 2000
+    muon_lr: float = 2e-3
+    adam_lr: float = 2.5e-3
+    warmup_steps: int = 50
+    first_scale: float = 0.15
+    scale_step: float = 0.04
+    master_accuracy: float = 0.93
+    decay_accuracy: float = 0.97
+    decay_steps: int = 500
+    checkpoint_steps: int = 200
+
+
+@dataclass
+class TrainingState:
+    """Where a run is.
+
+    Attributes:
+        step: steps done.
+        scale: present size of the problems.
+        accuracy: running token accuracy.
+        loss: running loss, nats per token.
+        decay_start: the step at which the decay began, if it has.
+    """
+
+    step: int = 0
+    scale: float = 0.0
+    accuracy: float = 0.0
+    loss: float = 0.0
+    decay_start: int | None = None
+
+    def learning_rate(self, config: TrainingConfig) -> float:
+        """The factor on the peak learning rates, in [0, 1]."""
+        factor = min(1.0, (self.step + 1) / config.warmup_steps)
+        if self.decay_start is not None:
+            factor *= max(0.0, 1 - (self.step - self.decay_start) / config.decay_steps)
+        return factor
+
+    def is_done(self, config: TrainingConfig) -> bool:
+        """Whether the curriculum or the step limit has ended the run."""
+        if self.decay_start is not None and self.step >= self.decay_start + config.decay_steps:
+            return True
+        return self.step >= config.max_steps
+
+    def progress(self, config: TrainingConfig) -> float:
+        """A guess of the finished share of the run, in [0, 1]: the larger the slower."""
+        if self.is_done(config):
+            return 1.0
+        if self.decay_start is not None:
+            return 0.75 + 0.25 * (self.step - self.decay_start) / config.decay_steps
+        return max(0.75 * self.scale**2, self.step / config.max_steps)
+
+
+class TestbedTrainer:
+    """Model, optimisers and curriculum of one run.
+
+    Args:
+        config: how to train.
+    """
+
+    __test__ = False  # no test class, whatever pytest thinks of its name
+
+    def __init__(self, config: TrainingConfig) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.state = TrainingState(scale=config.first_scale)
+        self.tokenizer: PreTrainedTokenizerFast = build_tokenizer(MAX_LENGTH)
+        self.model: Qwen3ForCausalLM = build_model(
+            len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        )
+        self.model.train()
+        hidden, rest = [], []
+        for name, weight in self.model.named_parameters():
+            (hidden if weight.dim() == 2 and "embed" not in name else rest).append(weight)
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = (
+            Muon(hidden, lr=config.muon_lr),
+            torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        self._peaks = (config.muon_lr, config.adam_lr)
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch of the present step: ids and labels, both [problems, length]."""
+        config = self.config
+        rng = random.Random(f"train-{config.seed}-{self.state.step}")
+        rows: list[tuple[list[int], int]] = []
+        longest = 0
+        while True:
+            scale = self.state.scale
+            if rng.random() < 0.25:
+                scale *= rng.uniform(0.3, 1.0)
+            prompt, completion = training_texts(make_problem(rng.choice(FAMILIES), rng, scale))
+            prompt_ids = self._encode(prompt)
+            ids = prompt_ids + self._encode(completion)
+            longest = max(longest, len(ids))
+            if rows and longest * (len(rows) + 1) > config.batch_tokens:
+                break
+            rows.append((ids, len(prompt_ids)))
+        longest = max(len(ids) for ids, _ in rows)
+        inputs = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        labels = torch.full((len(rows), longest), _IGNORED)
+        for i, (ids, prompt_length) in enumerate(rows):
+            inputs[i, : len(ids)] = torch.tensor(ids)
+            labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
+        return inputs, labels
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def step(self) -> None:
+        """One optimiser step and, every tenth, a look at the curriculum."""
+        config, state = self.config, self.state
+        inputs, labels = self.batch()
+        # Padding is on the right, where causal attention cannot see it: no mask needed.
+        hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]
+        wanted = targets != _IGNORED
+        logits = self.model.lm_head(hidden[:, :-1][wanted])
+        loss = torch.nn.functional.cross_entropy(logits, targets[wanted])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        factor = state.learning_rate(config)
+        for optimizer, peak in zip(self._optimizers, self._peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        accuracy = (logits.argmax(-1) == targets[wanted]).float().mean().item()
+        keep = min(0.9, state.step / (state.step + 1))
+        state.accuracy = keep * state.accuracy + (1 - keep) * accuracy
+        state.loss = keep * state.loss + (1 - keep) * loss.item()
+        state.step += 1
+        if state.step % 10 == 0 and state.decay_start is None:
+            if state.scale < 1.0 and state.accuracy > config.master_accuracy:
+                state.scale = min(1.0, state.scale + config.scale_step)
+            elif state.scale >= 1.0 and state.accuracy > config.decay_accuracy:
+                state.decay_start = state.step
+
+    # --- checkpoints -----------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write weights, optimisers and curriculum to one file, atomically.
+
+        Tensors are safetensors; the curriculum and the configuration are JSON in its header.
+        """
+        from safetensors.torch import save
+
+        tensors = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
+        for number, optimizer in enumerate(self._optimizers):
+            for index, entry in optimizer.state_dict()["state"].items():
+                for key, value in entry.items():
+                    tensors[f"optimizer.{number}.{index}.{key}"] = value
+        record = {"config": asdict(self.config), "state": asdict(self.state)}
+        content = save(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            metadata={"testbed": json.dumps(record)},
+        )
+        write_bytes_atomic({path: content})
+
+    def load(self, path: Path) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            RlkvError: if the file is no checkpoint or one of another configuration.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads((file.metadata() or {})["testbed"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise RlkvError(
+                f"{path}: no checkpoint of `rlkv testbed train` ({error}): delete it and start anew"
+            ) from error
+        ours = asdict(self.config)
+        differing = [key for key in ours if record["config"].get(key) != ours[key]]
+        if differing:
+            given = ", ".join(f"{key} {ours[key]}" for key in differing)
+            made = ", ".join(f"{key} {record['config'].get(key)}" for key in differing)
+            raise RlkvError(
+                f"{path}: made with {made}, given {given}: resume with the same options, or "
+                "choose another --output"
+            )
+        self.state = TrainingState(**record["state"])
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(tensors[f"model.{name}"])
+        for number, optimizer in enumerate(self._optimizers):
+            entries: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in tensors.items():
+                kind, _, rest = name.partition(".")
+                if kind != "optimizer" or not rest.startswith(f"{number}."):
+                    continue
+                _, index, key = rest.split(".")
+                entries.setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+
+
+def run(
+    config: TrainingConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[TrainingState], None] = lambda state: None,
+) -> TestbedTrainer:
+    """Train to the end, with a checkpoint in `output` every `checkpoint_steps`.
+
+    Args:
+        config: how to train.
+        output: folder of the checkpoint.
+        resume: continue from its checkpoint, if there is one.
+        report: called after every step.
+
+    Raises:
+        RlkvError: if the checkpoint does not fit, or is there without `resume`.
+    """
+    torch.set_num_threads(1)
+    checkpoint = output / CHECKPOINT
+    trainer = TestbedTrainer(config)
+    if checkpoint.exists():
+        if not resume:
+            raise RlkvError(
+                f"{checkpoint}: holds an earlier run: give --resume to continue it, or choose "
+                "another --output"
+            )
+        trainer.load(checkpoint)
+    while not trainer.state.is_done(config):
+        trainer.step()
+        if trainer.state.step % config.checkpoint_steps == 0:
+            trainer.save(checkpoint)
+        report(trainer.state)
+    trainer.save(checkpoint)
+    return trainer

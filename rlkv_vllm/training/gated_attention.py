@@ -1,0 +1,283 @@
+"""Attention with one gate per KV head, in any Hugging Face decoder, without patching its code.
+
+``out = gate * full_attention + (1 - gate) * local_attention`` per KV head (RLKV, arXiv 2510.08525,
+eq. 3; the same mix as DuoAttention, arXiv 2410.10819). Transformers lets a model look up its
+attention function and its mask function by name; both are registered here under one name.
+
+Shape suffixes: B sequences, T query tokens, S key tokens, L layers, H KV heads, Q query heads
+(``Q = H * G``), D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlkv_vllm.errors import RlkvError
+
+#: Name of the attention and mask functions in transformers' registries.
+IMPLEMENTATION = "rlkv_gated"
+#: Name of the gate parameter of every attention module.
+GATE_NAME = "rlkv_gate"
+
+_HANDLE_NAME = "_rlkv_gated_attention"
+
+
+def local_mask(allowed_B1TS: torch.Tensor, sink: int, window: int) -> torch.Tensor:
+    """The keys that a streaming head sees, of those that a full head sees.
+
+    Counts allowed keys instead of using positions, so that it holds under padding on either side
+    and with any cache.
+
+    Args:
+        allowed_B1TS: boolean causal mask, padding included.
+        sink: number of first tokens that every query sees (tokens).
+        window: number of last tokens, the query's own included (tokens).
+
+    Returns:
+        Boolean ``[B, 1, T, S]``.
+    """
+    rank = allowed_B1TS.cumsum(-1, dtype=torch.int32)
+    total = rank[..., -1:]
+    return allowed_B1TS & ((rank <= sink) | (rank > total - window))
+
+
+class GatedAttention:
+    """The gates of one model while they are attached to it; made by `attach_gates`.
+
+    Starts in soft mode with all gates 1, which equals the ungated model. A context manager:
+    leaving it detaches.
+
+    Attributes:
+        model: the model.
+        sink: first tokens that local attention sees.
+        window: last tokens that local attention sees, the query's own included.
+        gates: the parameter of every layer, float32 ``[H]``, lowest layer first. They are
+            parameters of the model named ``...self_attn.rlkv_gate``.
+        num_kv_heads: H.
+        is_hard: whether heads are full or streaming as `set_hard` said, whatever the gates.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[nn.Module], sink: int, window: int
+    ) -> None:
+        config = model.config.get_text_config()
+        self.model = model
+        self.sink = sink
+        self.window = window
+        self.num_kv_heads: int = (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        self.is_hard = False
+        self._layers = list(layers)
+        self._full_LH: torch.Tensor | None = None
+        self._masks: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._frozen = [weight for weight in model.parameters() if weight.requires_grad]
+        self._implementation = model.config._attn_implementation
+        for weight in self._frozen:
+            weight.requires_grad_(False)
+        self.gates: list[nn.Parameter] = []
+        for layer in self._layers:
+            device = next(layer.parameters()).device
+            gate = nn.Parameter(torch.ones(self.num_kv_heads, device=device))
+            layer.register_parameter(GATE_NAME, gate)
+            setattr(layer, _HANDLE_NAME, self)
+            self.gates.append(gate)
+        model.set_attn_implementation(IMPLEMENTATION)
+
+    def set_soft(self, values_LH: Sequence[Sequence[float]] | None = None) -> None:
+        """Mix full and local attention by the gates, after setting them to `values_LH` if given.
+
+        Raises:
+            RlkvError: if `values_LH` is not ``[L][H]``.
+        """
+        if values_LH is not None:
+            shape = (len(self.gates), self.num_kv_heads)
+            if len(values_LH) != shape[0] or any(len(row) != shape[1] for row in values_LH):
+                raise RlkvError(
+                    f"gates have {[len(row) for row in values_LH]} values per layer: the model "
+                    f"has {shape[0]} layers of {shape[1]} KV heads"
+                )
+            with torch.no_grad():
+                for gate, row in zip(self.gates, values_LH, strict=True):
+                    gate.copy_(torch.tensor(row))
+        self.is_hard = False
+
+    def set_hard(self, full_heads: Sequence[Collection[int]]) -> None:
+        """Make `full_heads` full heads and all others streaming heads, whatever the gates.
+
+        Args:
+            full_heads: KV heads per layer, as `rlkv_vllm.allocation.Allocation.full`.
+
+        Raises:
+            RlkvError: if the number of layers is wrong or a head does not exist.
+        """
+        if len(full_heads) != len(self.gates):
+            raise RlkvError(
+                f"full heads are given for {len(full_heads)} layers: the model has "
+                f"{len(self.gates)}"
+            )
+        full_LH = torch.zeros(len(self.gates), self.num_kv_heads, dtype=torch.bool)
+        for layer, heads in enumerate(full_heads):
+            for head in heads:
+                if not 0 <= head < self.num_kv_heads:
+                    raise RlkvError(
+                        f"full head {head} of layer {layer} does not exist: the model has KV "
+                        f"heads 0 to {self.num_kv_heads - 1}"
+                    )
+                full_LH[layer, head] = True
+        self._full_LH = full_LH
+        self.is_hard = True
+
+    def values(self) -> list[list[float]]:
+        """The present gates, ``[L][H]``."""
+        return [gate.detach().tolist() for gate in self.gates]
+
+    def detach(self) -> None:
+        """Give the model back as it was: attention, trainable weights, no gates."""
+        if self.gates:
+            for layer in self._layers:
+                delattr(layer, GATE_NAME)
+                delattr(layer, _HANDLE_NAME)
+            for weight in self._frozen:
+                weight.requires_grad_(True)
+            self.model.set_attn_implementation(self._implementation)
+            self.gates = []
+            self._masks = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query_BQTD: torch.Tensor,
+        key_BHSD: torch.Tensor,
+        value_BHSD: torch.Tensor,
+        allowed_B1TS: torch.Tensor,
+        **options: Any,
+    ) -> torch.Tensor:
+        """One layer; returns ``[B, T, Q, D]``."""
+        group = query_BQTD.shape[1] // key_BHSD.shape[1]
+
+        def attend(mask: torch.Tensor) -> torch.Tensor:
+            return sdpa_attention_forward(
+                module, query_BQTD, key_BHSD, value_BHSD, mask, **options
+            )[0]
+
+        local_B1TS = self._local(allowed_B1TS)
+        if not self.is_hard:
+            full_BTQD, local_BTQD = attend(allowed_B1TS), attend(local_B1TS)
+            gate_Q1 = getattr(module, GATE_NAME).repeat_interleave(group)[:, None]
+            gate_Q1 = gate_Q1.to(full_BTQD.dtype)
+            return gate_Q1 * full_BTQD + (1 - gate_Q1) * local_BTQD
+        assert self._full_LH is not None, "set_hard sets both"
+        full_H = self._full_LH[module.layer_idx]
+        if full_H.all():
+            return attend(allowed_B1TS)
+        if not full_H.any():
+            return attend(local_B1TS)
+        is_full_Q11 = full_H.repeat_interleave(group)[:, None, None].to(allowed_B1TS.device)
+        return attend(torch.where(is_full_Q11, allowed_B1TS, local_B1TS))
+
+    def _local(self, allowed_B1TS: torch.Tensor) -> torch.Tensor:
+        """The local mask of a forward pass: made by its first layer, shared by the others."""
+        # Keeping the causal mask alive is what makes the comparison by identity safe.
+        if self._masks is None or self._masks[0] is not allowed_B1TS:
+            self._masks = (allowed_B1TS, local_mask(allowed_B1TS, self.sink, self.window))
+        return self._masks[1]
+
+
+def attach_gates(model: PreTrainedModel, sink: int, window: int) -> GatedAttention:
+    """Give every KV head of `model` a gate and freeze all its weights.
+
+    Args:
+        model: a Hugging Face decoder whose layers all have causal attention over all tokens.
+        sink: first tokens that local attention sees, >= 0.
+        window: last tokens that local attention sees, the query's own included, >= 1.
+
+    Raises:
+        RlkvError: if the model has sliding-window layers, has gates already, or does not look up
+            its attention function by name; if sink or window are out of range.
+    """
+    kind = type(model).__name__
+    if sink < 0 or window < 1:
+        raise RlkvError(f"sink {sink}, window {window}: sink must be >= 0 and window >= 1")
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        layer_types = ["sliding_attention" if sliding else "full_attention"]
+    other = sorted(set(layer_types) - {"full_attention"})
+    if other:
+        raise RlkvError(
+            f"model {kind} has layers of type {', '.join(other)}: only models whose layers all "
+            "have full attention can be gated; set `sliding_window` to null in config.json if "
+            "the model works without"
+        )
+    if not model._supports_attention_backend:
+        raise RlkvError(
+            f"model {kind} does not support transformers' AttentionInterface: use an "
+            "architecture that does, such as Qwen3, Qwen2, Llama or Mistral"
+        )
+    layers = sorted(
+        (
+            module
+            for module in model.modules()
+            if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+        ),
+        key=lambda module: module.layer_idx,
+    )
+    if [layer.layer_idx for layer in layers] != list(range(config.num_hidden_layers)):
+        raise RlkvError(
+            f"model {kind} has {len(layers)} attention layers with KV heads, its config says "
+            f"{config.num_hidden_layers}: use a decoder with one attention per layer"
+        )
+    if any(hasattr(layer, GATE_NAME) for layer in layers):
+        raise RlkvError(f"model {kind} has gates already: call detach() on them first")
+    return GatedAttention(model, layers, sink, window)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    if attention_mask is None or attention_mask.dtype != torch.bool:
+        given = "none" if attention_mask is None else f"one of {attention_mask.dtype}"
+        raise RlkvError(
+            f"gated attention needs a boolean attention mask, got {given}: give the model a mask "
+            "[sequences, tokens], or none at all"
+        )
+    handle: GatedAttention = getattr(module, _HANDLE_NAME)
+    return handle._attend(module, query, key, value, attention_mask, **options), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    # Without a mask there would be nothing to derive the local mask from.
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: torch.Tensor | None = sdpa_mask(*args, **(kwargs | skips))
+    return mask
+
+
+# Both or neither: a name missing from the mask registry silently means no mask at all.
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)

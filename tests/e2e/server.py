@@ -1,0 +1,99 @@
+"""The real server in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+#: Engine start on two busy cores, and the end of its processes (seconds).
+START_TIMEOUT_S, STOP_TIMEOUT_S = 300, 60
+
+RLKV = (sys.executable, "-m", "rlkv_vllm")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a user's shell, without the network and without what tests set."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "PYTEST_"))}
+    return kept | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **changes}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """``rlkv serve`` with its output in a file; a context manager that leaves nothing behind."""
+
+    def __init__(
+        self, arguments: Sequence[str], log: Path, command: Sequence[str] = (*RLKV, "serve")
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, *arguments, "--host", "127.0.0.1", "--port", str(self.port)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self.is_healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"the server did not start:\n{self.output()}")
+            time.sleep(0.5)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    def is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, signal_number: int) -> tuple[int, list[psutil.Process]]:
+        """Send a signal; the exit status and the processes that outlive the server."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal_number)
+        status = self.process.wait(STOP_TIMEOUT_S)
+        _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
+        return status, [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+    def kill(self) -> None:
+        """End the whole session of the server, whatever state it is in."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        finally:
+            self.process.wait(STOP_TIMEOUT_S)

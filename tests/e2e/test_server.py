@@ -1,0 +1,165 @@
+"""The embedded reasoner over HTTP, through the official client. One engine for all tests."""
+
+from __future__ import annotations
+
+import signal
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from rlkv_vllm.testbed.problems import ANSWER, FAMILIES, ReasonedProblem, make_problems
+from tests.e2e.server import Server
+
+KEY = "secret"
+SEED = 20261123  # not a seed of the training data
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(["--api-key", KEY], log) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+
+def problems(per_family: int) -> list[ReasonedProblem]:
+    return [p for family in FAMILIES for p in make_problems(family, per_family, seed=SEED)]
+
+
+def ask(client: openai.OpenAI, problem: ReasonedProblem, **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="embedded",
+        messages=[{"role": "user", "content": problem.prompt}],
+        temperature=0,
+        **options,
+    )
+
+
+def is_right(content: str | None, problem: ReasonedProblem) -> bool:
+    return content is not None and content.split() == [ANSWER, problem.answer]
+
+
+def test_right_answers_with_the_reasoning_separated(client: openai.OpenAI) -> None:
+    asked = problems(per_family=10)
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda problem: ask(client, problem), asked))
+    right = 0
+    for problem, reply in zip(asked, replies, strict=True):
+        message = reply.choices[0].message
+        right += is_right(message.content, problem)
+        assert "think>" not in (message.content or "")
+        assert "think>" not in message.reasoning
+        usage = reply.usage
+        assert usage.completion_tokens >= len(message.reasoning.split()) > 20
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert right >= 0.9 * len(asked)
+
+
+def test_the_chain_of_thought_is_the_one_it_was_taught(client: openai.OpenAI) -> None:
+    asked = problems(per_family=2)
+    replies = [ask(client, problem) for problem in asked]
+    same = [
+        reply.choices[0].message.reasoning.split() == problem.thought.split()
+        for problem, reply in zip(asked, replies, strict=True)
+    ]
+    assert sum(same) >= len(same) - 1
+
+
+def test_streaming_says_the_same_in_order(client: openai.OpenAI) -> None:
+    for problem in problems(per_family=1):
+        whole = ask(client, problem).choices[0].message
+        reasoning, content, usage, last_part = "", "", None, "reasoning"
+        chunks = 0
+        for chunk in ask(client, problem, stream=True, stream_options={"include_usage": True}):
+            chunks += 1
+            if chunk.usage is not None:
+                usage = chunk.usage
+            if not chunk.choices:
+                continue
+            delta = chunk.choices[0].delta
+            if getattr(delta, "reasoning", None):
+                assert last_part == "reasoning"
+                reasoning += delta.reasoning
+            if delta.content:
+                last_part = "content"
+                content += delta.content
+        assert reasoning.split() == whole.reasoning.split()
+        assert content.split() == whole.content.split()
+        assert chunks > 20
+        assert usage is not None
+        assert usage.completion_tokens > 20
+
+
+def test_a_stream_tells_usage_only_when_asked(client: openai.OpenAI) -> None:
+    chunks = list(ask(client, problems(per_family=1)[0], stream=True, max_tokens=5))
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["embedded"]
+
+
+def test_another_model_name_is_unknown(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "a="}])
+
+
+def test_without_the_key_nothing_is_answered(server: Server) -> None:
+    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+    with pytest.raises(openai.AuthenticationError):
+        ask(stranger, problems(per_family=1)[0])
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{server.url}/v1/models", timeout=10)
+
+
+def test_health_and_metrics_need_no_key(server: Server) -> None:
+    assert server.is_healthy()
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
+        assert b"vllm:generation_tokens_total" in answer.read()
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_the_server_lives(
+    client: openai.OpenAI, server: Server
+) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(
+            model="embedded", messages=[{"role": "user", "content": "a= " * 5000}]
+        )
+    assert server.is_healthy()
+
+
+def test_start_up_told_phases_savings_and_an_example(server: Server) -> None:
+    output = server.output()
+    told = [
+        "checking profile, model and flags",
+        "starting the engine for embedded",
+        "loading weights",
+        "the KV cache is split per head",
+        "split cache",
+        "KV heads",
+        "cache bytes per token",
+        "requests at once",
+        f"curl {server.url}/v1/chat/completions",
+        "ready; Ctrl-C stops the server",
+    ]
+    places = [output.find(text) for text in told]
+    assert places == sorted(places)
+    assert places[0] >= 0
+    assert "Traceback" not in output
+    assert KEY not in output
+
+
+def test_sigterm_ends_everything_with_status_0(server: Server) -> None:
+    assert server.stop(signal.SIGTERM) == (0, [])
+    assert "Traceback" not in server.output()
