@@ -84,7 +84,6 @@ def count_differences(
     expected = expected[len(prompt) - 1 :]
     wrong = sum(a != b for a, b in zip(expected.argmax(-1).tolist(), tokens, strict=True))
     worst = max(
-        abs(expected[i, t].item() - completion.logprobs[i][t].logprob)
-        for i, t in enumerate(tokens)
+        abs(expected[i, t].item() - completion.logprobs[i][t].logprob) for i, t in enumerate(tokens)
     )
     return wrong, worst

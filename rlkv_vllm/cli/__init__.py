@@ -13,6 +13,7 @@ import rlkv_vllm
 from rlkv_vllm.cli.doctor import doctor
 from rlkv_vllm.cli.profile import app as profile_app
 from rlkv_vllm.cli.serve import serve
+from rlkv_vllm.cli.testbed import app as testbed_app
 
 app = typer.Typer(
     name="rlkv",
@@ -46,6 +47,7 @@ app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )(serve)
 app.add_typer(profile_app, name="profile")
+app.add_typer(testbed_app, name="testbed")
 app.command("doctor")(doctor)
 
 
@@ -62,9 +64,9 @@ def main() -> None:
 
         if not isinstance(error, ValidationError):
             raise
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        _fail(f"{error.title}: {where}: {first['msg']}")
+        from rlkv_vllm.serving.messages import reason
+
+        _fail(f"{error.title}: {reason(error)}")
 
 
 def _fail(message: str) -> None:

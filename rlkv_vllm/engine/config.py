@@ -199,9 +199,7 @@ def _plan(
         profile_id=_profile_id(config.profile),
         sparsity=sparsity,
         forecast=forecast,
-        retention_interval=_fit_interval(
-            retention_interval, geometry.window, geometry.block_size
-        ),
+        retention_interval=_fit_interval(retention_interval, geometry.window, geometry.block_size),
         max_model_len=max_model_len,
     )
 

@@ -226,9 +226,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             return output
         if self.plan is None:
             if key is not None and value is not None and not self._shares_cache(layer):
-                self.do_kv_cache_update(
-                    layer, key, value, kv_cache, attn_metadata.slot_mapping
-                )
+                self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
             return super().forward(
                 layer,
                 query,
@@ -280,9 +278,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             num_blocks, num_heads, block_size * 2, self.head_size
         ).chunk(2, dim=2)
         isa = _get_attn_isa(query.dtype, block_size, self.head_size)
-        ops.cpu_attn_reshape_and_cache(
-            key, value, key_cache, value_cache, step.slot_mapping, isa
-        )
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, step.slot_mapping, isa)
         schedule = step.full_schedules.get(num_heads)
         if schedule is None:
             schedule = ops.cpu_attn_get_scheduler_metadata(

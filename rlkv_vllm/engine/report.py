@@ -77,9 +77,7 @@ class SplitReport:
             bytes_per_request=forecast.bytes_per_request(tokens, rank),
             full_bytes_per_request=forecast.stock_bytes_per_request(tokens),
             requests_at_once=forecast.requests_in(num_blocks, tokens),
-            full_requests_at_once=forecast.stock_requests_at_once(
-                tokens, num_blocks * block_bytes
-            ),
+            full_requests_at_once=forecast.stock_requests_at_once(tokens, num_blocks * block_bytes),
         )
 
     @classmethod

@@ -113,7 +113,9 @@ class RingManager(SlidingWindowManager):
         """Give retained positions of a chunk a block for the step that fills them."""
         tails = [
             i
-            for i in range(max(first, self.num_sink_blocks), min(window_start, first + len(new_blocks)))
+            for i in range(
+                max(first, self.num_sink_blocks), min(window_start, first + len(new_blocks))
+            )
             if self._is_retained(i) or i == window_start - 1
         ]
         if not tails:

@@ -112,9 +112,7 @@ def plan_step(
     prefill_requests = (lens_q > 1).nonzero().squeeze(1)
     decode = prefill = None
     if decode_requests.numel():
-        decode = _plan_decode(
-            decode_requests, starts, ends, cache_slots, sink=sink, window=window
-        )
+        decode = _plan_decode(decode_requests, starts, ends, cache_slots, sink=sink, window=window)
     if prefill_requests.numel():
         prefill = _plan_prefill(
             prefill_requests, starts, lens_q, ends, cache_slots, sink=sink, window=window
@@ -139,12 +137,8 @@ def _plan_decode(
     num_sinks = min(sink, num_keys)
     slot_K = torch.arange(num_keys)
     # [0, sinks) are the first tokens, the rest is the window, right-aligned on the query.
-    position_RK = torch.where(
-        slot_K < num_sinks, slot_K, last_R1 - (num_keys - 1) + slot_K
-    )
-    visible_RK = (position_RK <= last_R1) & (
-        (slot_K < num_sinks) | (position_RK >= num_sinks)
-    )
+    position_RK = torch.where(slot_K < num_sinks, slot_K, last_R1 - (num_keys - 1) + slot_K)
+    visible_RK = (position_RK <= last_R1) & ((slot_K < num_sinks) | (position_RK >= num_sinks))
     position_RK = torch.where(visible_RK, position_RK, last_R1)
     slots_RK = cache_slots(requests[:, None].expand_as(position_RK), position_RK)
     all_visible = bool(visible_RK.all())
@@ -283,7 +277,7 @@ def _decode(
     output: torch.Tensor,
     scale: float,
 ) -> None:
-    _, num_heads, group, d = query.shape
+    _, num_heads, _group, d = query.shape
     num_requests = len(index.rows_R)
     kv = cache_HSD.index_select(1, index.slots_RK).float()
     kv_HRKD = kv.view(num_heads, num_requests, -1, 2 * d)

@@ -103,7 +103,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         RlkvError: vLLM's parser refused; its message in one line.
     """
-    parser = _server_parser()
+    try:
+        parser = _server_parser()
+    except Exception as error:  # vLLM runs every plugin here, and theirs may raise anything
+        raise RlkvError(
+            f"a vLLM plugin fails ({type(error).__name__}: {' '.join(str(error).split())}): "
+            "VLLM_PLUGINS=rlkv leaves all others out"
+        ) from error
     try:
         args = parser.parse_args(list(arguments))
     except RlkvError:

@@ -17,6 +17,7 @@ from rlkv_vllm.serving.arguments import (
     parse,
     short_help,
 )
+from rlkv_vllm.serving.messages import reason
 
 #: The user stopped the server: that is how a server ends.
 STOPPED = 0
@@ -42,13 +43,13 @@ def serve(arguments: Sequence[str]) -> int:
     own = own_options(arguments)
     if own.profile is not None:
         find_profile(own.profile)  # the commonest mistake, told before vLLM's long import
+    preflight.check_plugin()
     preflight.select_plugins()
     _require_vllm()
     args = parse(arguments)
     add_split(args, preflight.split_options(args))
     preflight.check_server_mode(args)
     preflight.check_address(args)
-    preflight.check_plugin()
     _check_engine_config(args)
     progress.say(f"starting the engine for {_shown_name(args)}")
     try:
@@ -108,7 +109,7 @@ def _check_engine_config(args: argparse.Namespace) -> None:
     except RlkvError:
         raise
     except (ValueError, TypeError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
-        raise RlkvError(f"vLLM refuses this configuration: {_reason(error)}") from error
+        raise RlkvError(f"vLLM refuses this configuration: {reason(error)}") from error
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -127,13 +128,4 @@ def _run(args: argparse.Namespace) -> None:
         raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.stdout.flush()
-        raise RlkvError(f"the server could not start: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of a vLLM or pydantic error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and "validation error" in lines[0]:
-        lines = lines[2:] or lines
-    text = lines[0] if lines else type(error).__name__
-    return one_line(text.removeprefix("Value error, ").split(" [type=")[0], 400)
+        raise RlkvError(f"the server could not start: {reason(error)}") from error

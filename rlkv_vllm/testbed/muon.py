@@ -53,17 +53,17 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Update every weight that has a gradient."""
         assert closure is None, "closures are not supported"
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[torch.nn.Parameter]] = defaultdict(list)
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    by_shape[tuple(sorted(weight.shape))].append(weight)
-            for weights in by_shape.values():
-                self._step_together(weights, group)
+        with torch.no_grad():
+            for group in self.param_groups:
+                by_shape: dict[tuple[int, ...], list[torch.nn.Parameter]] = defaultdict(list)
+                for weight in group["params"]:
+                    if weight.grad is not None:
+                        by_shape[tuple(sorted(weight.shape))].append(weight)
+                for weights in by_shape.values():
+                    self._step_together(weights, group)
 
     def _step_together(self, weights: list[torch.nn.Parameter], group: dict[str, Any]) -> None:
         updates = []

@@ -16,14 +16,17 @@ MODULUS = 10
 THINK, END_THINK, ANSWER = "<think>", "</think>", "answer"
 
 VARIABLES = tuple("abcdefghijklmnopqrstuvwxyz")
-CREATURES = tuple(
-    "bumpus dumpus fumpus gumpus humpus jumpus kumpus lumpus mumpus numpus pumpus rumpus "
-    "sumpus tumpus vumpus wumpus grimpus lempus lorpus shumpus sterpus yimpus zhorpus "
-    "zumpus".split()
+# fmt: off
+CREATURES = (
+    "bumpus", "dumpus", "fumpus", "gumpus", "humpus", "jumpus", "kumpus", "lumpus", "mumpus",
+    "numpus", "pumpus", "rumpus", "sumpus", "tumpus", "vumpus", "wumpus", "grimpus", "lempus",
+    "lorpus", "shumpus", "sterpus", "yimpus", "zhorpus", "zumpus",
 )
-GOODS = tuple(
-    "apple bread cheese date egg fig grape honey jam kiwi lemon mango nut olive pear rice".split()
+GOODS = (
+    "apple", "bread", "cheese", "date", "egg", "fig", "grape", "honey", "jam", "kiwi", "lemon",
+    "mango", "nut", "olive", "pear", "rice",
 )
+# fmt: on
 MAX_LINES = 24  # labels of a program, lines of a ledger
 
 #: The number of steps at scale 1.

@@ -19,6 +19,7 @@ import torch
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import write_bytes_atomic
+from rlkv_vllm.testbed.export import MODEL_FILE, export
 from rlkv_vllm.testbed.model import MAX_LENGTH, build_model
 from rlkv_vllm.testbed.muon import Muon
 from rlkv_vllm.testbed.problems import FAMILIES, make_problem
@@ -122,7 +123,8 @@ class TestbedTrainer:
             len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         )
         self.model.train()
-        hidden, rest = [], []
+        hidden: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
         for name, weight in self.model.named_parameters():
             (hidden if weight.dim() == 2 and "embed" not in name else rest).append(weight)
         self._optimizers: tuple[torch.optim.Optimizer, ...] = (
@@ -259,6 +261,8 @@ def run(
 ) -> TestbedTrainer:
     """Train to the end, with a checkpoint in `output` every `checkpoint_steps`.
 
+    One thread: two of them gain little at this size and lose much where a core is shared.
+
     Args:
         config: how to train.
         output: folder of the checkpoint.
@@ -266,10 +270,13 @@ def run(
         report: called after every step.
 
     Raises:
-        RlkvError: if the checkpoint does not fit, or is there without `resume`.
+        RlkvError: if `output` holds a finished model, a checkpoint that does not fit, or any
+            checkpoint without `resume`.
     """
     torch.set_num_threads(1)
     checkpoint = output / CHECKPOINT
+    if (output / MODEL_FILE).exists():
+        raise RlkvError(f"{output}: holds a finished model: choose another --output")
     trainer = TestbedTrainer(config)
     if checkpoint.exists():
         if not resume:
@@ -285,3 +292,33 @@ def run(
         report(trainer.state)
     trainer.save(checkpoint)
     return trainer
+
+
+def train(
+    config: TrainingConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[TrainingState], None] = lambda state: None,
+    measure: int = 300,
+) -> dict[str, Any]:
+    """Train, measure, and write the model to `output`; the checkpoint goes when it is there.
+
+    Args:
+        config: how to train.
+        output: folder of the model.
+        resume: continue from its checkpoint, if there is one.
+        report: called after every step.
+        measure: number of problems to measure accuracy with.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        RlkvError: as `run`, or if the folder cannot be written.
+    """
+    trainer = run(config, output, resume=resume, report=report)
+    record = {"config": asdict(config), "state": asdict(trainer.state)}
+    metrics = export(trainer.model, trainer.tokenizer, output, run=record, n=measure)
+    (output / CHECKPOINT).unlink(missing_ok=True)
+    return metrics

@@ -54,9 +54,7 @@ def test_equals_the_oracle(
     llm = engines.get(model, profile, block_size=block_size)
     prompts = [random_prompt(n, 0) for n in PROMPT_LENGTHS]
     for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
-        wrong, worst = count_differences(
-            model, prompt, output.outputs[0], full_heads, sink, window
-        )
+        wrong, worst = count_differences(model, prompt, output.outputs[0], full_heads, sink, window)
         assert wrong == 0, f"{wrong} tokens differ for a prompt of {len(prompt)}"
         assert worst < 1e-4
     assert pool_is_restored(llm)
@@ -68,9 +66,10 @@ from tests.engines import engine, generate
 from pathlib import Path
 model, options, prompts = json.loads(sys.stdin.read())
 with engine(Path(model), **options) as llm:
+    completions = [output.outputs[0] for output in generate(llm, prompts)]
     print("RESULT", json.dumps([
-        [list(o.outputs[0].token_ids), [p[t].logprob for p, t in zip(o.outputs[0].logprobs, o.outputs[0].token_ids)]]
-        for o in generate(llm, prompts)
+        [list(c.token_ids), [p[t].logprob for p, t in zip(c.logprobs, c.token_ids)]]
+        for c in completions
     ]))
 """
 

@@ -40,9 +40,7 @@ def assert_exact(model: Path, prompts: list[list[int]], outputs: list[object]) -
 
 
 @pytest.mark.parametrize("chunk", [48, 100])
-def test_chunked_prefill(
-    chunk: int, model: Path, profile: Path, engines: EngineCache
-) -> None:
+def test_chunked_prefill(chunk: int, model: Path, profile: Path, engines: EngineCache) -> None:
     llm = engines.get(
         model, profile, block_size=BLOCK, max_num_batched_tokens=chunk, enable_chunked_prefill=True
     )

@@ -109,7 +109,9 @@ class Steps:
         first = True
         while request.num_computed_tokens < request.num_prompt_tokens:
             done = request.num_computed_tokens + (hit if first else 0)
-            assert self.step(request, min(chunk, request.num_prompt_tokens - done), hit if first else 0)
+            assert self.step(
+                request, min(chunk, request.num_prompt_tokens - done), hit if first else 0
+            )
             first = False
         return hit
 

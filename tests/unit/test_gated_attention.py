@@ -260,7 +260,7 @@ def test_sliding_window_models_are_refused() -> None:
 
 def test_wrong_use_is_refused(qwen3: Path) -> None:
     model = load(qwen3)
-    with pytest.raises(RlkvError, match="sink 0, window 0: .* window >= 1"):
+    with pytest.raises(RlkvError, match=r"sink 0, window 0: .* window >= 1"):
         attach_gates(model, 0, 0)
     with attach_gates(model, SINK, WINDOW) as gates:
         with pytest.raises(RlkvError, match="gates already"):

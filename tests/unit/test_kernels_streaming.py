@@ -39,7 +39,7 @@ class Step:
         order = (1 + torch.randperm(num_blocks - 1, generator=g)).tolist()
         table = torch.zeros(len(requests), max(blocks), dtype=torch.int32)
         self.q, self.k, self.v, slots = [], [], [], []
-        for r, (old, new) in enumerate(requests):
+        for r, (old, _new) in enumerate(requests):
             n = total[r]
             q = torch.randn(n, num_heads * group, head_dim, generator=g).to(dtype)
             k = torch.randn(n, num_heads, head_dim, generator=g).to(dtype)
@@ -150,17 +150,13 @@ def test_equals_the_oracle_on_a_poisoned_cache(
 
 
 def test_null_block_is_never_written() -> None:
-    step = Step(
-        [(0, 500)], sink=4, window=33, block_size=16, num_heads=2, group=2, head_dim=16
-    )
+    step = Step([(0, 500)], sink=4, window=33, block_size=16, num_heads=2, group=2, head_dim=16)
     step.run()
     assert step.cache[:, :16].isnan().all()
 
 
 def test_only_the_window_and_the_sinks_are_written() -> None:
-    step = Step(
-        [(0, 500)], sink=4, window=33, block_size=16, num_heads=1, group=1, head_dim=16
-    )
+    step = Step([(0, 500)], sink=4, window=33, block_size=16, num_heads=1, group=1, head_dim=16)
     step.run()
     written = (~step.cache[0].isnan().any(-1)).sum().item()
     # One sink block and the blocks of positions 468 .. 499.

@@ -4,6 +4,7 @@ import pytest
 
 from rlkv_vllm import testbed
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.serving import arguments as arguments_module
 from rlkv_vllm.serving.arguments import (
     EMBEDDED_DEFAULTS,
     WORKER_EXTENSION,
@@ -76,6 +77,14 @@ def test_vllms_refusals_are_one_line() -> None:
     assert_one_line(refusal("m", "--sparsity", "half"), "--sparsity", "half")
     assert_one_line(refusal("m", "--config", "no.yaml"), "no.yaml")
     assert_one_line(refusal("m", "--config", "no.txt"), "txt")
+
+
+def test_a_failing_plugin_of_somebody_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise TypeError("missing\nargument")
+
+    monkeypatch.setattr(arguments_module, "_server_parser", fail)
+    assert_one_line(refusal("m"), "TypeError: missing argument", "VLLM_PLUGINS=rlkv")
 
 
 def test_own_options_are_found_among_vllms() -> None:

@@ -1,0 +1,120 @@
+"""From trained weights to a model folder with its measured accuracy."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlkv_vllm.evaluation.masked import HeadSplit, solve
+from rlkv_vllm.evaluation.tasks import get_task
+from rlkv_vllm.profile.io import write_bytes_atomic
+from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
+from rlkv_vllm.testbed.problems import FAMILIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+MODEL_FILE, METRICS_FILE = "model.safetensors", "metrics.json"
+
+#: The accuracy that bfloat16 weights must keep to be preferred.
+_ENOUGH = 0.95
+_MEASURED = 300
+#: Longer than any correct completion, in tokens.
+MAX_COMPLETION = 176
+_MEASURE_SEED = 20261123
+
+
+def measure(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    streaming: bool,
+    n: int = _MEASURED,
+    seed: int = _MEASURE_SEED,
+) -> dict[str, float]:
+    """Share of fresh problems solved, per family and over all of them ("embedded").
+
+    Args:
+        model: decoded greedily.
+        tokenizer: its tokenizer.
+        streaming: whether all heads are streaming heads; otherwise none is.
+        n: number of problems, the families in turn.
+        seed: of the problems.
+    """
+    task = get_task(MODEL_NAME)
+    none_full = HeadSplit([()] * model.config.num_hidden_layers, SINK, WINDOW)
+    result = solve(
+        model,
+        tokenizer,
+        task,
+        task.problems(n, seed),
+        split=none_full if streaming else None,
+        max_new_tokens=MAX_COMPLETION,
+    )
+    marks = defaultdict(list)
+    for i, correct in enumerate(result.correct):
+        marks[FAMILIES[i % len(FAMILIES)]].append(correct)
+        marks[MODEL_NAME].append(correct)
+    return {name: round(sum(solved) / len(solved), 4) for name, solved in marks.items()}
+
+
+def export(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    *,
+    run: dict[str, Any],
+    n: int = _MEASURED,
+) -> dict[str, Any]:
+    """Measure the model and write it, in bfloat16 if that solves enough, else in float32.
+
+    Args:
+        model: in float32.
+        tokenizer: written beside it.
+        output: folder of the model.
+        run: how the model came about, for the record.
+        n: number of problems to measure with.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        RlkvError: if the folder cannot be written.
+    """
+    model.eval()
+    accuracy: dict[str, dict[str, dict[str, float]]] = {}
+    exact = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        accuracy[str(dtype).removeprefix("torch.")] = {
+            "full": measure(model, tokenizer, streaming=False, n=n),
+            "streaming": measure(model, tokenizer, streaming=True, n=n),
+        }
+    if accuracy["bfloat16"]["full"]["embedded"] < _ENOUGH:
+        model.to(torch.float32)
+        model.load_state_dict(exact)
+    metrics = {
+        "accuracy": accuracy,
+        "n": n,
+        "seed": _MEASURE_SEED,
+        "sink": SINK,
+        "window": WINDOW,
+        "weights": str(model.dtype).removeprefix("torch."),
+        "run": run,
+        "created": date.today().isoformat(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        files = {output / path.name: path.read_bytes() for path in Path(scratch).iterdir()}
+    files[output / METRICS_FILE] = (json.dumps(metrics, indent=2) + "\n").encode()
+    write_bytes_atomic(files)
+    return metrics
