@@ -11,7 +11,9 @@ import typer
 
 import rlkv_vllm
 from rlkv_vllm.cli.doctor import doctor
+from rlkv_vllm.cli.evaluate import evaluate
 from rlkv_vllm.cli.profile import app as profile_app
+from rlkv_vllm.cli.score import score
 from rlkv_vllm.cli.serve import serve
 from rlkv_vllm.cli.testbed import app as testbed_app
 
@@ -48,6 +50,8 @@ app.command(
 )(serve)
 app.add_typer(profile_app, name="profile")
 app.add_typer(testbed_app, name="testbed")
+app.command("score")(score)
+app.command("eval")(evaluate)
 app.command("doctor")(doctor)
 
 

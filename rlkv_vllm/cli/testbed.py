@@ -50,14 +50,14 @@ def train(
         console=console,
         disable=not console.is_terminal,
     ) as bar:
-        job = bar.add_task("training", total=1.0, state="")
+        job = bar.add_task("training", total=config.max_steps, state="")
 
         def report(state: training.TrainingState) -> None:
             text = (
                 f"step {state.step} size {state.scale:.2f} "
                 f"token accuracy {state.accuracy:.3f} loss {state.loss:.3f}"
             )
-            bar.update(job, completed=state.progress(config), state=text)
+            bar.update(job, completed=state.step, total=state.expected_steps(config), state=text)
             if not console.is_terminal and state.step % 50 == 0:
                 console.print(text, highlight=False)
 

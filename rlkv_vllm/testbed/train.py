@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 _IGNORED = -100
+_USUAL_STEPS_PER_SIZE = 20  # that a size takes to be mastered, once the first one is
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,16 @@ class TrainingState:
             return True
         return self.step >= config.max_steps
 
-    def progress(self, config: TrainingConfig) -> float:
-        """A guess of the finished share of the run, in [0, 1]: the larger the slower."""
+    def expected_steps(self, config: TrainingConfig) -> int:
+        """A guess of the length of the whole run, if every size is mastered as fast as usual."""
         if self.is_done(config):
-            return 1.0
+            return self.step
         if self.decay_start is not None:
-            return 0.75 + 0.25 * (self.step - self.decay_start) / config.decay_steps
-        return max(0.75 * self.scale**2, self.step / config.max_steps)
+            end = self.decay_start + config.decay_steps
+        else:
+            sizes = (1.0 - self.scale) / config.scale_step
+            end = self.step + round(sizes * _USUAL_STEPS_PER_SIZE) + config.decay_steps
+        return min(end, config.max_steps)
 
 
 class TestbedTrainer:

@@ -215,17 +215,20 @@ def test_the_local_mask_is_made_once_per_forward(
 ) -> None:
     from rlkv_vllm.training import gated_attention
 
-    calls = []
-    made = gated_attention.local_mask
-    monkeypatch.setattr(
-        gated_attention, "local_mask", lambda *args: calls.append(None) or made(*args)
-    )
+    calls = 0
+
+    def counted(allowed: torch.Tensor, sink: int, window: int) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return local_mask(allowed, sink, window)
+
+    monkeypatch.setattr(gated_attention, "local_mask", counted)
     model = load(qwen3)
     with torch.no_grad(), attach_gates(model, SINK, WINDOW) as gates:
         gates.set_hard(NONE_FULL)
         for _ in range(3):
             model(torch.tensor([sequences()[0]]))
-    assert len(calls) == 3
+    assert calls == 3
 
 
 def test_two_models_have_their_own_gates(qwen3: Path) -> None:

@@ -1,0 +1,181 @@
+"""Training of the embedded reasoner in miniature, and the weights that are shipped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from rlkv_vllm import testbed
+from rlkv_vllm.cli.testbed import app
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.masked import HeadSplit, solve
+from rlkv_vllm.evaluation.tasks import get_task
+from rlkv_vllm.profile.io import load_model_fingerprint
+from rlkv_vllm.testbed.muon import orthogonalize
+from rlkv_vllm.testbed.train import CHECKPOINT, TestbedTrainer, TrainingConfig, TrainingState, run
+
+# Every size is mastered at once, so that few steps pass through the whole curriculum.
+TINY = TrainingConfig(
+    seed=3,
+    max_steps=100,
+    batch_tokens=150,
+    warmup_steps=2,
+    first_scale=0.25,
+    scale_step=0.75,
+    master_accuracy=-1.0,
+    decay_accuracy=-1.0,
+    decay_steps=4,
+    checkpoint_steps=5,
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TestbedTrainer, Path]:
+    folder = tmp_path_factory.mktemp("whole")
+    return run(TINY, folder), folder
+
+
+def test_the_curriculum_grows_decays_and_ends(
+    uninterrupted: tuple[TestbedTrainer, Path],
+) -> None:
+    state = uninterrupted[0].state
+    assert (state.step, state.scale, state.decay_start) == (24, 1.0, 20)
+    assert state.is_done(TINY)
+    assert state.expected_steps(TINY) == 24
+
+
+def test_killed_and_resumed_it_ends_in_the_same_state(
+    uninterrupted: tuple[TestbedTrainer, Path], tmp_path: Path
+) -> None:
+    def kill(state: TrainingState) -> None:
+        if state.step == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, tmp_path, report=kill)
+    seen: list[int] = []
+    resumed = run(TINY, tmp_path, resume=True, report=lambda state: seen.append(state.step))
+    whole, folder = uninterrupted
+    assert seen[0] == 11
+    assert resumed.state == whole.state
+    ours, theirs = load_file(tmp_path / CHECKPOINT), load_file(folder / CHECKPOINT)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("optimizer.0.") for name in ours)
+    assert any(name.startswith("optimizer.1.") for name in ours)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_checkpoint_is_not_overwritten_or_mistaken(
+    uninterrupted: tuple[TestbedTrainer, Path], tmp_path: Path
+) -> None:
+    folder = uninterrupted[1]
+    with pytest.raises(RlkvError, match="holds an earlier run: give --resume"):
+        run(TINY, folder)
+    with pytest.raises(RlkvError, match="made with seed 3, given seed 4"):
+        run(replace(TINY, seed=4), folder, resume=True)
+    content = (folder / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(content[: len(content) // 2])
+    with pytest.raises(RlkvError, match=r"checkpoint\.safetensors: no checkpoint of"):
+        run(TINY, tmp_path, resume=True)
+
+
+def test_the_data_depend_on_seed_and_step_alone() -> None:
+    one, two = TestbedTrainer(TINY), TestbedTrainer(TINY)
+    one.step()
+    two.state = replace(one.state)
+    assert all(torch.equal(a, b) for a, b in zip(one.batch(), two.batch(), strict=True))
+    inputs, labels = one.batch()
+    assert inputs.numel() <= TINY.batch_tokens
+    supervised = labels != -100
+    assert torch.equal(inputs[supervised], labels[supervised])
+    tokenizer = one.tokenizer
+    for row, wanted in zip(labels, supervised, strict=True):
+        text = tokenizer.decode(row[wanted])
+        assert text.startswith("<think> ")
+        assert text.endswith("<|end|>")
+
+
+def test_steps_lower_the_loss() -> None:
+    trainer = TestbedTrainer(replace(TINY, batch_tokens=600, master_accuracy=2.0))
+    losses = []
+    for _ in range(16):
+        trainer.step()
+        losses.append(trainer.state.loss)
+    assert losses[0] > 5
+    assert losses[-1] < losses[0] - 1
+
+
+def test_orthogonalize_brings_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(3, 16, 40) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    values = torch.linalg.svdvals(orthogonalize(wide))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_the_train_command_writes_a_model(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    arguments = ["train", "--output", str(output), "--max-steps", "2", "--measure", "4"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "of 4 fresh problems" in result.output
+    assert not (output / CHECKPOINT).exists()
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["run"]["state"]["step"] == 2
+    # Untrained, it solves nothing in bfloat16, so it is kept in float32.
+    assert metrics["weights"] == "float32"
+    assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.float32
+    assert load_model_fingerprint(str(output)).num_kv_heads == 4
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, RlkvError)
+    assert "holds a finished model" in str(again.exception)
+
+
+# --- shipped weights -------------------------------------------------------------------
+
+
+def solved(dtype: torch.dtype, split: HeadSplit | None) -> int:
+    folder = testbed.model_dir()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    task = get_task("embedded")
+    problems = task.problems(10, seed=1)
+    return sum(solve(model, tokenizer, task, problems, split=split, max_new_tokens=176).correct)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shipped_weights_solve_problems(dtype: torch.dtype) -> None:
+    assert solved(dtype, None) >= 9
+
+
+def test_the_shipped_weights_need_their_whole_cache() -> None:
+    streaming = HeadSplit([()] * 5, testbed.SINK, testbed.WINDOW)
+    assert solved(torch.float32, streaming) <= 3
+
+
+def test_the_shipped_folder() -> None:
+    folder = testbed.model_dir()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5 * 2**20
+    fingerprint = load_model_fingerprint(str(folder))
+    shape = (fingerprint.num_layers, fingerprint.num_query_heads, fingerprint.num_kv_heads)
+    assert (*shape, fingerprint.head_dim, fingerprint.model_type) == (5, 8, 4, 32, "qwen3")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    accuracy = metrics["accuracy"][metrics["weights"]]
+    assert accuracy["full"]["embedded"] >= 0.95
+    assert accuracy["streaming"]["embedded"] < 0.20
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == TestbedTrainer(TINY).tokenizer.get_vocab()
+
+
+def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(testbed, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(RlkvError, match=r"weights: no model\.safetensors .*rlkv testbed train"):
+        testbed.model_dir()
