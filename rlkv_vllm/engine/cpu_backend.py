@@ -185,14 +185,15 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
                 cache_layer.on_bind = self._drop_views
         # The attention layer owns no cache but needs an entry in the step's metadata.
         layer.kv_sharing_target_layer_name = self.heads.groups[0].metadata_name
-        self._query_heads = [self._query_head_index(g) for g in self.heads.groups]
+        self._head_index = [self._indices(group) for group in self.heads.groups]
 
-    def _query_head_index(self, group: HeadGroup) -> torch.Tensor | None:
-        """Query heads of the group's KV heads, or None when these are all of the layer."""
+    def _indices(self, group: HeadGroup) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """KV heads and query heads of a group, or None when it is the whole layer."""
         if len(group.kv_heads) == self.num_kv_heads:
             return None
         g = self.num_queries_per_kv
-        return torch.tensor([h * g + i for h in group.kv_heads for i in range(g)])
+        query_heads = [h * g + i for h in group.kv_heads for i in range(g)]
+        return torch.tensor(group.kv_heads), torch.tensor(query_heads)
 
     def _drop_views(self) -> None:
         self._views = None
@@ -244,20 +245,19 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         if self._views is None:
             self._views = [group.view() for group in self.heads.groups]
         n = attn_metadata.num_actual_tokens
-        for group, view, q_index in zip(
-            self.heads.groups, self._views, self._query_heads, strict=True
+        for group, view, index in zip(
+            self.heads.groups, self._views, self._head_index, strict=True
         ):
-            step = metadata[group.metadata_name]
-            q, k, v = query[:n], key[:n], value[:n]
-            out = output[:n]
-            if q_index is not None:
-                kv_index = list(group.kv_heads)
-                q, k, v = q[:, q_index], k[:, kv_index], v[:, kv_index]
+            q, k, v, out = query[:n], key[:n], value[:n], output[:n]
+            if index is not None:
+                kv_heads, query_heads = index
+                q = q.index_select(1, query_heads)
+                k, v = k.index_select(1, kv_heads), v.index_select(1, kv_heads)
                 out = torch.empty_like(q)
             attend = self._full if group is self.heads.full else self._streaming
-            attend(step, view, q, k, v, out)
-            if q_index is not None:
-                output[:n, q_index] = out
+            attend(metadata[group.metadata_name], view, q, k, v, out)
+            if index is not None:
+                output[:n].index_copy_(1, query_heads, out)
         return output
 
     @staticmethod

@@ -1,0 +1,92 @@
+"""Two tensor-parallel ranks answer what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.profile.io import load_profile
+from tests.integration.conftest import random_prompt
+from tests.integration.test_parity import UNEVEN
+from tests.oracle import count_differences
+
+_ENGINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    model, profile, prompts = json.loads(sys.stdin.read())
+    llm = LLM(
+        model, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=1024,
+        tensor_parallel_size=2, kv_cache_memory_bytes=32 << 20, block_size=16,
+        additional_config={"rlkv": {"profile": profile}},
+        worker_extension_cls="rlkv_vllm.engine.worker_extension.RlkvWorkerExtension",
+    )
+    params = SamplingParams(
+        temperature=0, max_tokens=100, logprobs=1, ignore_eos=True, detokenize=False
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    print("RESULT", json.dumps([
+        llm.collective_rpc("rlkv_split_report"),
+        [[list(c.token_ids), [p[t].logprob for p, t in zip(c.logprobs, c.token_ids)]]
+         for c in completions],
+    ]), flush=True)
+"""
+
+
+def two_ranks(folder: Path, model: Path, profile: Path, prompts: list[list[int]]) -> Any:
+    script = folder / "engine.py"  # vLLM starts its workers from a file
+    script.write_text(_ENGINE)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps([str(model), str(profile), prompts]),
+        env=os.environ
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize(
+    "full_heads", [UNEVEN, ((), (), (1,), ())], ids=["uneven", "a rank without full heads"]
+)
+def test_two_ranks_equal_the_oracle(
+    full_heads: tuple[tuple[int, ...], ...],
+    tmp_path: Path,
+    checkpoint: Callable[[str], Path],
+    profile_of: Callable[..., Path],
+) -> None:
+    model = checkpoint("qwen3")
+    path = profile_of(model, full_heads, sink=16, window=64)
+    profile = load_profile(path)
+    assert profile.recommended_sparsity is not None
+    allocation = allocate(profile.gates, profile.recommended_sparsity, 2)
+    prompts = [random_prompt(n, 11) for n in (17, 200, 700)]
+    reports, completions = two_ranks(tmp_path, model, path, prompts)
+    assert [report["active"] for report in reports] == [True, True]
+    assert [r["full_head_caches"] for r in reports] == [allocation.num_full_on(r) for r in (0, 1)]
+    for prompt, (tokens, logprobs) in zip(prompts, completions, strict=True):
+        completion = SimpleNamespace(
+            token_ids=tokens,
+            logprobs=[
+                {token: SimpleNamespace(logprob=value)}
+                for token, value in zip(tokens, logprobs, strict=True)
+            ],
+        )
+        wrong, worst = count_differences(model, prompt, completion, allocation.full, 16, 64)
+        assert wrong == 0
+        assert worst < 1e-4
