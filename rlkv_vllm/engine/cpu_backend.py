@@ -29,6 +29,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from rlkv_vllm.engine.compat import attention_layer_name
 from rlkv_vllm.engine.config import BLOCK_SIZE_MULTIPLE, split_config, split_plan
 from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads, register_head_caches
+from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.engine.support import check_layer_supported
 from rlkv_vllm.kernels.streaming import StepPlan, plan_step, streaming_attention
 
@@ -183,6 +184,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         for group in self.heads.groups:
             for cache_layer in group.layers:
                 cache_layer.on_bind = self._drop_views
+        self.heads.groups[0].layers[0].on_bind = self._report_capacity
         # The attention layer owns no cache but needs an entry in the step's metadata.
         layer.kv_sharing_target_layer_name = self.heads.groups[0].metadata_name
         self._head_index = [self._indices(group) for group in self.heads.groups]
@@ -197,6 +199,16 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
 
     def _drop_views(self) -> None:
         self._views = None
+
+    def _report_capacity(self) -> None:
+        """Log what the pool really holds: vLLM's own figure counts a ring's admission cap."""
+        self._drop_views()
+        assert self.plan is not None
+        assert self.heads is not None
+        rank = get_tensor_model_parallel_rank()
+        num_blocks = self.heads.groups[0].layers[0].kv_cache.shape[0]
+        if rank == 0 and num_blocks:
+            logger.info_once("%s", SplitReport.of(self.plan, rank, num_blocks).sentence())
 
     def forward(
         self,

@@ -89,6 +89,15 @@ class SplitReport:
         """Plain values, fit for JSON."""
         return asdict(self)
 
+    def sentence(self) -> str:
+        """The capacity in one line, for the log."""
+        return (
+            f"split KV cache: {self.full_heads} full and {self.streaming_heads} streaming KV heads "
+            f"(sink {self.sink}, window {self.window}), {self.num_blocks:,} blocks of "
+            f"{self.block_size} tokens, {self.requests_at_once:,} requests of "
+            f"{self.max_model_len:,} tokens at once (full cache: {self.full_requests_at_once:,})"
+        )
+
     def rows(self) -> list[tuple[str, str, str]]:
         """Label, split cache, full cache: what a user wants to see."""
         heads = self.full_heads + self.streaming_heads

@@ -1,0 +1,200 @@
+"""What the split cache does not support is refused before any weights load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from rlkv_vllm.engine.config import split_config, split_plan
+from rlkv_vllm.engine.support import REFUSALS, check_layer_supported, check_supported
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.plugin import register
+from rlkv_vllm.profile.io import load_profile, save_profile
+from tests.integration.test_parity import UNEVEN
+
+register()
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("qwen3")
+
+
+@pytest.fixture(scope="module")
+def profile(model: Path, profile_of: Callable[..., Path]) -> Path:
+    return profile_of(model, UNEVEN, sink=16, window=64)
+
+
+def config(model: Path, split: object, **options: Any) -> VllmConfig:
+    return EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=1024,
+        additional_config={"rlkv": split} if split is not None else {},
+        **options,
+    ).create_engine_config()
+
+
+def test_unconfigured_is_no_plan(model: Path) -> None:
+    assert split_config(config(model, None)) is None
+    assert split_plan(config(model, None)) is None
+
+
+def test_configured_is_a_plan(model: Path, profile: Path) -> None:
+    plan = split_plan(config(model, {"profile": str(profile)}))
+    assert plan is not None
+    assert plan.groups.allocation.full == UNEVEN
+    assert (plan.geometry.sink, plan.geometry.window) == (16, 64)
+
+
+def test_sink_window_and_sparsity_override_the_profile(model: Path, profile: Path) -> None:
+    split = {"profile": str(profile), "sparsity": 1.0, "sink": 3, "window": 40}
+    plan = split_plan(config(model, split))
+    assert plan is not None
+    assert plan.groups.allocation.num_full == 0
+    assert (plan.geometry.sink, plan.geometry.window) == (3, 40)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+            "--speculative-config",
+        ),
+        ({"block_size": 24}, "--block-size 24"),
+    ],
+)
+def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, profile: Path) -> None:
+    vllm_config = config(model, {"profile": str(profile)}, **options)
+    with pytest.raises(RlkvError, match=words) as error:
+        split_plan(vllm_config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "encoder-decoder",
+        "multimodal",
+        "state-space",
+        "MLA",
+        "pooling",
+        "kv-transfer",
+        "context-parallel",
+        "sliding-window",
+    ],
+)
+def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> None:
+    """Each refusal fires on the one property it is about."""
+    real = config(model, {"profile": str(profile)})
+    check_supported(real)
+    flags = {
+        "is_encoder_decoder": what == "encoder-decoder",
+        "is_multimodal_model": what == "multimodal",
+        "is_hybrid": what == "state-space",
+        "is_attention_free": False,
+        "use_mla": what == "MLA",
+        "runner_type": "pooling" if what == "pooling" else "generate",
+        "hf_text_config": SimpleNamespace(sliding_window=4096)
+        if what == "sliding-window"
+        else real.model_config.hf_text_config,
+    }
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=1,
+        prefill_context_parallel_size=1,
+        decode_context_parallel_size=2 if what == "context-parallel" else 1,
+    )
+    fake: Any = SimpleNamespace(
+        model_config=SimpleNamespace(**flags),
+        parallel_config=parallel,
+        cache_config=real.cache_config,
+        scheduler_config=real.scheduler_config,
+        speculative_config=None,
+        kv_transfer_config=object() if what == "kv-transfer" else None,
+    )
+    with pytest.raises(RlkvError, match=what):
+        check_supported(fake)
+
+
+def test_every_refusal_names_the_mend() -> None:
+    assert all(refusal.what and refusal.mend for refusal in REFUSALS)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"alibi_slopes": [0.1]}, "ALiBi"),
+        ({"sliding_window": 4096}, "sliding window"),
+        ({"logits_soft_cap": 30.0}, "soft-cap"),
+        ({"attn_type": "encoder_only"}, "encoder_only"),
+        ({"sinks": object()}, "attention sinks"),
+        ({"kv_sharing_target": "model.layers.0.attn"}, "shared"),
+    ],
+)
+def test_unsupported_layers(change: dict[str, Any], words: str) -> None:
+    plain: dict[str, Any] = {
+        "alibi_slopes": None,
+        "sliding_window": None,
+        "logits_soft_cap": None,
+        "attn_type": "decoder",
+        "sinks": None,
+        "kv_sharing_target": None,
+    }
+    check_layer_supported(**plain)
+    with pytest.raises(RlkvError, match=words):
+        check_layer_supported(**(plain | change))
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("embedded", "must be an object"),
+        ({}, "profile"),
+        ({"profile": "x", "sparsity": 1.5}, "sparsity"),
+        ({"profile": "x", "window": 0}, "window"),
+        ({"profile": "x", "sinks": 3}, "sinks"),
+        ({"profile": "/nowhere/profile.json"}, "/nowhere/profile.json"),
+    ],
+)
+def test_bad_additional_config(split: object, words: str, model: Path) -> None:
+    vllm_config = config(model, split)
+    with pytest.raises(RlkvError, match=words) as error:
+        split_plan(vllm_config)
+    assert "\n" not in str(error.value)
+
+
+def test_profile_of_another_model(checkpoint: Callable[[str], Path], profile: Path) -> None:
+    with pytest.raises(RlkvError, match="qwen3"):
+        split_plan(config(checkpoint("llama"), {"profile": str(profile)}))
+
+
+def test_profile_replaced_since_it_was_pinned(model: Path, profile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    original = load_profile(profile)
+    save_profile(original, path)
+    split = {"profile": str(path), "sha256": original.sha256()}
+    assert split_plan(config(model, split)) is not None
+    save_profile(original.model_copy(update={"window": 65}), path)
+    from rlkv_vllm.engine.config import _plan
+
+    _plan.cache_clear()  # another process reads the file anew
+    with pytest.raises(RlkvError, match="changed since"):
+        split_plan(config(model, split))
+
+
+def test_no_known_sparsity(model: Path, profile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(load_profile(profile).model_copy(update={"recommended_sparsity": None}), path)
+    with pytest.raises(RlkvError, match="--sparsity"):
+        split_plan(config(model, {"profile": str(path)}))
