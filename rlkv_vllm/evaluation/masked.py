@@ -154,28 +154,64 @@ def _generate(
 ) -> list[tuple[list[int], bool]]:
     """Greedy outputs up to and including the end token, and whether there was one."""
     ends = _end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    pad = tokenizer.pad_token_id or 0  # masked: any token would do
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    # `generate` records no gradients by itself.
-    sequences = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        # A model's own sampling settings are no part of greedy decoding, and warned about.
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
-    )
-    outputs = []
-    for row in sequences[:, longest:].tolist():
-        end = next((i for i, token in enumerate(row) if token in ends), None)
-        outputs.append((row if end is None else row[: end + 1], end is not None))
+    with torch.no_grad():
+        rows = _decode(model, input_ids, attention_mask, ends, max_new_tokens)
+    return [(row, row[-1] in ends) for row in rows]
+
+
+def _decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    ends: set[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Greedy decoding that drops finished rows.
+
+    `generate` carries every row along until the last one ends; with streaming heads a few rows
+    run into the token limit, and they would cost as much as all of them doing so.
+
+    Args:
+        model: any decoder with a dynamic cache.
+        input_ids: [rows, tokens], padded on the left.
+        attention_mask: the same shape, 1 on what is no padding.
+        ends: tokens after which a row is finished.
+        max_new_tokens: at least 1.
+    """
+    from transformers import DynamicCache
+
+    outputs: list[list[int]] = [[] for _ in input_ids]
+    running = list(range(len(outputs)))
+    cache = DynamicCache(config=model.config)
+    ids, mask = input_ids.to(model.device), attention_mask.to(model.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for _ in range(max_new_tokens):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        new = logits[:, -1].argmax(-1)
+        for row, token in zip(running, new.tolist(), strict=True):
+            outputs[row].append(token)
+        kept = [i for i, row in enumerate(running) if outputs[row][-1] not in ends]
+        if not kept:
+            break
+        if len(kept) < len(running):
+            running = [running[i] for i in kept]
+            select = torch.tensor(kept, device=model.device)
+            cache.batch_select_indices(select)
+            new, mask, positions = new[select], mask[select], positions[select]
+        ids = new[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(running), 1)], 1)
+        positions = positions[:, -1:] + 1
     return outputs
 
 

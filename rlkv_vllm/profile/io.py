@@ -10,7 +10,6 @@ import json
 import math
 import os
 import secrets
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -219,11 +218,16 @@ def profile_text(profile: HeadProfile) -> str:
     for key, value in profile.model_dump(mode="json").items():
         if key == "gates":
             rows = ",\n".join(json.dumps(row, allow_nan=False) for row in value)
-            body = f"[\n{textwrap.indent(rows, '  ')}\n]"
+            body = f"[\n{_indent(rows)}\n]"
         else:
             body = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        fields.append(textwrap.indent(f"{json.dumps(key)}: {body}", "  "))
+        fields.append(_indent(f"{json.dumps(key)}: {body}"))
     return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _indent(text: str) -> str:
+    """Indent lines; unlike `textwrap.indent` only those that a line feed ends."""
+    return "\n".join(f"  {line}" for line in text.split("\n"))
 
 
 def _first_error(error: ValidationError) -> str:

@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 WORKER_EXTENSION = "rlkv_vllm.engine.worker_extension.RlkvWorkerExtension"
 
-#: Beside the model and its profile: how the embedded reasoner is served where
-#: the user says nothing. It is too small to gain from compilation, and a cache
-#: of this size holds hundreds of its longest requests.
+#: How the embedded reasoner is served where the user says nothing: in the
+#: precision it was measured in (vLLM's "auto" makes bfloat16 of float32), and
+#: without compilation, from which it is too small to gain.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
     "profile": testbed.MODEL_NAME,
     "served_model_name": [testbed.MODEL_NAME],
     "reasoning_parser": testbed.REASONING_PARSER,
+    "dtype": "float32",
     "enforce_eager": True,
 }
+#: Holds hundreds of its longest requests.
 EMBEDDED_CACHE_BYTES = 256 * 2**20
 
 #: How long running requests may finish after Ctrl-C or SIGTERM. vLLM's 0 kills
@@ -125,6 +127,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                 setattr(args, name, value)
     args.model_tag = args.model
     args.is_embedded = is_embedded
+    args.dtype = args.dtype or "auto"
     args.enforce_eager = bool(args.enforce_eager)
     return args
 
@@ -140,7 +143,9 @@ def _server_parser() -> FlexibleArgumentParser:
     parser = make_arg_parser(Parser(prog="rlkv serve", usage=_USAGE))
     _add_own_options(parser)
     # None tells "not given" from vLLM's own default.
-    parser.set_defaults(model=None, enforce_eager=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+    parser.set_defaults(
+        model=None, dtype=None, enforce_eager=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S
+    )
     return parser
 
 

@@ -58,10 +58,12 @@ def _chain(rng: random.Random, steps: int) -> ReasonedProblem:
     """Resolve a variable down to its start, then compute back up."""
     decoys = min(len(VARIABLES) - steps, 1 + steps // 6)
     names = rng.sample(VARIABLES, steps + decoys)
-    facts: dict[str, tuple[str, int]] = {}
-    for i, name in enumerate(names):
-        is_start = i in (0, steps)
-        facts[name] = ("start" if is_start else names[i - 1], rng.randrange(MODULUS))
+    # The decoys define each other in a circle: with a second start, the offset that follows
+    # "start" would be ambiguous to a model that looks it up by that word.
+    sources = ["start", *names[: steps - 1], names[-1], *names[steps:-1]]
+    facts = {
+        name: (source, rng.randrange(MODULUS)) for name, source in zip(names, sources, strict=True)
+    }
     chain = names[:steps]
     words = ["chain"]
     for name in rng.sample(names, len(names)):

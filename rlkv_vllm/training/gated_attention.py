@@ -174,13 +174,16 @@ class GatedAttention:
     ) -> torch.Tensor:
         """One layer; returns ``[B, T, Q, D]``."""
         group = query_BQTD.shape[1] // key_BHSD.shape[1]
+        local_B1TS = self._local(allowed_B1TS)
 
-        def attend(mask: torch.Tensor) -> torch.Tensor:
+        def attend(mask_BHTS: torch.Tensor) -> torch.Tensor:
+            if query_BQTD.shape[2] == 1:
+                return _attend_one(query_BQTD, key_BHSD, value_BHSD, mask_BHTS, **options)
+            mask = mask_BHTS if mask_BHTS.shape[1] == 1 else mask_BHTS.repeat_interleave(group, 1)
             return sdpa_attention_forward(
                 module, query_BQTD, key_BHSD, value_BHSD, mask, **options
             )[0]
 
-        local_B1TS = self._local(allowed_B1TS)
         if not self.is_hard:
             full_BTQD, local_BTQD = attend(allowed_B1TS), attend(local_B1TS)
             gate_Q1 = getattr(module, GATE_NAME).repeat_interleave(group)[:, None]
@@ -192,8 +195,8 @@ class GatedAttention:
             return attend(allowed_B1TS)
         if not full_H.any():
             return attend(local_B1TS)
-        is_full_Q11 = full_H.repeat_interleave(group)[:, None, None].to(allowed_B1TS.device)
-        return attend(torch.where(is_full_Q11, allowed_B1TS, local_B1TS))
+        full_H11 = full_H[:, None, None].to(allowed_B1TS.device)
+        return attend(torch.where(full_H11, allowed_B1TS, local_B1TS))
 
     def _local(self, allowed_B1TS: torch.Tensor) -> torch.Tensor:
         """The local mask of a forward pass: made by its first layer, shared by the others."""
@@ -201,6 +204,28 @@ class GatedAttention:
         if self._masks is None or self._masks[0] is not allowed_B1TS:
             self._masks = (allowed_B1TS, local_mask(allowed_B1TS, self.sink, self.window))
         return self._masks[1]
+
+
+def _attend_one(
+    query_BQ1D: torch.Tensor,
+    key_BHSD: torch.Tensor,
+    value_BHSD: torch.Tensor,
+    mask_BH1S: torch.Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """A decode step; returns ``[B, 1, Q, D]``.
+
+    The query heads of a KV head become queries of one head, so that no key or value is copied.
+    """
+    num_sequences, num_heads, one, size = query_BQ1D.shape
+    grouped_BHGD = query_BQ1D.reshape(num_sequences, key_BHSD.shape[1], -1, size)
+    out_BHGD = nn.functional.scaled_dot_product_attention(
+        grouped_BHGD, key_BHSD, value_BHSD, mask_BH1S, dropout_p=dropout, scale=scaling
+    )
+    return out_BHGD.reshape(num_sequences, one, num_heads, size)
 
 
 def attach_gates(model: PreTrainedModel, sink: int, window: int) -> GatedAttention:

@@ -64,16 +64,6 @@ def test_right_answers_with_the_reasoning_separated(client: openai.OpenAI) -> No
     assert right >= 0.9 * len(asked)
 
 
-def test_the_chain_of_thought_is_the_one_it_was_taught(client: openai.OpenAI) -> None:
-    asked = problems(per_family=2)
-    replies = [ask(client, problem) for problem in asked]
-    same = [
-        reply.choices[0].message.reasoning.split() == problem.thought.split()
-        for problem, reply in zip(asked, replies, strict=True)
-    ]
-    assert sum(same) >= len(same) - 1
-
-
 def test_streaming_says_the_same_in_order(client: openai.OpenAI) -> None:
     for problem in problems(per_family=1):
         whole = ask(client, problem).choices[0].message
@@ -145,7 +135,7 @@ def test_start_up_told_phases_savings_and_an_example(server: Server) -> None:
         "checking profile, model and flags",
         "starting the engine for embedded",
         "loading weights",
-        "the KV cache is split per head",
+        "as read back from the engine",
         "split cache",
         "KV heads",
         "cache bytes per token",
@@ -153,9 +143,10 @@ def test_start_up_told_phases_savings_and_an_example(server: Server) -> None:
         f"curl {server.url}/v1/chat/completions",
         "ready; Ctrl-C stops the server",
     ]
-    places = [output.find(text) for text in told]
-    assert places == sorted(places)
-    assert places[0] >= 0
+    place = 0
+    for text in told:
+        place = output.find(text, place)
+        assert place >= 0, f"{text!r} is missing or out of order:\n{output}"
     assert "Traceback" not in output
     assert KEY not in output
 

@@ -40,11 +40,11 @@ def test_without_a_model_the_embedded_one_is_served() -> None:
 def test_flags_win_over_the_embedded_defaults() -> None:
     args = parse(
         ["--profile", "x", "--served-model-name", "a", "b", "--reasoning-parser", "qwen3"]
-        + ["--no-enforce-eager"]
+        + ["--no-enforce-eager", "--dtype", "bfloat16"]
     )
     assert args.profile == "x"
     assert args.served_model_name == ["a", "b"]
-    assert args.reasoning_parser == "qwen3"
+    assert (args.reasoning_parser, args.dtype) == ("qwen3", "bfloat16")
     assert args.enforce_eager is False
 
 
@@ -54,6 +54,7 @@ def test_another_model_gets_none_of_the_embedded_defaults() -> None:
     assert not args.profile
     assert not args.served_model_name
     assert not args.reasoning_parser
+    assert args.dtype == "auto"
     assert args.enforce_eager is False
 
 

@@ -1,7 +1,9 @@
 """Every chain of thought against an independent interpreter of its prompt."""
 
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -128,3 +130,12 @@ def test_the_mix_takes_the_families_in_turn() -> None:
 def test_the_example_question_is_short_and_fixed() -> None:
     assert example_question() == example_question()
     assert 10 < len(example_question().split()) < 40
+
+
+def test_the_examples_of_the_documentation_are_right() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "testbed.md").read_text()
+    examples = re.findall(r"```\n(.*)\n(<think> .*)\n```", text)
+    assert [prompt.split()[0] for prompt, _ in examples] == list(FAMILIES)
+    for prompt, completion in examples:
+        thought, answer = INTERPRETERS[prompt.split()[0]](prompt.split())
+        assert completion == f"<think> {' '.join(thought)} </think> answer {answer}"
