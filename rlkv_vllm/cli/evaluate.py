@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-WORKER_EXTENSION = "rlkv_vllm.engine.worker_extension.RlkvWorkerExtension"
-
 
 def evaluate(
     model: Annotated[
@@ -27,6 +25,9 @@ def evaluate(
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest request [default: the model's].")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, ... [default: vLLM's choice].")
+    ] = None,
     sink: Annotated[int | None, typer.Option(min=0, help="Instead of the profile's.")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Instead of the profile's.")] = None,
     memory: Annotated[
@@ -46,6 +47,8 @@ def evaluate(
     from rlkv_vllm.evaluation.tasks import get_task
     from rlkv_vllm.profile.io import check_matches, load_model_fingerprint, write_text_atomic
     from rlkv_vllm.profile.lookup import find_profile
+    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, WORKER_EXTENSION
+    from rlkv_vllm.testbed import MODEL_NAME, model_dir
 
     try:
         sparsities = [float(part) for part in sparsity.split(",")]
@@ -59,20 +62,21 @@ def evaluate(
         memory_bytes = int(TypeAdapter(ByteSize).validate_python(memory))
     except ValidationError:
         raise RlkvError(f"--memory {memory}: give a size such as 512MiB or 8GiB") from None
-    if model is None:
-        from rlkv_vllm.testbed import model_dir
-
+    options: dict[str, object] = {
+        "kv_cache_memory_bytes": memory_bytes,
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+    if model is None or model == MODEL_NAME:
         model = str(model_dir())
+        options |= {key: EMBEDDED_DEFAULTS[key] for key in ("dtype", "enforce_eager")}
+    if dtype is not None:
+        options["dtype"] = dtype
     head_profile, path = find_profile(profile)
     check_matches(head_profile, load_model_fingerprint(model))
     problems = get_task(task)
 
     from rlkv_vllm.evaluation.served import Score, evaluate
 
-    options: dict[str, object] = {
-        "kv_cache_memory_bytes": memory_bytes,
-        "worker_extension_cls": WORKER_EXTENSION,
-    }
     if max_model_len is not None:
         options["max_model_len"] = max_model_len
     console = Console()

@@ -47,7 +47,7 @@ vLLM flags used most (every flag of `vllm serve` is accepted, unchanged):
   --dtype T             float32, bfloat16, float16 or auto
   --kv-cache-memory-bytes N
                         size of the KV cache, e.g. 8G
-  --block-size N        tokens per cache block, a multiple of 16 (16)
+  --block-size N        tokens per cache block, a multiple of 16 (32, or 16 where 32 wastes)
   --tensor-parallel-size N, --max-num-seqs N, --enforce-eager
   --reasoning-parser P  how to separate the chain of thought, e.g. deepseek_r1, qwen3
   --api-key KEY         required from clients under /v1
