@@ -112,11 +112,12 @@ def worker(args: argparse.Namespace) -> None:
     )
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
-    for storage in {
-        c.untyped_storage().data_ptr(): c.untyped_storage() for c in runner.kv_caches
-    }.values():
-        values = torch.empty(0, dtype=torch.bfloat16).set_(storage)  # touch every page
-        values.normal_()
+    pattern = torch.randn(1 << 22).to(torch.bfloat16)
+    storages = {c.untyped_storage().data_ptr(): c.untyped_storage() for c in runner.kv_caches}
+    for storage in storages.values():
+        values = torch.empty(0, dtype=torch.bfloat16).set_(storage)
+        for part in values.split(len(pattern)):  # touch every page
+            part.copy_(pattern[: len(part)])
     manager = core.scheduler.kv_cache_manager
     hasher = core.request_block_hasher
     params = SamplingParams(temperature=0, max_tokens=budget, ignore_eos=True, detokenize=False)

@@ -117,14 +117,22 @@ def make_profile(
         provenance=Provenance(
             method=scorer.name,
             source=scorer.source,
-            config={**_json(asdict(config)), "sink": sink, "window": window, **scorer.config},
+            config={
+                **_json(asdict(config)),
+                # Where a local copy lies is nobody else's business.
+                "model": fingerprint.id,
+                "task": task.name,
+                "sink": sink,
+                "window": window,
+                **scorer.config,
+            },
             seed=config.seed,
             versions={
                 name: importlib.metadata.version(name)
                 for name in ("rlkv-vllm", "torch", "transformers")
             },
             created=date.today(),
-            data=f"the model's own greedy answers to {config.n} problems of task {config.task} "
+            data=f"the model's own greedy answers to {config.n} problems of task {task.name} "
             f"(seed {config.seed}), of which the {len(samples)} correct ones were used",
         ),
         evaluation=rows,

@@ -20,8 +20,8 @@ from rlkv_vllm.evaluation.masked import HeadSplit, TaskResult, solve
 from rlkv_vllm.evaluation.tasks import Problem, get_task
 from rlkv_vllm.profile import EvaluationRow
 from rlkv_vllm.profile.io import load_profile
-from rlkv_vllm.scorers import SCORERS, Sample, ScoringInput, get_scorer, run
-from rlkv_vllm.scorers.head_importance import answer_loss, loss_shares, to_gates
+from rlkv_vllm.scorers import SCORERS, Sample, ScoringInput, get_scorer, head_importance, run
+from rlkv_vllm.scorers.head_importance import answer_loss, path_gradients, to_gates
 from rlkv_vllm.training.gated_attention import attach_gates
 from tests import oracle
 from tests.checkpoints import NUM_KV_HEADS, NUM_LAYERS, make_checkpoint
@@ -128,13 +128,23 @@ def loss(given: ScoringInput, full_heads: list[list[int]]) -> float:
     return sum(losses) / len(losses)
 
 
-def test_loss_shares_sum_to_what_streaming_costs(model: Any) -> None:
+def test_path_gradients_sum_to_what_full_attention_saves(model: Any) -> None:
     given = scoring_input(model)
     everything = [list(range(NUM_KV_HEADS))] * NUM_LAYERS
-    cost = loss(given, [[]] * NUM_LAYERS) - loss(given, everything)
-    shares = loss_shares(given, steps=32)
-    assert abs(cost) > 0.01
-    assert sum(map(sum, shares)) == pytest.approx(cost, rel=0.02)
+    saved = loss(given, everything) - loss(given, [[]] * NUM_LAYERS)
+    gradients = path_gradients(given, 32)
+    assert gradients.shape == (32, NUM_LAYERS, NUM_KV_HEADS)
+    assert abs(saved) > 0.01
+    assert gradients.mean(0).sum().item() == pytest.approx(saved, rel=0.02)
+
+
+def test_every_point_of_the_path_counts_the_same(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = torch.tensor([[[-3.0, 1.0, 0.0]], [[0.0, -400.0, 0.0]]])
+    monkeypatch.setattr(head_importance, "path_gradients", lambda given, steps: points)
+    # Shares .75, -.25, 0, then 0, 1, 0: the means are .375, .375 and 0.
+    assert head_importance.score_heads(scoring_input(model)) == [[1.0, 1.0, 0.0]]
 
 
 def test_answer_loss_counts_the_answer_only(model: Any) -> None:
@@ -249,6 +259,7 @@ def test_score_writes_a_profile(
     assert profile.provenance.method == "head-importance"
     assert profile.provenance.seed == 7
     assert profile.provenance.config["n"] == 4
+    assert str(checkpoint.parent) not in output.read_text()
     assert profile.provenance.config["window"] == 5
     assert set(profile.provenance.versions) == {"rlkv-vllm", "torch", "transformers"}
     assert "2 correct" in (profile.provenance.data or "")

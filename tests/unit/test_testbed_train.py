@@ -104,13 +104,13 @@ def test_the_data_depend_on_seed_and_step_alone() -> None:
 
 
 def test_steps_lower_the_loss() -> None:
-    trainer = TestbedTrainer(replace(TINY, batch_tokens=600, master_accuracy=2.0))
+    trainer = TestbedTrainer(replace(TINY, batch_tokens=400, master_accuracy=2.0))
     losses = []
-    for _ in range(16):
+    for _ in range(10):
         trainer.step()
         losses.append(trainer.state.loss)
     assert losses[0] > 5
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_orthogonalize_brings_singular_values_near_one() -> None:
@@ -123,10 +123,10 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
 
 def test_the_train_command_writes_a_model(tmp_path: Path) -> None:
     output = tmp_path / "model"
-    arguments = ["train", "--output", str(output), "--max-steps", "2", "--measure", "4"]
+    arguments = ["train", "--output", str(output), "--max-steps", "2", "--measure", "1"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "of 4 fresh problems" in result.output
+    assert "of 1 fresh problems" in result.output
     assert not (output / CHECKPOINT).exists()
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["run"]["state"]["step"] == 2
