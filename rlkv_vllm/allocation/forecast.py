@@ -7,12 +7,17 @@ The engine's start-up log, the endpoint and `rlkv profile plan` all use these fu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlkv_vllm.allocation.groups import CacheGroups, pack
 from rlkv_vllm.allocation.heads import allocate
 
 TARGET_TOKENS = 4096  # request length that the packing is made for
+BLOCK_SIZE_MULTIPLE = 16  # block sizes that the attention paths accept are multiples of this
+# Tried in this order: vLLM's CPU kernel is a quarter slower on blocks of 16 tokens, but rings
+# waste less with them.
+PREFERRED_BLOCK_SIZES = (32, 16)
+BLOCK_SIZE_WASTE = 1.03  # a block size may cost this much more memory than the tokens in it
 NULL_BLOCKS = 1  # vLLM reserves one block of the pool as the null block
 
 
@@ -116,6 +121,19 @@ class Forecast:
         full = self.geometry.full_blocks(num_tokens) if self.groups.allocation.num_full else 0
         return full + self.groups.num_ring_groups * self.geometry.ring_blocks(num_tokens)
 
+    def admission_blocks(self, num_tokens: int) -> int:
+        """Blocks that must be free for it: while a chunk is prefilled, the window before it and
+        the one at its end are both held.
+        """
+        geometry, groups = self.geometry, self.groups
+        window = _blocks(geometry.window - 1, geometry.block_size) + 1
+        ring = min(
+            _blocks(geometry.sink, geometry.block_size) + 2 * window,
+            geometry.full_blocks(num_tokens),
+        )
+        full = geometry.full_blocks(num_tokens) if groups.allocation.num_full else 0
+        return full + groups.num_ring_groups * ring
+
     def bytes_per_request(self, num_tokens: int, rank: int) -> int:
         """What such a request holds on `rank`, padding included."""
         return self.blocks_per_request(num_tokens) * self.block_bytes(rank)
@@ -194,6 +212,60 @@ def forecast_split(
         ring_blocks=geometry.ring_blocks(target),
     )
     return Forecast(geometry, groups)
+
+
+def block_sizes_for(head_dim: int) -> tuple[int, ...]:
+    """Block sizes to choose from when the user names none (tokens)."""
+    # vLLM's faster CPU kernel wants whole vectors of 32 elements.
+    return PREFERRED_BLOCK_SIZES if head_dim % 32 == 0 else (BLOCK_SIZE_MULTIPLE,)
+
+
+def forecast_with_block_size(
+    gates: Sequence[Sequence[float]],
+    sparsity: float,
+    geometry: CacheGeometry,
+    block_sizes: Sequence[int],
+    *,
+    tp_size: int = 1,
+    max_model_len: int = TARGET_TOKENS,
+) -> Forecast:
+    """`forecast_split` with the first block size that wastes little, else the smallest waste.
+
+    Args:
+        gates: [layers][KV heads].
+        sparsity: share of streaming heads.
+        geometry: sizes of the cache; its block size is not looked at.
+        block_sizes: to choose from, the fastest first (tokens).
+        tp_size: tensor-parallel ranks.
+        max_model_len: longest request.
+
+    Raises:
+        RlkvError: as `allocate`.
+    """
+    tokens = min(max_model_len, TARGET_TOKENS)
+    ring = min(tokens, geometry.sink + geometry.window)
+
+    def waste(forecast: Forecast) -> float:
+        allocation = forecast.groups.allocation
+        return max(
+            forecast.bytes_per_request(tokens, rank)
+            / geometry.head_token_bytes
+            / (allocation.num_full_on(rank) * tokens + allocation.num_streaming_on(rank) * ring)
+            for rank in forecast.ranks
+        )
+
+    forecasts = [
+        forecast_split(
+            gates,
+            sparsity,
+            replace(geometry, block_size=block_size),
+            tp_size=tp_size,
+            max_model_len=max_model_len,
+        )
+        for block_size in block_sizes
+    ]
+    small = (forecast for forecast in forecasts if waste(forecast) <= BLOCK_SIZE_WASTE)
+    return next(small, min(forecasts, key=waste))
 
 
 def _blocks(num_tokens: int, block_size: int) -> int:

@@ -237,32 +237,39 @@ def plan(
     sparsity: Sparsity = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.auto,
-    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens per block [default: as the engine chooses].")
+    ] = None,
 ) -> None:
     """Forecast the cache memory of a split model against the full cache."""
-    from rlkv_vllm.allocation import CacheGeometry, forecast_split
+    from rlkv_vllm.allocation.forecast import (
+        CacheGeometry,
+        block_sizes_for,
+        forecast_with_block_size,
+    )
     from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
     from rlkv_vllm.profile.lookup import find_profile
 
     memory_bytes = _parse_size(memory)
     for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
     loaded, _ = find_profile(profile)
     sparsity = _sparsity_of(loaded, sparsity, profile)
     fingerprint = load_model_fingerprint(model)
     check_matches(loaded, fingerprint)
+    block_sizes = (block_size,) if block_size else block_sizes_for(fingerprint.head_dim)
     geometry = CacheGeometry(
         num_layers=fingerprint.num_layers,
         num_kv_heads=fingerprint.num_kv_heads,
         head_dim=fingerprint.head_dim,
         dtype_bytes=dtype.num_bytes,
-        block_size=block_size,
+        block_size=block_sizes[0],
         sink=loaded.sink,
         window=loaded.window,
     )
-    forecast = forecast_split(
-        loaded.gates, sparsity, geometry, tp_size=tp, max_model_len=max_model_len
+    forecast = forecast_with_block_size(
+        loaded.gates, sparsity, geometry, block_sizes, tp_size=tp, max_model_len=max_model_len
     )
     _print_plan(forecast, sparsity, max_model_len, memory_bytes)
 

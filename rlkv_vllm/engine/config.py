@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlkv_vllm.allocation.forecast import TARGET_TOKENS, CacheGeometry, Forecast, forecast_split
+from rlkv_vllm.allocation.forecast import (
+    BLOCK_SIZE_MULTIPLE,
+    CacheGeometry,
+    Forecast,
+    block_sizes_for,
+    forecast_with_block_size,
+)
 from rlkv_vllm.allocation.groups import CacheGroups
 from rlkv_vllm.engine.compat import block_size_is_the_users
 from rlkv_vllm.engine.support import check_supported
@@ -27,16 +33,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CONFIG_KEY = "rlkv"
-
-#: Block sizes that the attention paths accept are multiples of this (tokens).
-BLOCK_SIZE_MULTIPLE = 16
-
-#: Tried in this order when the user gives no ``--block-size``: vLLM's CPU kernel is a
-#: quarter slower on blocks of 16, but its rings waste less (tokens).
-PREFERRED_BLOCK_SIZES = (32, 16)
-
-#: A preferred block size may cost this much more memory than the tokens in it.
-BLOCK_SIZE_WASTE = 1.03
 
 #: Prompt tokens between two places at which a different prompt with the same
 #: beginning can resume from the prefix cache.
@@ -128,6 +124,7 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
     text_config["num_key_value_heads"] = model.get_total_num_kv_heads()
     text_config["head_dim"] = model.get_head_size()
     return _plan(
+        vllm_config.instance_id,
         config,
         str(model.model),
         model.revision,
@@ -149,6 +146,7 @@ def _freeze(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 @functools.lru_cache(maxsize=8)
 def _plan(
+    instance_id: str,
     config: SplitConfig,
     model_id: str,
     revision: str | None,
@@ -159,6 +157,8 @@ def _plan(
     dtype_bytes: int,
     max_model_len: int,
 ) -> SplitPlan:
+    # instance_id: every engine reads the profile anew, all layers of one engine the same.
+    del instance_id
     profile, _ = find_profile(config.profile)
     if config.sha256 is not None and profile.sha256() != config.sha256:
         raise RlkvError(
@@ -173,25 +173,22 @@ def _plan(
             f"--profile {config.profile} recommends no sparsity: give --sparsity, the share of "
             "KV heads that keep only sinks and a window, from 0 to 1"
         )
-    forecasts = [
-        forecast_split(
-            profile.gates,
-            sparsity,
-            CacheGeometry(
-                num_layers=fingerprint.num_layers,
-                num_kv_heads=fingerprint.num_kv_heads,
-                head_dim=fingerprint.head_dim,
-                dtype_bytes=dtype_bytes,
-                block_size=block_size,
-                sink=profile.sink if config.sink is None else config.sink,
-                window=profile.window if config.window is None else config.window,
-            ),
-            tp_size=tp_size,
-            max_model_len=max_model_len,
-        )
-        for block_size in block_sizes
-    ]
-    forecast = _fastest_of_the_small(forecasts, max_model_len)
+    forecast = forecast_with_block_size(
+        profile.gates,
+        sparsity,
+        CacheGeometry(
+            num_layers=fingerprint.num_layers,
+            num_kv_heads=fingerprint.num_kv_heads,
+            head_dim=fingerprint.head_dim,
+            dtype_bytes=dtype_bytes,
+            block_size=block_sizes[0],
+            sink=profile.sink if config.sink is None else config.sink,
+            window=profile.window if config.window is None else config.window,
+        ),
+        block_sizes,
+        tp_size=tp_size,
+        max_model_len=max_model_len,
+    )
     geometry = forecast.geometry
     return SplitPlan(
         config=config,
@@ -204,24 +201,6 @@ def _plan(
     )
 
 
-def _fastest_of_the_small(forecasts: list[Forecast], max_model_len: int) -> Forecast:
-    """The first forecast that wastes little of what its tokens need, else the smallest."""
-    tokens = min(max_model_len, TARGET_TOKENS)
-
-    def waste(forecast: Forecast) -> float:
-        geometry, allocation = forecast.geometry, forecast.groups.allocation
-        ring = min(tokens, geometry.sink + geometry.window)
-        return max(
-            forecast.bytes_per_request(tokens, rank)
-            / geometry.head_token_bytes
-            / (allocation.num_full_on(rank) * tokens + allocation.num_streaming_on(rank) * ring)
-            for rank in forecast.ranks
-        )
-
-    small = (forecast for forecast in forecasts if waste(forecast) <= BLOCK_SIZE_WASTE)
-    return next(small, min(forecasts, key=waste))
-
-
 def _profile_id(name: str) -> str:
     path = Path(name)
     return path.stem if path.suffix == ".json" else name
@@ -230,9 +209,7 @@ def _profile_id(name: str) -> str:
 def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...]:
     """Block sizes to choose from: the user's, else those that the kernels like."""
     if not block_size_is_the_users(vllm_config):
-        # vLLM's faster CPU kernel wants whole vectors of 32 elements.
-        fits = vllm_config.model_config.get_head_size() % 32 == 0
-        return PREFERRED_BLOCK_SIZES if fits else (BLOCK_SIZE_MULTIPLE,)
+        return block_sizes_for(vllm_config.model_config.get_head_size())
     block_size: int = vllm_config.cache_config.block_size
     if block_size % BLOCK_SIZE_MULTIPLE:
         raise RlkvError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
@@ -26,11 +26,12 @@ from vllm.v1.attention.backends.cpu_attn import (
     _get_attn_isa,
 )
 
+from rlkv_vllm.allocation.forecast import BLOCK_SIZE_MULTIPLE
 from rlkv_vllm.engine.compat import attention_layer_name
-from rlkv_vllm.engine.config import BLOCK_SIZE_MULTIPLE, split_config, split_plan
+from rlkv_vllm.engine.config import split_config, split_plan
 from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads, register_head_caches
 from rlkv_vllm.engine.report import SplitReport
-from rlkv_vllm.engine.support import check_layer_supported
+from rlkv_vllm.engine.support import check_layer_shape, check_layer_supported
 from rlkv_vllm.kernels.streaming import StepPlan, plan_step, streaming_attention
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class SplitCPUBackend(CPUAttentionBackend):
         kv_cache_spec: object | None = None,
     ) -> list[int | MultipleOf]:
         """vLLM prefers multiples of 32 on the CPU; its kernel takes 16, which rings want."""
-        del kv_cache_spec
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None and split_config(vllm_config) is None:
+            return CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
         return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
 
     @staticmethod
@@ -170,6 +173,14 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             return
         name = attention_layer_name(self._vllm_config, self)
         layer = self._vllm_config.compilation_config.static_forward_context[name]
+        cache_dtype = layer.kv_cache_torch_dtype
+        check_layer_shape(
+            layer_class=type(layer).__name__,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            expected=(self.plan.groups.allocation.heads_per_rank, self.plan.geometry.head_dim),
+            dtypes="" if cache_dtype == act_dtype else f"{act_dtype}, cache {cache_dtype}",
+        )
         self.heads = register_head_caches(
             self.plan,
             self._vllm_config,
@@ -179,7 +190,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             rank=get_tensor_model_parallel_rank(),
             num_q_heads=self.num_heads,
             head_dim=self.head_size,
-            dtype=layer.kv_cache_torch_dtype,
+            dtype=cache_dtype,
         )
         for group in self.heads.groups:
             for cache_layer in group.layers:

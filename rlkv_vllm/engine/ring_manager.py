@@ -14,8 +14,8 @@ for a different prompt with the same beginning to hit. So every
 allocated for the one step that fills it, entered into the prefix cache, and
 given back as soon as that step is scheduled. A given-back block keeps its
 content until the pool reuses it in a later step, so a tail costs no capacity:
-it is taken only from blocks that no scheduled request can need in this step,
-and it never delays or preempts anything.
+it is taken only while more blocks are free than the running requests ask for
+in a step. At worst a waiting request is admitted one step later.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ class RingManager(SlidingWindowManager):
         """Blocks that ``allocate_new_blocks`` will take, and hits it revives."""
         first = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         needed = self._num_real_blocks(first, num_tokens)
+        kept = self._kept_of_hit(new_computed_blocks, total_computed_tokens)
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             # The window before a chunk is held beside the one at its end.
             held = min(
                 needed + self.window_blocks, max(cdiv(num_tokens, self.block_size) - first, 0)
             )
-            needed = min(held, self.max_admission_blocks_per_request)
-        if new_computed_blocks:
-            kept = self._kept_of_hit(new_computed_blocks, total_computed_tokens)
-            needed += self._get_num_evictable_blocks(kept)
-        return needed
+            # The cap is on all that the request holds, a hit's sinks and window included.
+            hit = sum(not block.is_null for block in kept)
+            needed = min(held, max(self.max_admission_blocks_per_request - hit, 0))
+        return needed + self._get_num_evictable_blocks(kept)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int

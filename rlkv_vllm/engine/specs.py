@@ -53,7 +53,8 @@ class RingSpec(SlidingWindowSpec):
         While a chunk runs, a request holds its sinks, the window before the
         chunk and the window at its end: chunk positions that are out of the
         window when the chunk ends are never allocated. So the bound does not
-        depend on the chunk's length.
+        depend on the chunk's length. One batch runs at a time: with several in
+        flight (refused in ``engine.support``) each would hold one more window.
         """
         del max_in_flight_tokens
         ring = self.num_sink_blocks + 2 * self.window_blocks

@@ -33,6 +33,11 @@ def _platform_is_not_cpu(_: VllmConfig) -> bool:
     return not current_platform.is_cpu()
 
 
+def _cache_dtype_differs(config: VllmConfig) -> bool:
+    given = config.cache_config.cache_dtype
+    return given != "auto" and given != str(config.model_config.dtype).removeprefix("torch.")
+
+
 def _has_sliding_window(config: VllmConfig) -> bool:
     text = config.model_config.hf_text_config
     layer_types = getattr(text, "layer_types", None) or ()
@@ -73,8 +78,23 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--kv-cache-dtype other than the model's own",
-        lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+        _cache_dtype_differs,
         "remove the flag",
+    ),
+    Refusal(
+        "--kv-sharing-fast-prefill",
+        lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
+        "remove the flag",
+    ),
+    Refusal(
+        "--async-scheduling (several batches in flight)",
+        lambda c: bool(c.scheduler_config.async_scheduling),
+        "remove the flag",
+    ),
+    Refusal(
+        "--max-model-len auto (the packing of the heads depends on it)",
+        lambda c: c.model_config.original_max_model_len == -1,
+        "give a number; `rlkv profile plan` shows what fits",
     ),
     Refusal(
         "--disable-hybrid-kv-cache-manager (rings would be given whole caches)",
@@ -153,3 +173,34 @@ def check_layer_supported(
                 f"the split KV cache does not support attention layers with {what}: "
                 "serve the model with plain vLLM"
             )
+
+
+def check_layer_shape(
+    *, layer_class: str, num_kv_heads: int, head_dim: int, expected: tuple[int, int], dtypes: str
+) -> None:
+    """Refuse an attention layer that is not like all others of the model.
+
+    Args:
+        layer_class: class of the layer; subclasses of vLLM's ``Attention`` mask differently.
+        num_kv_heads: KV heads of the layer on this rank.
+        head_dim: head dimension of the layer.
+        expected: KV heads per rank and head dimension that the profile's model has.
+        dtypes: why model and cache differ in type, or empty.
+
+    Raises:
+        RlkvError: names the difference.
+    """
+    problem = ""
+    if layer_class != "Attention":
+        problem = f"attention layers of class {layer_class}"
+    elif (num_kv_heads, head_dim) != expected:
+        problem = (
+            f"models whose layers differ in shape: one has {num_kv_heads} KV heads of "
+            f"{head_dim}, expected {expected[0]} of {expected[1]}"
+        )
+    elif dtypes:
+        problem = f"a cache of another type than the model ({dtypes})"
+    if problem:
+        raise RlkvError(
+            f"the split KV cache does not support {problem}: serve the model with plain vLLM"
+        )

@@ -8,7 +8,6 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from rlkv_vllm.engine.config import split_plan
 from rlkv_vllm.engine.head_cache import HeadCacheLayer
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.engine.specs import RingSpec
@@ -31,10 +30,11 @@ class RlkvWorkerExtension:
             its own or the head caches are not those of the plan; otherwise
             ``active`` True and the fields of :class:`SplitReport`.
         """
-        plan = split_plan(self.vllm_config)
         rank = get_tensor_model_parallel_rank()
         base: type[Any] = AttentionLayerBase
         layers = get_layers_from_vllm_config(self.vllm_config, base)
+        plans = (getattr(getattr(layer, "impl", None), "plan", None) for layer in layers.values())
+        plan = next((plan for plan in plans if plan is not None), None)
         heads = {
             name: layer
             for name, layer in layers.items()

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-#: Most tiles handled at once in a prefill: bounds the gathered keys and values.
-_TILES_PER_SLAB = 64
+#: Bytes that a prefill may take at once for gathered keys and values and their scores.
+_SLAB_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -298,8 +298,11 @@ def _prefill(
     num_tiles, tile = index.rows_PT.shape
     source = torch.cat([cache_HSD.index_select(1, index.old_slots), kv_HND], dim=1)
     out = torch.empty(num_tiles, tile, num_heads, group, d, dtype=output.dtype)
-    for a in range(0, num_tiles, _TILES_PER_SLAB):
-        b = min(a + _TILES_PER_SLAB, num_tiles)
+    keys = index.keys_PS.shape[1]
+    tile_bytes = 4 * num_heads * keys * (2 * d + 2 * group * tile)
+    tiles_per_slab = max(1, _SLAB_BYTES // tile_bytes)
+    for a in range(0, num_tiles, tiles_per_slab):
+        b = min(a + tiles_per_slab, num_tiles)
         keys_PS = index.keys_PS[a:b]
         kv = source.index_select(1, keys_PS.reshape(-1)).float()
         kv_HPSD = kv.view(num_heads, b - a, -1, 2 * d)

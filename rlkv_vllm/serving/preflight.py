@@ -228,9 +228,11 @@ def check_capacity(plan: SplitPlan, cache_bytes: int | None) -> None:
         RlkvError: naming the flags and what would fit.
     """
     tokens = plan.max_model_len
-    if cache_bytes is None or plan.forecast.requests_at_once(tokens, cache_bytes) > 0:
+    forecast = plan.forecast
+    if cache_bytes is None or forecast.num_blocks(cache_bytes) > forecast.admission_blocks(tokens):
         return
-    need = max(plan.forecast.bytes_per_request(tokens, rank) for rank in plan.forecast.ranks)
+    block_bytes = max(forecast.block_bytes(rank) for rank in forecast.ranks)
+    need = forecast.admission_blocks(tokens) * block_bytes
     raise RlkvError(
         f"--kv-cache-memory-bytes {cache_bytes:,}: one request of --max-model-len {tokens:,} "
         f"needs {need:,} bytes and a spare block: raise the one or lower the other"

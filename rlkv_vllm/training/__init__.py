@@ -1,0 +1,1 @@
+"""Training of gates: attention with one gate per KV head."""

@@ -24,6 +24,7 @@ from rlkv_vllm.engine.config import SplitPlan, split_plan
 from rlkv_vllm.engine.cpu_backend import SplitCPUBackend
 from rlkv_vllm.engine.head_cache import HeadCacheLayer, register_head_caches
 from rlkv_vllm.engine.report import SplitReport
+from rlkv_vllm.engine.specs import RingSpec
 from rlkv_vllm.plugin import register
 from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
 from rlkv_vllm.profile.schema import HeadProfile, Provenance
@@ -222,6 +223,18 @@ def test_half_streaming_heads_nearly_double_the_requests_at_once(
     assert pool.plan is not None
     # The forecast counts the worst alignment of the window with the blocks.
     assert 0 <= split - pool.plan.forecast.requests_in(pool.cache.num_blocks, 4096) <= 1
+
+
+def test_forecast_of_admission_is_the_specs(model: Path, tmp_path: Path) -> None:
+    pool = make_pool(model, tmp_path, 0.8)
+    assert pool.plan is not None
+    caps = [
+        spec.max_admission_blocks_per_request(512, 4096)
+        for spec in (group.kv_cache_spec for group in pool.cache.kv_cache_groups)
+        if isinstance(spec, RingSpec)
+    ]
+    geometry = pool.plan.geometry
+    assert pool.plan.forecast.admission_blocks(4096) == 4096 // geometry.block_size + sum(caps)
 
 
 def test_report_agrees_with_the_pool(model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,12 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from rlkv_vllm.engine.config import split_config, split_plan
-from rlkv_vllm.engine.support import REFUSALS, check_layer_supported, check_supported
+from rlkv_vllm.engine.support import (
+    REFUSALS,
+    check_layer_shape,
+    check_layer_supported,
+    check_supported,
+)
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.plugin import register
 from rlkv_vllm.profile.io import load_profile, save_profile
@@ -73,6 +78,8 @@ def test_sink_window_and_sparsity_override_the_profile(model: Path, profile: Pat
             "--speculative-config",
         ),
         ({"block_size": 24}, "--block-size 24"),
+        ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
     ],
 )
 def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, profile: Path) -> None:
@@ -93,6 +100,8 @@ def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, pro
         "kv-transfer",
         "context-parallel",
         "sliding-window",
+        "--max-model-len auto",
+        "async-scheduling",
     ],
 )
 def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> None:
@@ -105,6 +114,8 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         "is_hybrid": what == "state-space",
         "is_attention_free": False,
         "use_mla": what == "MLA",
+        "original_max_model_len": -1 if what == "--max-model-len auto" else 1024,
+        "dtype": real.model_config.dtype,
         "runner_type": "pooling" if what == "pooling" else "generate",
         "hf_text_config": SimpleNamespace(sliding_window=4096)
         if what == "sliding-window"
@@ -119,7 +130,9 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         model_config=SimpleNamespace(**flags),
         parallel_config=parallel,
         cache_config=real.cache_config,
-        scheduler_config=real.scheduler_config,
+        scheduler_config=SimpleNamespace(
+            disable_hybrid_kv_cache_manager=False, async_scheduling=what == "async-scheduling"
+        ),
         speculative_config=None,
         kv_transfer_config=object() if what == "kv-transfer" else None,
     )
@@ -157,6 +170,28 @@ def test_unsupported_layers(change: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layer_class": "ChunkedLocalAttention"}, "ChunkedLocalAttention"),
+        ({"num_kv_heads": 2}, "differ in shape"),
+        ({"head_dim": 64}, "differ in shape"),
+        ({"dtypes": "torch.float32, cache torch.bfloat16"}, "another type"),
+    ],
+)
+def test_layers_unlike_the_others(change: dict[str, Any], words: str) -> None:
+    plain: dict[str, Any] = {
+        "layer_class": "Attention",
+        "num_kv_heads": 4,
+        "head_dim": 32,
+        "expected": (4, 32),
+        "dtypes": "",
+    }
+    check_layer_shape(**plain)
+    with pytest.raises(RlkvError, match=words):
+        check_layer_shape(**(plain | change))
+
+
+@pytest.mark.parametrize(
     ("split", "words"),
     [
         ("embedded", "must be an object"),
@@ -186,9 +221,6 @@ def test_profile_replaced_since_it_was_pinned(model: Path, profile: Path, tmp_pa
     split = {"profile": str(path), "sha256": original.sha256()}
     assert split_plan(config(model, split)) is not None
     save_profile(original.model_copy(update={"window": 65}), path)
-    from rlkv_vllm.engine.config import _plan
-
-    _plan.cache_clear()  # another process reads the file anew
     with pytest.raises(RlkvError, match="changed since"):
         split_plan(config(model, split))
 

@@ -282,3 +282,27 @@ def test_an_answer_leaves_only_what_can_be_resumed_at() -> None:
     for boundary in (384, 512, 640):
         branch = make_request(str(boundary), [*request.all_token_ids[: boundary + 20], *range(60)])
         assert steps.start(branch) >= boundary
+
+
+def test_a_hit_is_admitted_wherever_the_whole_request_would_be() -> None:
+    """The pool just holds one long request; a hit must not ask for more than that."""
+    spec = ring_of(make_manager()).kv_cache_spec
+    assert isinstance(spec, RingSpec)
+    blocks = 1600 // BLOCK + spec.max_admission_blocks_per_request(512, 1600)
+    manager = make_manager(num_blocks=1 + blocks, retention_interval=256)
+    steps = Steps(manager)
+    first = make_request("a", list(range(805)))
+    steps.prefill(first, 512)
+    manager.free(first)
+    second = make_request("b", [*range(800), *range(2000, 2790)])
+    hit = steps.start(second)
+    assert hit >= 768
+    manager.new_step_starts()
+    admitted = manager.allocate_slots(
+        second,
+        512,
+        num_new_computed_tokens=hit,
+        new_computed_blocks=steps.hit_blocks,
+        full_sequence_must_fit=True,
+    )
+    assert admitted is not None

@@ -305,7 +305,7 @@ def test_two_cache_sizes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_must_hold_one_longest_request(tp_size: int) -> None:
     plan = make_plan(tp_size)
     # One request, and the block that vLLM keeps for itself.
-    blocks = plan.forecast.blocks_per_request(plan.max_model_len) + 1
+    blocks = plan.forecast.admission_blocks(plan.max_model_len) + 1
     enough = blocks * max(plan.forecast.block_bytes(rank) for rank in plan.forecast.ranks)
     preflight.check_capacity(plan, enough)
     preflight.check_capacity(plan, None)
