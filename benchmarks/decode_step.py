@@ -122,7 +122,9 @@ def worker(args: argparse.Namespace) -> None:
     hasher = core.request_block_hasher
     params = SamplingParams(temperature=0, max_tokens=budget, ignore_eos=True, detokenize=False)
     rng = random.Random(1)
-    prompts = [[rng.randrange(5, 4000) for _ in range(args.context)] for _ in range(args.batch)]
+    # One token more than is cached: a context of whole blocks leaves nothing to prefill.
+    size = args.context + 1
+    prompts = [[rng.randrange(5, 4000) for _ in range(size)] for _ in range(args.batch)]
     for i, prompt in enumerate(prompts):
         request = Request(
             request_id=f"warm-{i}",
@@ -132,13 +134,13 @@ def worker(args: argparse.Namespace) -> None:
             block_hasher=hasher,
         )
         manager.new_step_starts()
-        assert manager.allocate_slots(request, args.context) is not None
+        assert manager.allocate_slots(request, size) is not None
         manager.take_new_block_ids()
         manager.free(request)
     for i, prompt in enumerate(prompts):
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
     while len(core.scheduler.running) < args.batch or any(
-        r.num_computed_tokens < args.context for r in core.scheduler.running
+        r.num_computed_tokens < size for r in core.scheduler.running
     ):
         llm.llm_engine.step()
     for _ in range(3):

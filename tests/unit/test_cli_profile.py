@@ -151,7 +151,7 @@ def test_plot(here):
     assert ".png" in fails("plot", "p.json", "-o", "heads.jpeg")
 
 
-PLAN = ["plan", "m", "p.json", "--max-model-len", 4096, "--memory", "1GiB"]
+PLAN = ["plan", "m", "p.json", "--block-size", 16, "--max-model-len", 4096, "--memory", "1GiB"]
 
 
 def row(output, start):
@@ -201,7 +201,7 @@ def test_plan_reads_sizes(size, blocks):
         ([*PLAN[:-1], "much"], ["--memory much", "8GiB"]),
         ([*PLAN[:-1], "0"], ["--memory 0"]),
         ([*PLAN[:-1], "9" * 400 + "GiB"], ["--memory 999"]),
-        ([*PLAN[:3], "--max-model-len", 0, *PLAN[5:]], ["--max-model-len 0"]),
+        ([*PLAN[:5], "--max-model-len", 0, *PLAN[7:]], ["--max-model-len 0"]),
         (["plan", "m", "none.json", *PLAN[3:]], ["none.json", "--sparsity"]),
         (["plan", "nowhere", *PLAN[2:]], ["nowhere", "neither a folder"]),
         (["plan", "wrong", *PLAN[2:]], ["num_kv_heads 2 (model: 4)", "profile"]),
