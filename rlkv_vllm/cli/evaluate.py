@@ -48,7 +48,7 @@ def evaluate(
     from rlkv_vllm.profile.io import check_matches, load_model_fingerprint, write_text_atomic
     from rlkv_vllm.profile.lookup import find_profile
     from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, WORKER_EXTENSION
-    from rlkv_vllm.testbed import MODEL_NAME, model_dir
+    from rlkv_vllm.testbed import MODEL_NAME, model_source
 
     try:
         sparsities = [float(part) for part in sparsity.split(",")]
@@ -66,11 +66,12 @@ def evaluate(
         "kv_cache_memory_bytes": memory_bytes,
         "worker_extension_cls": WORKER_EXTENSION,
     }
-    if model is None or model == MODEL_NAME:
-        model = str(model_dir())
+    model = model or MODEL_NAME
+    if model == MODEL_NAME:
         options |= {key: EMBEDDED_DEFAULTS[key] for key in ("dtype", "enforce_eager")}
     if dtype is not None:
         options["dtype"] = dtype
+    model = model_source(model)
     head_profile, path = find_profile(profile)
     check_matches(head_profile, load_model_fingerprint(model))
     problems = get_task(task)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Head profiles: list, show, check, convert, plan.")
 
 _PROFILE_HELP = "Path, packaged name, or org/repo[@revision] on the Hugging Face hub."
-_MODEL_HELP = "Model folder, or org/name on the Hugging Face hub."
+_MODEL_HELP = "Model folder, org/name on the Hugging Face hub, or `embedded`."
 
 ProfileName = Annotated[str, typer.Argument(metavar="PROFILE", help=_PROFILE_HELP)]
 Sparsity = Annotated[
@@ -154,10 +154,11 @@ def validate(
     """Check a profile, and with --model that it fits that model."""
     from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
     from rlkv_vllm.profile.lookup import find_profile
+    from rlkv_vllm.testbed import model_source
 
     loaded, path = find_profile(profile)
     if model is not None:
-        check_matches(loaded, load_model_fingerprint(model))
+        check_matches(loaded, load_model_fingerprint(model_source(model)))
     _print(f"{path}: valid{f', fits {model}' if model else ''}")
 
 
@@ -181,8 +182,10 @@ def import_(
     """Make a profile from the files that RLKV or DuoAttention publish."""
     from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
     from rlkv_vllm.profile.published import import_published
+    from rlkv_vllm.testbed import model_source
 
-    imported = import_published(path, load_model_fingerprint(model), sink=sink, window=window)
+    fingerprint = load_model_fingerprint(model_source(model))
+    imported = import_published(path, fingerprint, sink=sink, window=window)
     save_profile(imported, output)
     _print(
         f"{output}: {imported.provenance.method} gates of {imported.model.num_layers} layers x "
@@ -249,6 +252,7 @@ def plan(
     )
     from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
     from rlkv_vllm.profile.lookup import find_profile
+    from rlkv_vllm.testbed import model_source
 
     memory_bytes = _parse_size(memory)
     for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
@@ -256,7 +260,7 @@ def plan(
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
     loaded, _ = find_profile(profile)
     sparsity = _sparsity_of(loaded, sparsity, profile)
-    fingerprint = load_model_fingerprint(model)
+    fingerprint = load_model_fingerprint(model_source(model))
     check_matches(loaded, fingerprint)
     block_sizes = (block_size,) if block_size else block_sizes_for(fingerprint.head_dim)
     geometry = CacheGeometry(

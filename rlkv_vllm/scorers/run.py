@@ -17,7 +17,7 @@ from rlkv_vllm.evaluation.tasks import Problem, Task, get_task
 from rlkv_vllm.profile import EvaluationRow, HeadProfile, ModelFingerprint, Provenance
 from rlkv_vllm.profile.io import load_model_fingerprint, one_line
 from rlkv_vllm.scorers import Gates, Sample, ScoringInput, get_scorer
-from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW, model_dir
+from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW, model_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,7 +152,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(model_dir()) if name == MODEL_NAME else name
+    source = model_source(name)
     fingerprint = load_model_fingerprint(source, revision)
     if name == MODEL_NAME:
         fingerprint = fingerprint.model_copy(update={"id": MODEL_NAME})

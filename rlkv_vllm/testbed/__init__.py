@@ -34,6 +34,15 @@ def model_dir() -> Path:
     return folder
 
 
+def model_source(name: str) -> str:
+    """Where to load the model `name` from: the shipped weights for `MODEL_NAME`.
+
+    Raises:
+        RlkvError: as `model_dir`.
+    """
+    return str(model_dir()) if name == MODEL_NAME else name
+
+
 def example_question() -> str:
     """A short problem for a first request; the same one every time."""
     from rlkv_vllm.testbed.problems import make_problems
