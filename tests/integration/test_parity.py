@@ -60,6 +60,28 @@ def test_equals_the_oracle(
     assert pool_is_restored(llm)
 
 
+def test_bfloat16_is_the_oracle_within_rounding(
+    checkpoint: Callable[[str], Path],
+    profile_of: Callable[..., Path],
+    engines: EngineCache,
+) -> None:
+    model = checkpoint("llama")
+    profile = profile_of(model, UNEVEN, sink=16, window=64)
+    llm = engines.get(model, profile, dtype="bfloat16")
+    prompts = [random_prompt(n, 5) for n in PROMPT_LENGTHS]
+    worst = [
+        count_differences(model, prompt, output.outputs[0], UNEVEN, 16, 64)[1]
+        for prompt, output in zip(prompts, generate(llm, prompts, 1), strict=True)
+    ]
+    other = [
+        count_differences(model, prompt, output.outputs[0], ALL_FULL, 16, 64)[1]
+        for prompt, output in zip(prompts[4:], generate(llm, prompts[4:], 1), strict=True)
+    ]
+    assert max(worst) < 0.1
+    # Another mask is much further away than rounding.
+    assert max(other) > 5 * max(worst)
+
+
 _STOCK = """
 import json, sys
 from tests.engines import engine, generate
