@@ -60,6 +60,24 @@ def test_equals_the_oracle(
     assert pool_is_restored(llm)
 
 
+def test_compiled_model_equals_the_oracle(
+    checkpoint: Callable[[str], Path],
+    profile_of: Callable[..., Path],
+    engines: EngineCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # vLLM then traces the model as always but leaves inductor, and its C++ compiler, out.
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    model = checkpoint("qwen3")
+    profile = profile_of(model, UNEVEN, sink=16, window=64)
+    llm = engines.get(model, profile, enforce_eager=False)
+    prompts = [random_prompt(n, 6) for n in PROMPT_LENGTHS]
+    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
+        wrong, worst = count_differences(model, prompt, output.outputs[0], UNEVEN, 16, 64)
+        assert wrong == 0
+        assert worst < 1e-4
+
+
 def test_bfloat16_is_the_oracle_within_rounding(
     checkpoint: Callable[[str], Path],
     profile_of: Callable[..., Path],
