@@ -1,5 +1,7 @@
 import json
 import socket
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -24,8 +26,19 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def findings() -> list[Finding]:
-    """What the doctor says about this environment, with port 0, which is always free."""
-    return list(examine(0))
+    """What the doctor says about this environment, with port 0, which is always free.
+
+    In a process of its own: vLLM reads ``VLLM_PLUGINS`` once, and other tests start engines.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "rlkv_vllm", "doctor", "--json", "--port", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    assert report["ok"] == (done.returncode == 0)
+    return [Finding(c["name"], c["ok"], c["found"]) for c in report["checks"]]
 
 
 def test_this_environment_is_well(findings: list[Finding]) -> None:
