@@ -181,12 +181,14 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             expected=(self.plan.groups.allocation.heads_per_rank, self.plan.geometry.head_dim),
             dtypes="" if cache_dtype == act_dtype else f"{act_dtype}, cache {cache_dtype}",
         )
+        layer_index = extract_layer_index(name)
+        self._isa = _get_attn_isa(act_dtype, self.plan.geometry.block_size, self.head_size)
         self.heads = register_head_caches(
             self.plan,
             self._vllm_config,
             SplitCPUBackend,
             layer_name=name,
-            layer_index=extract_layer_index(name),
+            layer_index=layer_index,
             rank=get_tensor_model_parallel_rank(),
             num_q_heads=self.num_heads,
             head_dim=self.head_size,
@@ -195,7 +197,8 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         for group in self.heads.groups:
             for cache_layer in group.layers:
                 cache_layer.on_bind = self._drop_views
-        self.heads.groups[0].layers[0].on_bind = self._report_capacity
+        if layer_index == 0:
+            self.heads.groups[0].layers[0].on_bind = self._report_capacity
         # The attention layer owns no cache but needs an entry in the step's metadata.
         layer.kv_sharing_target_layer_name = self.heads.groups[0].metadata_name
         self._head_index = [self._indices(group) for group in self.heads.groups]
@@ -300,8 +303,9 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         key_cache, value_cache = cache.view(
             num_blocks, num_heads, block_size * 2, self.head_size
         ).chunk(2, dim=2)
-        isa = _get_attn_isa(query.dtype, block_size, self.head_size)
-        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, step.slot_mapping, isa)
+        ops.cpu_attn_reshape_and_cache(
+            key, value, key_cache, value_cache, step.slot_mapping, self._isa
+        )
         schedule = step.full_schedules.get(num_heads)
         if schedule is None:
             schedule = ops.cpu_attn_get_scheduler_metadata(
@@ -314,7 +318,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
                 query_start_loc=step.query_start_loc,
                 causal=True,
                 sliding_window_size=-1,
-                isa=isa,
+                isa=self._isa,
                 enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             )
             step.full_schedules[num_heads] = schedule

@@ -39,7 +39,7 @@ class RingManager(SlidingWindowManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.num_sink_blocks = kv_cache_spec.num_sink_blocks
         self.window_blocks = kv_cache_spec.window_blocks
-        self.tail_blocks = cdiv(kv_cache_spec.sliding_window - 1, self.block_size)
+        self.tail_blocks = self.window_blocks - 1
         self.segment_blocks = kv_cache_spec.retention_interval // self.block_size
         self.num_groups = kv_cache_spec.num_groups
         self.chunk_blocks = kv_cache_spec.chunk_blocks
