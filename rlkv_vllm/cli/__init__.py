@@ -16,6 +16,7 @@ from rlkv_vllm.cli.profile import app as profile_app
 from rlkv_vllm.cli.score import score
 from rlkv_vllm.cli.serve import serve
 from rlkv_vllm.cli.testbed import app as testbed_app
+from rlkv_vllm.cli.train import train
 
 app = typer.Typer(
     name="rlkv",
@@ -50,6 +51,7 @@ app.command(
 )(serve)
 app.add_typer(profile_app, name="profile")
 app.add_typer(testbed_app, name="testbed")
+app.command("train")(train)
 app.command("score")(score)
 app.command("eval")(evaluate)
 app.command("doctor")(doctor)

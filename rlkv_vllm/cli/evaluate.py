@@ -1,9 +1,22 @@
 """``rlkv eval``: accuracy against sparsity, through the served engine."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rlkv_vllm.evaluation.record import Row
+
+_NOTE = (
+    "s/solved: seconds of the whole run per solved problem, all problems in flight together; a "
+    "throughput\nof this machine, the engine's start not counted. p: exact McNemar test against "
+    "the full cache."
+)
 
 
 def evaluate(
@@ -11,108 +24,248 @@ def evaluate(
         str | None, typer.Argument(help="Model folder or Hub id [default: the embedded model].")
     ] = None,
     profile: Annotated[
-        str, typer.Option(help="Head profile: path, packaged name or Hub repository.")
-    ] = "embedded",
+        list[str] | None,
+        typer.Option(
+            help="Head profile: path, packaged name or Hub repository; LABEL=P names it in the "
+            "table. Repeat it to compare. [default: the embedded model's]"
+        ),
+    ] = None,
     sparsity: Annotated[
-        str, typer.Option(help="Comma-separated sparsities; 0 is the full cache, 1 StreamingLLM.")
-    ] = "0,.2,.4,.5,.6,.8,1",
+        str,
+        typer.Option(
+            help="Comma-separated shares of streaming heads. The full cache (0) and all streaming "
+            "heads (1, StreamingLLM) are always measured."
+        ),
+    ] = "0,.2,.4,.5,.6,.8",
     task: Annotated[
-        str, typer.Option(help="Task name, or a .jsonl file with prompt and answer.")
+        str, typer.Option(help="Where the problems come from: a task name or a .jsonl file.")
     ] = "embedded",
-    n: Annotated[int, typer.Option("--n", min=1, help="Problems.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 1,
+    prompt_column: Annotated[
+        str, typer.Option(help="Column of the questions, in a file or data set.")
+    ] = "prompt",
+    answer_column: Annotated[
+        str, typer.Option(help="Column of the answers, in a file or data set.")
+    ] = "answer",
+    split: Annotated[str, typer.Option(help="Which part of a data set.")] = "train",
+    reward: Annotated[
+        str | None, typer.Option(help="Score answers with this function, `package.module:name`.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Problems, the same for all rows.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the problems and of the sampling.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length cap of an answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of the probability kept.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Tokens kept, 0 for all.")] = 0,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest request [default: the model's].")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, ... [default: vLLM's choice].")
     ] = None,
-    sink: Annotated[int | None, typer.Option(min=0, help="Instead of the profile's.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Instead of the profile's.")] = None,
+    sink: Annotated[int | None, typer.Option(min=0, help="Instead of the profiles'.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Instead of the profiles'.")] = None,
     memory: Annotated[
         str, typer.Option(help="Memory of the KV cache, such as 512MiB or 8GiB.")
     ] = "512MiB",
-    output: Annotated[Path | None, typer.Option("-o", help="Write the scores as JSON.")] = None,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the rows, as they get finished, to this .json or .csv file; may be "
+            "repeated. An interrupted run continues from the .json file.",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure all rows again, overwrite --output.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw accuracy and length to this .png, .svg or .pdf.")
+    ] = None,
+    write_rows: Annotated[
+        bool, typer.Option("--write-rows", help="Put the rows into the profile files.")
+    ] = False,
 ) -> None:
-    """Solve fresh problems with a really split cache and report accuracy per sparsity."""
-    import json
-
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-    from rich.console import Console
-    from rich.table import Table
-
-    from rlkv_vllm.allocation.heads import check_sparsity
+    """Solve fresh problems with really split caches: accuracy, length and time per sparsity."""
     from rlkv_vllm.errors import RlkvError
-    from rlkv_vllm.evaluation.tasks import get_task
-    from rlkv_vllm.profile.io import check_matches, load_model_fingerprint, write_text_atomic
-    from rlkv_vllm.profile.lookup import find_profile
+    from rlkv_vllm.evaluation import sweep
+    from rlkv_vllm.evaluation.record import Record, output_format
+    from rlkv_vllm.evaluation.served import Sampling, answer
+    from rlkv_vllm.evaluation.splits import find_candidates, plan
+    from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
     from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, WORKER_EXTENSION
+    from rlkv_vllm.serving.progress import quiet_logging
+    from rlkv_vllm.tasks import get_task
     from rlkv_vllm.testbed import MODEL_NAME, model_source
 
-    try:
-        sparsities = [float(part) for part in sparsity.split(",")]
-    except ValueError:
-        raise RlkvError(
-            f"--sparsity {sparsity}: give numbers from 0 to 1 separated by commas"
-        ) from None
-    for share in sparsities:
-        check_sparsity(share)
-    try:
-        memory_bytes = int(TypeAdapter(ByteSize).validate_python(memory))
-    except ValidationError:
-        raise RlkvError(f"--memory {memory}: give a size such as 512MiB or 8GiB") from None
-    options: dict[str, object] = {
-        "kv_cache_memory_bytes": memory_bytes,
+    # All that can be wrong with what was given is found here, before an engine starts.
+    shares = _sparsities(sparsity)
+    if not 0 < top_p <= 1:
+        raise RlkvError(f"--top-p {top_p:g}: must be above 0 and at most 1")
+    options: dict[str, Any] = {
+        "kv_cache_memory_bytes": _bytes(memory),
         "worker_extension_cls": WORKER_EXTENSION,
     }
+    outputs = output or []
+    for path in outputs:
+        output_format(path)
+        _require_folder("--output", path)
+    if plot is not None:
+        from rlkv_vllm.profile.plot import plot_format
+
+        plot_format(plot)
+        _require_folder("--plot", plot)
     model = model or MODEL_NAME
     if model == MODEL_NAME:
         options |= {key: EMBEDDED_DEFAULTS[key] for key in ("dtype", "enforce_eager")}
+    elif not profile:
+        raise RlkvError(
+            f"--profile: needed for model {model}: give the profiles to evaluate, `rlkv score` "
+            "and `rlkv train` make them"
+        )
     if dtype is not None:
         options["dtype"] = dtype
-    model = model_source(model)
-    head_profile, path = find_profile(profile)
-    check_matches(head_profile, load_model_fingerprint(model))
-    problems = get_task(task)
-
-    from rlkv_vllm.evaluation.served import Score, evaluate
-
     if max_model_len is not None:
         options["max_model_len"] = max_model_len
-    console = Console()
-
-    def show(score: Score) -> None:
-        console.print(
-            f"sparsity {score.sparsity:g}: {score.solved} of {score.n} solved", highlight=False
-        )
-
-    scores = evaluate(
-        model,
-        str(path),
-        sparsities,
-        problems,
-        n=n,
-        seed=seed,
-        max_tokens=max_tokens,
-        sink=sink,
-        window=window,
-        engine_options=options,
-        on_score=show,
+    candidates = find_candidates(profile or [MODEL_NAME], sink, window)
+    splits = plan(candidates, shares)
+    source = model_source(model)
+    fingerprint = load_model_fingerprint(source)
+    if model == MODEL_NAME:
+        fingerprint = fingerprint.model_copy(update={"id": MODEL_NAME})
+    for candidate in candidates:
+        check_matches(candidate.profile, fingerprint)
+        if write_rows:
+            sweep.check_can_take_rows(candidate)
+    chosen = get_task(
+        task,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+        split=split,
+        reward=reward,
     )
-    table = Table(title=f"{problems.name}: {n} problems, seed {seed}, greedy")
-    for column in ("sparsity", "accuracy", "95% interval", "mean tokens", "p95", "hit the cap"):
-        table.add_column(column, justify="right")
-    for score in scores:
-        low, high = score.interval
-        table.add_row(
-            f"{score.sparsity:g}",
-            f"{score.accuracy:.3f}",
-            f"{low:.3f} - {high:.3f}",
-            f"{score.mean_output_tokens:.0f}",
-            f"{score.p95_output_tokens}",
-            f"{score.capped}",
+    problems = chosen.problems(n, seed)
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed)
+    changing = {"dtype": options.get("dtype"), "max_model_len": max_model_len, "reward": reward}
+    settings = (
+        sweep.settings_of(fingerprint, source, chosen.name, problems, seed, sampling, changing)
+        if outputs
+        else {}
+    )
+    record = Record(outputs, settings, fresh=fresh)
+
+    title = f"{fingerprint.id}, task {chosen.name}: {n} problems, seed {seed}, "
+    title += sampling.describe()
+    rows: list[Row] = []
+
+    def on_row(row: Row, *, reused: bool) -> None:
+        rows.append(row)
+        _print_progress(row, len(rows), len(splits), reused)
+
+    quiet_logging([])
+    try:
+        sweep.run(
+            splits,
+            lambda one: answer(source, one, chosen, problems, sampling, options),
+            record,
+            on_row,
         )
-    console.print(table)
-    if output is not None:
-        write_text_atomic(output, json.dumps([s.to_dict() for s in scores], indent=2) + "\n")
+    finally:
+        if rows:
+            _print_table(title, rows)
+    for path in outputs:
+        typer.echo(f"wrote {path}")
+    if plot is not None:
+        from rlkv_vllm.evaluation.plot import accuracy_figure
+        from rlkv_vllm.profile.plot import save_figure
+
+        save_figure(accuracy_figure(sweep.points(rows, candidates), title), plot)
+        typer.echo(f"wrote {plot}")
+    if write_rows:
+        sweep.write_rows(candidates, rows, task=chosen.name, seed=seed, sampling=sampling)
+        for candidate in candidates:
+            typer.echo(f"wrote rows into {candidate.path}")
+
+
+def _sparsities(text: str) -> list[float]:
+    from rlkv_vllm.allocation.heads import check_sparsity
+    from rlkv_vllm.errors import RlkvError
+
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RlkvError(
+            f"--sparsity {text!r}: give numbers from 0 to 1 separated by commas, e.g. 0,.4,.5"
+        ) from None
+    for share in shares:
+        check_sparsity(share)
+    return shares
+
+
+def _bytes(memory: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from rlkv_vllm.errors import RlkvError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(memory))
+    except ValidationError:
+        raise RlkvError(f"--memory {memory}: give a size such as 512MiB or 8GiB") from None
+
+
+def _require_folder(flag: str, path: Path) -> None:
+    from rlkv_vllm.errors import RlkvError
+
+    if path.is_dir():
+        raise RlkvError(f"{flag} {path}: is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise RlkvError(f"{flag} {path}: there is no folder {path.parent}: make it first")
+
+
+def _print_progress(row: Row, done: int, of: int, reused: bool) -> None:
+    measured, split = row.measurement, row.split
+    how = "already measured" if reused else f"{measured.seconds:.1f} s"
+    typer.echo(
+        f"[{done}/{of}] {split.label}, sparsity {split.sparsity:g}: {measured.solved} of "
+        f"{measured.n} solved, {measured.mean_output_tokens:.0f} tokens on average ({how})"
+    )
+
+
+def _print_table(title: str, rows: Sequence[Row]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console = Console(markup=False, width=120)  # whatever reads it, columns stay whole
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("profile", overflow="fold")
+    for column in (
+        "sparsity",
+        "accuracy",
+        "95% interval",
+        "mean tokens",
+        "p95",
+        "at cap",
+        "s/solved",
+        "p",
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        measured = row.measurement
+        low, high = measured.interval
+        seconds = measured.seconds_per_solved
+        table.add_row(
+            row.split.label,
+            f"{row.split.sparsity:g}",
+            f"{measured.accuracy:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{measured.mean_output_tokens:.0f}",
+            f"{measured.p95_output_tokens}",
+            f"{measured.capped_share:.1%}",
+            "-" if seconds is None else f"{seconds:.3g}",
+            "-" if row.p_full is None else f"{row.p_full:.2g}",
+        )
+    console.print(table, highlight=False)
+    typer.echo(_NOTE)

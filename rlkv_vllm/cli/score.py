@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlkv_vllm.scorers import METHODS
+
 if TYPE_CHECKING:
     from rlkv_vllm.profile import HeadProfile
 
@@ -16,7 +18,13 @@ def score(
         str, typer.Argument(help="`embedded`, a model folder, or org/name on the hub.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")],
-    method: Annotated[str, typer.Option(help="The scorer.")] = "head-importance",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="The scorer (docs/scorers.md):\n\n"
+            + "\n\n".join(f"{name}: {summary}" for name, summary in METHODS.items())
+        ),
+    ] = "head-importance",
     task: Annotated[str, typer.Option(help="Where the problems come from.")] = "embedded",
     n: Annotated[int, typer.Option("--n", help="Problems that the model answers itself.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the problems; the evaluation has the next.")] = 0,
@@ -39,6 +47,10 @@ def score(
     revision: Annotated[
         str | None, typer.Option(help="Commit, branch or tag of a model on the hub.")
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the scorer, e.g. --set steps=300."),
+    ] = None,
 ) -> None:
     """Score every KV head of MODEL by how much it needs its whole cache.
 
@@ -47,6 +59,7 @@ def score(
     shares = _sparsities(sparsities)
     _refuse_folder(output)
 
+    from rlkv_vllm.cli.progress import StageProgress
     from rlkv_vllm.profile.io import save_profile
     from rlkv_vllm.scorers.run import ScoreConfig, make_profile
 
@@ -63,9 +76,10 @@ def score(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         revision=revision,
+        settings=_settings(overrides or []),
     )
-    with _Progress() as progress:
-        profile = make_profile(config, progress.report)
+    with StageProgress() as progress:
+        profile = make_profile(config, progress.report, progress.say)
     save_profile(profile, output)
     _print(profile, output)
 
@@ -85,53 +99,23 @@ def _sparsities(text: str) -> tuple[float, ...]:
     return shares
 
 
+def _settings(overrides: list[str]) -> dict[str, str]:
+    from rlkv_vllm.errors import RlkvError
+
+    settings = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RlkvError(f"--set {text}: give setting=value, e.g. --set steps=300")
+        settings[key] = value
+    return settings
+
+
 def _refuse_folder(output: Path) -> None:
     from rlkv_vllm.errors import RlkvError
 
     if output.is_dir():
         raise RlkvError(f"--output {output}: is a folder: name a file in it, e.g. profile.json")
-
-
-class _Progress:
-    """A bar per stage on a terminal, a line per finished stage elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-
-        console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._is_plain = not console.is_terminal
-        self._stages: dict[str, int] = {}
-
-    def __enter__(self) -> _Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def report(self, stage: str, done: int, total: int) -> None:
-        if self._is_plain:
-            if done == total:
-                typer.echo(f"{stage}: {done}", err=True)
-            return
-        if stage not in self._stages:
-            self._stages[stage] = int(self._bars.add_task(stage, total=total))
-        self._bars.update(self._bars.task_ids[self._stages[stage]], completed=done)
 
 
 def _print(profile: HeadProfile, output: Path) -> None:

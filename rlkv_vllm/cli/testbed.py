@@ -18,13 +18,17 @@ app = typer.Typer(
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/testbed"),
+    family: Annotated[
+        str | None,
+        typer.Option(help="Train on this family alone; audit has long chains of thought."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and data.")] = 0,
     max_steps: Annotated[int, typer.Option(min=1, help="Stop here at the latest.")] = 6000,
     checkpoint_steps: Annotated[int, typer.Option(min=1, help="Save the state this often.")] = 200,
     measure: Annotated[int, typer.Option(min=1, help="Problems to measure accuracy with.")] = 300,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
 ) -> None:
-    """Train the embedded reasoner on one core and measure it (about 20 minutes)."""
+    """Train the embedded reasoner, or one like it, on one core and measure it (20 minutes)."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -34,10 +38,14 @@ def train(
         TimeRemainingColumn,
     )
 
+    from rlkv_vllm.testbed import MODEL_NAME
     from rlkv_vllm.testbed import train as training
+    from rlkv_vllm.testbed.problems import FAMILIES, LONG_FAMILIES
 
-    config = training.TrainingConfig(
-        seed=seed, max_steps=max_steps, checkpoint_steps=checkpoint_steps
+    if family is not None:
+        _check_task("--family", family, (*FAMILIES, *LONG_FAMILIES))
+    config = training.TrainingConfig.of(
+        family, seed=seed, max_steps=max_steps, checkpoint_steps=checkpoint_steps
     )
     console = Console()
     with Progress(
@@ -63,9 +71,10 @@ def train(
 
         metrics = training.train(config, output, resume=resume, report=report, measure=measure)
     accuracy = metrics["accuracy"][metrics["weights"]]
+    task = family or MODEL_NAME
     console.print(
-        f"{output}: {metrics['weights']}, solves {accuracy['full']['embedded']:.1%} of "
-        f"{measure} fresh problems, {accuracy['streaming']['embedded']:.1%} with all heads "
+        f"{output}: {metrics['weights']}, solves {accuracy['full'][task]:.1%} of "
+        f"{measure} fresh problems, {accuracy['streaming'][task]:.1%} with all heads "
         "streaming",
         highlight=False,
         soft_wrap=True,
@@ -74,19 +83,21 @@ def train(
 
 @app.command()
 def sample(
-    task: Annotated[str, typer.Option(help="chain, hops, program, ledger, or embedded: all.")] = (
-        "embedded"
-    ),
+    task: Annotated[
+        str, typer.Option(help="chain, hops, program, ledger, embedded: all of these, or audit.")
+    ] = "embedded",
     n: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 10,
     seed: Annotated[int, typer.Option(help="The same seed gives the same problems.")] = 0,
 ) -> None:
     """Print problems as JSON lines with `prompt` and `answer`."""
     from rlkv_vllm.testbed import MODEL_NAME
-    from rlkv_vllm.testbed.problems import FAMILIES, make_problems
+    from rlkv_vllm.testbed.problems import FAMILIES, LONG_FAMILIES, make_problems
 
-    if task not in (*FAMILIES, MODEL_NAME):
-        raise RlkvError(
-            f"--task {task}: unknown, choose one of {', '.join((*FAMILIES, MODEL_NAME))}"
-        )
+    _check_task("--task", task, (*FAMILIES, *LONG_FAMILIES, MODEL_NAME))
     for problem in make_problems(None if task == MODEL_NAME else task, n, seed):
         print(json.dumps({"prompt": problem.prompt, "answer": problem.answer}))
+
+
+def _check_task(flag: str, name: str, allowed: tuple[str, ...]) -> None:
+    if name not in allowed:
+        raise RlkvError(f"{flag} {name}: unknown, choose one of {', '.join(allowed)}")

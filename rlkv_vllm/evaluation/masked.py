@@ -13,12 +13,29 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlkv_vllm.evaluation.statistics import percentile_95
+from rlkv_vllm.tasks import is_solved, whole_output
 from rlkv_vllm.training.gated_attention import attach_gates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlkv_vllm.evaluation.tasks import Problem, Task
+    from rlkv_vllm.tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How tokens are drawn, where they are not the most likely ones.
+
+    Attributes:
+        temperature: > 0.
+        top_p: smallest set of tokens with at least this probability.
+        top_k: that many most likely tokens; 0 for all.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,11 @@ class TaskResult:
         return sum(len(answer.output_ids) for answer in self.answers) / len(self.answers)
 
     @property
+    def p95_output_tokens(self) -> int:
+        """95th percentile of the lengths, end token included."""
+        return percentile_95([len(answer.output_ids) for answer in self.answers])
+
+    @property
     def capped_share(self) -> float:
         """Share of the outputs that the token limit cut off."""
         return sum(answer.hit_cap for answer in self.answers) / len(self.answers)
@@ -91,9 +113,11 @@ def solve(
     split: HeadSplit | None = None,
     max_new_tokens: int = 512,
     batch_size: int = 64,
+    draw: Draw | None = None,
+    seed: int = 0,
     report: Callable[[int], None] = lambda solved: None,
 ) -> TaskResult:
-    """Answer `problems` greedily, in batches padded on the left.
+    """Answer `problems` in batches padded on the left, greedily unless told otherwise.
 
     Args:
         model: a Hugging Face decoder; ungated, and unchanged afterwards.
@@ -103,6 +127,8 @@ def solve(
         split: which heads are streaming heads; None is the plain model.
         max_new_tokens: where an answer is cut off.
         batch_size: problems decoded together.
+        draw: how tokens are drawn; None is greedy.
+        seed: of the drawing.
         report: called after every batch with the number of problems in it.
 
     Returns:
@@ -113,6 +139,7 @@ def solve(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
     was_training = model.training
+    choose = _chooser(draw, seed, model.device)
     model.eval()
     gates = nullcontext() if split is None else attach_gates(model, split.sink, split.window)
     try:
@@ -121,14 +148,20 @@ def solve(
                 handle.set_hard(split.full_heads)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                outputs = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+                outputs = _generate(
+                    model, tokenizer, [prompts[i] for i in batch], max_new_tokens, choose
+                )
                 for i, (ids, ended) in zip(batch, outputs, strict=True):
                     text = str(tokenizer.decode(ids, skip_special_tokens=True))
                     answers[i] = Answer(
                         prompt_ids=prompts[i],
                         output_ids=ids,
                         text=text,
-                        is_correct=bool(task.check(text, problems[i].answer)),
+                        is_correct=is_solved(
+                            task,
+                            whole_output(str(tokenizer.decode(prompts[i])), text),
+                            problems[i],
+                        ),
                         hit_cap=not ended,
                     )
                 report(len(batch))
@@ -151,15 +184,16 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
+    choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[tuple[list[int], bool]]:
-    """Greedy outputs up to and including the end token, and whether there was one."""
+    """Outputs up to and including the end token, and whether there was one."""
     ends = _end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id or 0  # masked: any token would do
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     with torch.no_grad():
-        rows = _decode(model, input_ids, attention_mask, ends, max_new_tokens)
+        rows = _decode(model, input_ids, attention_mask, ends, max_new_tokens, choose)
     return [(row, row[-1] in ends) for row in rows]
 
 
@@ -169,8 +203,9 @@ def _decode(
     attention_mask: torch.Tensor,
     ends: set[int],
     max_new_tokens: int,
+    choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[list[int]]:
-    """Greedy decoding that drops finished rows.
+    """Decoding that drops finished rows.
 
     `generate` carries every row along until the last one ends; with streaming heads a few rows
     run into the token limit, and they would cost as much as all of them doing so.
@@ -181,6 +216,7 @@ def _decode(
         attention_mask: the same shape, 1 on what is no padding.
         ends: tokens after which a row is finished.
         max_new_tokens: at least 1.
+        choose: logits ``[rows, tokens]`` to tokens ``[rows]``.
     """
     from transformers import DynamicCache
 
@@ -198,7 +234,7 @@ def _decode(
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        new = logits[:, -1].argmax(-1)
+        new = choose(logits[:, -1])
         for row, token in zip(running, new.tolist(), strict=True):
             outputs[row].append(token)
         kept = [i for i, row in enumerate(running) if outputs[row][-1] not in ends]
@@ -213,6 +249,33 @@ def _decode(
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], 1)
         positions = positions[:, -1:] + 1
     return outputs
+
+
+def _chooser(
+    draw: Draw | None, seed: int, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Picks the next tokens: the most likely ones, or random ones from a stream of their own."""
+    if draw is None:
+        return lambda logits: logits.argmax(-1)
+    from transformers import LogitsProcessorList
+    from transformers.generation.logits_process import (
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(draw.temperature))])
+    if draw.top_k:
+        warpers.append(TopKLogitsWarper(draw.top_k))
+    if draw.top_p < 1:
+        warpers.append(TopPLogitsWarper(draw.top_p))
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        shares = warpers(None, logits.float()).softmax(-1)
+        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+
+    return choose
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -1,134 +1,118 @@
-"""Accuracy of a model through the served engine, with its cache really split."""
+"""Answers through the served engine, with its cache really split."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.tasks import Problem, Task
+from rlkv_vllm.evaluation.measurement import Measurement
+from rlkv_vllm.evaluation.splits import Split
+from rlkv_vllm.tasks import Problem, Task, is_solved, whole_output
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
 
 @dataclass(frozen=True)
-class Score:
-    """How many problems of a task were solved at one sparsity.
+class Sampling:
+    """How answers are drawn; the same draws for the same problem, whatever the split.
 
     Attributes:
-        task: name of the task.
-        sparsity: share of streaming KV heads.
-        n: problems.
-        solved: problems with the right answer.
-        mean_output_tokens: mean length of the answers (tokens).
-        p95_output_tokens: 95th percentile of the lengths (tokens).
-        capped: answers that hit the length cap.
+        max_tokens: length cap of an answer.
+        temperature: 0 for greedy decoding.
+        top_p: share of the probability that is kept.
+        top_k: tokens that are kept, 0 for all.
+        seed: of the draws; every problem has one of its own, made from this and its place.
     """
 
-    task: str
-    sparsity: float
-    n: int
-    solved: int
-    mean_output_tokens: float
-    p95_output_tokens: int
-    capped: int
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
 
-    @property
-    def accuracy(self) -> float:
-        """Share of solved problems."""
-        return self.solved / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% Wilson score interval of the accuracy."""
-        z, n, p = 1.96, self.n, self.accuracy
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
-        low, high = self.interval
-        return asdict(self) | {"accuracy": self.accuracy, "low": low, "high": high}
+    def describe(self) -> str:
+        """In words, for titles."""
+        if self.temperature == 0:
+            return "greedy"
+        limits = [f"temperature {self.temperature:g}"]
+        if self.top_p < 1:
+            limits.append(f"top-p {self.top_p:g}")
+        if self.top_k:
+            limits.append(f"top-k {self.top_k}")
+        return ", ".join(limits)
 
 
-def evaluate(
+def answer(
     model: str,
-    profile: str,
-    sparsities: Sequence[float],
+    split: Split,
     task: Task,
-    *,
-    n: int,
-    seed: int,
-    max_tokens: int,
-    sink: int | None = None,
-    window: int | None = None,
+    problems: Sequence[Problem],
+    sampling: Sampling,
     engine_options: dict[str, Any] | None = None,
-    on_score: Callable[[Score], None] = lambda _: None,
-) -> list[Score]:
-    """Greedy answers to fresh problems, one engine after the other.
+) -> Measurement:
+    """Answer all problems at once by an engine of their own.
 
     Args:
         model: model folder or Hub id.
-        profile: path or name of a head profile.
-        sparsities: shares of streaming heads; 0 is the full cache, 1 StreamingLLM.
-        task: where the problems come from.
-        n: problems.
-        seed: of the problems.
-        max_tokens: length cap of an answer.
-        sink: first tokens kept, instead of the profile's.
-        window: last tokens kept, instead of the profile's.
+        split: which heads keep their whole cache.
+        task: what an answer is worth.
+        problems: of that task, at least one.
+        sampling: how answers are drawn.
         engine_options: more arguments of ``vllm.LLM``.
-        on_score: called as soon as a sparsity is done.
+
+    Raises:
+        RlkvError: the engine serves whole caches.
     """
-    problems = task.problems(n, seed)
-    scores = []
-    for sparsity in sparsities:
-        split = {"profile": profile, "sparsity": sparsity, "sink": sink, "window": window}
-        options = {"disable_log_stats": True} | (engine_options or {})
-        options["additional_config"] = {"rlkv": split}
-        score = _score(model, options, problems, task, sparsity, max_tokens)
-        on_score(score)
-        scores.append(score)
-    return scores
-
-
-def _score(
-    model: str,
-    options: dict[str, Any],
-    problems: Sequence[Problem],
-    task: Task,
-    sparsity: float,
-    max_tokens: int,
-) -> Score:
     from vllm import LLM, SamplingParams
 
+    show_bars = sys.stderr.isatty()
+    options = {"disable_log_stats": True, "use_tqdm_on_load": show_bars} | (engine_options or {})
+    options["additional_config"] = {"rlkv": split.engine_config()}
     llm: LLM = LLM(model, **options)
     try:
         _require_split(llm)
+        # What is done once, for the first request, is not part of the time; no problem is used,
+        # because its prompt would stay in the prefix cache.
+        warm_up: Any = [{"role": "user", "content": "1"}]
+        llm.chat(warm_up, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         messages: Any = [problem.messages for problem in problems]
-        outputs = llm.chat(
-            messages, SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=True
-        )
+        started = time.perf_counter()
+        outputs = llm.chat(messages, _sampling_params(sampling, len(problems)), use_tqdm=show_bars)
+        seconds = time.perf_counter() - started
     finally:
         llm.llm_engine.engine_core.shutdown()
     completions = [output.outputs[0] for output in outputs]
-    lengths = sorted(len(completion.token_ids) for completion in completions)
-    return Score(
-        task=task.name,
-        sparsity=sparsity,
-        n=len(problems),
-        solved=sum(
-            task.check(completion.text, problem.answer)
+    return Measurement(
+        correct=tuple(
+            is_solved(task, completion.text, problem)
             for completion, problem in zip(completions, problems, strict=True)
         ),
-        mean_output_tokens=sum(lengths) / len(lengths),
-        p95_output_tokens=lengths[math.ceil(0.95 * len(lengths)) - 1],
+        output_tokens=tuple(len(completion.token_ids) for completion in completions),
         capped=sum(completion.finish_reason == "length" for completion in completions),
+        seconds=seconds,
     )
+
+
+def _sampling_params(sampling: Sampling, n: int) -> list[SamplingParams]:
+    from vllm import SamplingParams
+
+    if sampling.temperature == 0:
+        return [SamplingParams(temperature=0, max_tokens=sampling.max_tokens) for _ in range(n)]
+    return [
+        SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed * 1_000_003 + place,
+        )
+        for place in range(n)
+    ]
 
 
 def _require_split(llm: LLM) -> None:

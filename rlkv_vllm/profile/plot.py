@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line, write_bytes_atomic
 from rlkv_vllm.profile.schema import HeadProfile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -25,10 +29,16 @@ def plot_profile(profile: HeadProfile, sparsity: float, path: str | Path) -> Non
         RlkvError: if the suffix is unknown, `sparsity` is no share, or the file cannot be
             written.
     """
-    path = Path(path)
-    suffix = path.suffix.lstrip(".").lower()
-    if suffix not in FORMATS:
-        raise RlkvError(f"{one_line(path)}: output must end in one of .{', .'.join(FORMATS)}")
+    plot_format(path)
+    save_figure(profile_figure(profile, sparsity), path)
+
+
+def profile_figure(profile: HeadProfile, sparsity: float) -> Figure:
+    """As `plot_profile`, without the file.
+
+    Raises:
+        RlkvError: if `sparsity` is no share.
+    """
     allocation = allocate(profile.gates, sparsity)
     from matplotlib.figure import Figure  # a Figure of its own: no display, no global state
 
@@ -67,6 +77,27 @@ def plot_profile(profile: HeadProfile, sparsity: float, path: str | Path) -> Non
     )
     figure.colorbar(image, ax=axes, label="gate", pad=0.02)
     figure.legend(loc="outside lower center", frameon=False, fontsize="small")
+    return figure
+
+
+def plot_format(path: str | Path) -> str:
+    """The format that the suffix of `path` chooses.
+
+    Raises:
+        RlkvError: if it is none of `FORMATS`.
+    """
+    suffix = Path(path).suffix.lstrip(".").lower()
+    if suffix not in FORMATS:
+        raise RlkvError(f"{one_line(path)}: output must end in one of .{', .'.join(FORMATS)}")
+    return suffix
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write `figure` in the format that the suffix of `path` chooses, atomically.
+
+    Raises:
+        RlkvError: if the suffix is unknown or the file cannot be written.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix)
-    write_bytes_atomic({path: buffer.getvalue()})
+    figure.savefig(buffer, format=plot_format(path))
+    write_bytes_atomic({Path(path): buffer.getvalue()})

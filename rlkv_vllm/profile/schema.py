@@ -22,6 +22,10 @@ Count = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class _Record(BaseModel):
     """Immutable, and refuses what it does not know."""
 
@@ -78,6 +82,40 @@ class EvaluationRow(_Record):
     full_accuracy: Share = Field(description="Share solved with the full cache.")
     mean_output_tokens: float = Field(
         ge=0.0, allow_inf_nan=False, description="Mean length of the answers, in tokens."
+    )
+    # Left out where unknown, not null: files without them keep their text and their SHA-256.
+    p95_output_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=_MAX_COUNT,
+        exclude_if=_is_none,
+        description="95th percentile of the lengths, in tokens.",
+    )
+    capped_share: Share | None = Field(
+        default=None,
+        exclude_if=_is_none,
+        description="Share of the answers that the length cap cut off.",
+    )
+    max_tokens: Count | None = Field(
+        default=None, exclude_if=_is_none, description="Length cap of an answer, in tokens."
+    )
+    temperature: float | None = Field(
+        default=None,
+        ge=0.0,
+        allow_inf_nan=False,
+        exclude_if=_is_none,
+        description="Sampling temperature, 0 for greedy decoding.",
+    )
+    seconds_per_solved: float | None = Field(
+        default=None,
+        ge=0.0,
+        allow_inf_nan=False,
+        exclude_if=_is_none,
+        description="Wall time of the run through the served engine, all problems in flight "
+        "together, divided by the problems solved. Depends on the machine.",
+    )
+    seed: int | None = Field(
+        default=None, exclude_if=_is_none, description="Random seed of the problems."
     )
 
 

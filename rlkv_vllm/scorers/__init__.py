@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.scorers.head_importance import HEAD_IMPORTANCE
-from rlkv_vllm.scorers.scorer import Gates, Sample, Scorer, ScoringInput
 
-#: By name, as `rlkv score --method` takes them.
-SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (HEAD_IMPORTANCE,)}
+if TYPE_CHECKING:
+    from rlkv_vllm.scorers.scorer import Scorer
 
-__all__ = ["SCORERS", "Gates", "Sample", "Scorer", "ScoringInput", "get_scorer"]
+#: What `rlkv score --method` takes, with one line for its help. The scorer `some-name` is
+#: `SCORER` in `some_name.py`, imported when it is used.
+METHODS: dict[str, str] = {
+    "rlkv": "reinforcement learning of gates on the model's own answers (slow)",
+    "self-distill": "gates trained on the model's own correct answers, plus a penalty",
+    "duo-attention": "gates trained to keep hidden states on retrieval texts, plus a penalty",
+    "causal-head-gating": "gates trained on own answers, pushed open and pushed closed",
+    "head-importance": "path-integrated gradient of the loss on own correct answers",
+    "retrieval": "how often a head looks straight at the token that is being copied",
+    "attention-mass": "share of attention beyond sink and window",
+    "random": "random gates, the baseline",
+}
+
+__all__ = ["METHODS", "get_scorer"]
 
 
 def get_scorer(name: str) -> Scorer:
@@ -18,6 +32,7 @@ def get_scorer(name: str) -> Scorer:
     Raises:
         RlkvError: listing the names there are.
     """
-    if name not in SCORERS:
-        raise RlkvError(f"--method {name}: no such scorer: choose from {', '.join(SCORERS)}")
-    return SCORERS[name]
+    if name not in METHODS:
+        raise RlkvError(f"--method {name}: no such scorer: choose from {', '.join(METHODS)}")
+    scorer: Scorer = import_module(f"rlkv_vllm.scorers.{name.replace('-', '_')}").SCORER
+    return scorer

@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import torch
 
-from rlkv_vllm.scorers.scorer import Gates, Sample, Scorer, ScoringInput
+from rlkv_vllm.scorers.optimise import answer_loss, make_batch
+from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, to_gates
 from rlkv_vllm.training.gated_attention import attach_gates
-
-#: Points of the path: the midpoints of as many equal steps.
-STEPS = 4
 
 
 def score_heads(given: ScoringInput) -> Gates:
     """Mean over the path of each head's share of the gradient, mapped onto [0, 1]."""
-    gradients_PLH = path_gradients(given, STEPS)
+    gradients_PLH = path_gradients(given, given.settings["path_steps"])
     sizes_P11 = gradients_PLH.abs().sum((1, 2), keepdim=True)
     shares_PLH = gradients_PLH / sizes_P11.clamp(min=torch.finfo(sizes_P11.dtype).tiny)
     # Opening the gate of a head that needs its cache lowers the loss.
@@ -35,8 +33,9 @@ def score_heads(given: ScoringInput) -> Gates:
 def path_gradients(given: ScoringInput, steps: int) -> torch.Tensor:
     """Derivative of the mean loss with respect to every gate, along the path.
 
-    One forward and backward pass per sample and point. The mean over the points, summed over the
-    heads, is the loss that full attention saves (up to the coarseness of the path).
+    The points are the midpoints of `steps` equal parts of it. One forward and backward pass per
+    sample and point. The mean over the points, summed over the heads, is the loss that full
+    attention saves (up to the coarseness of the path).
 
     Returns:
         ``[steps, layers, KV heads]``, float64 on the CPU, in nats per token.
@@ -50,38 +49,16 @@ def path_gradients(given: ScoringInput, steps: int) -> torch.Tensor:
             for gate in gates.gates:
                 gate.grad = None
             for i, sample in enumerate(given.samples, start=1):
-                answer_loss(given.model, sample).backward()
+                answer_loss(given.model, make_batch([sample], given.model.device)).backward()
                 given.report(step * len(given.samples) + i, work)
             found = [gate.grad for gate in gates.gates if gate.grad is not None]
             points.append(torch.stack([g.double().cpu() for g in found]) / len(given.samples))
     return torch.stack(points)
 
 
-def answer_loss(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
-    """Mean cross-entropy of the answer's tokens, in nats, in float32."""
-    device = next(model.parameters()).device
-    length = len(sample.completion_ids)
-    ids = torch.tensor([sample.prompt_ids + sample.completion_ids], device=device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=length + 1).logits
-    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, -length:])
-
-
-def to_gates(scores_LH: Gates) -> Gates:
-    """Scores mapped linearly onto [0, 1]: the lowest becomes 0, the highest 1.
-
-    The order, all that an allocation looks at, stays. Equal scores throughout become 1.
-    """
-    flat = [score for row in scores_LH for score in row]
-    low, span = min(flat), max(flat) - min(flat)
-    if span == 0:
-        return [[1.0 for _ in row] for row in scores_LH]
-    return [[min(1.0, max(0.0, (score - low) / span)) for score in row] for row in scores_LH]
-
-
-HEAD_IMPORTANCE = Scorer(
+SCORER = Scorer(
     name="head-importance",
-    summary="path-integrated gradient of the loss on the model's own correct answers",
     source="arXiv:1905.10650 (head importance), arXiv:1703.01365 (integrated gradients)",
-    config={"path_steps": STEPS, "path_weights": "equal shares"},
     score=score_heads,
+    config={"path_steps": 4},
 )

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rlkv_vllm.allocation.heads import allocate, check_sparsity
+from rlkv_vllm.allocation.heads import check_sparsity
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.masked import HeadSplit, TaskResult, solve
-from rlkv_vllm.evaluation.tasks import Problem, Task, get_task
-from rlkv_vllm.profile import EvaluationRow, HeadProfile, ModelFingerprint, Provenance
-from rlkv_vllm.profile.io import load_model_fingerprint, one_line
-from rlkv_vllm.scorers import Gates, Sample, ScoringInput, get_scorer
-from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW, model_source
+from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
+from rlkv_vllm.evaluation.masked import solve
+from rlkv_vllm.evaluation.rows import recommended_sparsity
+from rlkv_vllm.profile import EvaluationRow, HeadProfile, Provenance
+from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.scorers import get_scorer
+from rlkv_vllm.scorers.scorer import Sample, ScoringInput
+from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
+from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
+from rlkv_vllm.training.loading import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: Sink and window to serve with unless told otherwise, those of RLKV (arXiv 2510.08525).
 DEFAULT_SINK, DEFAULT_WINDOW = 16, 64
-#: A sparsity is recommended if it solves this share of the problems.
-GOOD_ACCURACY = 0.95
-
-#: Called with (what is being done, work done, work in all).
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class ScoreConfig:
         max_new_tokens: where an answer is cut off.
         batch_size: problems decoded together.
         revision: commit, branch or tag of a model on the hub.
+        settings: of the scorer, instead of its defaults, as text.
     """
 
     model: str
@@ -62,12 +60,20 @@ class ScoreConfig:
     max_new_tokens: int = 512
     batch_size: int = 64
     revision: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_profile(
-    config: ScoreConfig, report: Report = lambda stage, done, total: None
+    config: ScoreConfig,
+    report: Report = lambda stage, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> HeadProfile:
     """Score the heads of a model.
+
+    Args:
+        config: what to do.
+        report: called as the work goes on.
+        say: told what the user should know.
 
     Raises:
         RlkvError: if an option is out of range, the model cannot be loaded or gated, or it
@@ -75,40 +81,53 @@ def make_profile(
     """
     _check(config)
     scorer = get_scorer(config.method)
+    settings = scorer.settings(config.settings)
     task = get_task(config.task)
-    problems = fresh_problems(task, config.evaluate, config.seed, config.n)
+    if note := skip_note(task):
+        say(note)
+    problems = fresh_problems(
+        task,
+        config.evaluate,
+        config.seed + 1,
+        task.problems(config.n, config.seed),
+        "--n or --evaluate",
+    )
     embedded = config.model == MODEL_NAME
     sink = config.sink if config.sink is not None else SINK if embedded else DEFAULT_SINK
     window = config.window if config.window is not None else WINDOW if embedded else DEFAULT_WINDOW
     model, tokenizer, fingerprint = load_model(config.model, config.revision)
 
-    samples = own_correct_answers(model, tokenizer, task, config, report)
+    solved, samples = own_correct_answers(model, tokenizer, task, config, report)
     gates = scorer.score(
         ScoringInput(
             model=model,
+            tokenizer=tokenizer,
+            task=task,
+            problems=solved,
             samples=samples,
             sink=sink,
             window=window,
             seed=config.seed,
+            settings=settings,
             report=lambda done, total: report("scoring", done, total),
         )
     )
     rows: list[EvaluationRow] = []
     if problems:
-        results = evaluate_gates(
-            model, tokenizer, task, problems, gates, sink, window, config, report
+        rows += measure_gates(
+            model,
+            tokenizer,
+            task,
+            problems,
+            gates,
+            sink=sink,
+            window=window,
+            sparsities=config.sparsities,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            seed=config.seed + 1,
+            report=report,
         )
-        rows = [
-            EvaluationRow(
-                task=task.name,
-                n=len(problems),
-                sparsity=sparsity,
-                accuracy=result.accuracy,
-                full_accuracy=results[0.0].accuracy,
-                mean_output_tokens=result.mean_output_tokens,
-            )
-            for sparsity, result in results.items()
-        ]
     return HeadProfile(
         model=fingerprint,
         gates=gates,
@@ -124,7 +143,8 @@ def make_profile(
                 "task": task.name,
                 "sink": sink,
                 "window": window,
-                **scorer.config,
+                # All of them, where ScoreConfig has the changed ones.
+                "settings": settings,
             },
             seed=config.seed,
             versions={
@@ -140,145 +160,48 @@ def make_profile(
     )
 
 
-def load_model(
-    name: str, revision: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelFingerprint]:
-    """A model to score, on the GPU if there is one.
-
-    float32 on the CPU, where bfloat16 is slow and coarse; else what the checkpoint has.
-
-    Raises:
-        RlkvError: if it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = model_source(name)
-    fingerprint = load_model_fingerprint(source, revision)
-    if name == MODEL_NAME:
-        fingerprint = fingerprint.model_copy(update={"id": MODEL_NAME})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else "auto"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=fingerprint.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=fingerprint.revision, dtype=dtype
-        )
-    except (OSError, ValueError) as error:
-        raise RlkvError(
-            f"model {one_line(name)}: cannot be loaded ({one_line(error)}): give a Hugging Face "
-            "decoder with weights and tokenizer"
-        ) from error
-    if tokenizer.chat_template is None:
-        raise RlkvError(
-            f"model {one_line(name)}: its tokenizer has no chat template: give a chat model"
-        )
-    return model.to(device).eval(), tokenizer, fingerprint
-
-
 def own_correct_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     config: ScoreConfig,
     report: Report,
-) -> list[Sample]:
-    """The correct ones of the model's greedy answers with its full cache.
+) -> tuple[list[Problem], list[Sample]]:
+    """What the model solves greedily with its full cache, and its answers.
 
     Raises:
         RlkvError: if there is none.
     """
     problems = task.problems(config.n, config.seed)
-    result = _solve(model, tokenizer, task, problems, None, config, report, "answering")
-    samples = [
-        Sample(answer.prompt_ids, answer.output_ids)
-        for answer in result.answers
+    done = 0
+
+    def count(batch: int) -> None:
+        nonlocal done
+        done += batch
+        report("answering", done, len(problems))
+
+    result = solve(
+        model,
+        tokenizer,
+        task,
+        problems,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        report=count,
+    )
+    solved = [
+        (problem, Sample(answer.prompt_ids, answer.output_ids))
+        for problem, answer in zip(problems, result.answers, strict=True)
         if answer.is_correct
     ]
-    if not samples:
+    if not solved:
         raise RlkvError(
             f"model {one_line(config.model)}: none of its {config.n} answers to task "
             f"{config.task} is correct ({result.capped_share:.0%} were cut off at "
             f"--max-new-tokens {config.max_new_tokens}): choose a task that the model can solve, "
             "or raise --n or --max-new-tokens"
         )
-    return samples
-
-
-def fresh_problems(task: Task, wanted: int, seed: int, scored: int) -> list[Problem]:
-    """Problems of the next seed, without those that are scored.
-
-    Args:
-        task: where they come from.
-        wanted: how many to draw; of a small file fewer may be left, of a generator none is lost.
-        seed: of the scored problems.
-        scored: how many problems are scored.
-
-    Raises:
-        RlkvError: if none is left.
-    """
-    known = task.problems(scored, seed)
-    left = [problem for problem in task.problems(wanted, seed + 1) if problem not in known]
-    if wanted and not left:
-        raise RlkvError(
-            f"task {task.name}: with --n {scored} no problem is left for --evaluate {wanted}: "
-            "lower --n or add problems"
-        )
-    return left
-
-
-def evaluate_gates(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    problems: Sequence[Problem],
-    gates: Gates,
-    sink: int,
-    window: int,
-    config: ScoreConfig,
-    report: Report,
-) -> dict[float, TaskResult]:
-    """Solve `problems` at every sparsity, 0 included, in ascending order."""
-    results = {}
-    for sparsity in sorted({0.0, *config.sparsities}):
-        split = HeadSplit(allocate(gates, sparsity).full, sink, window) if sparsity else None
-        results[sparsity] = _solve(
-            model, tokenizer, task, problems, split, config, report, f"sparsity {sparsity:g}"
-        )
-    return results
-
-
-def recommended_sparsity(rows: Sequence[EvaluationRow]) -> float | None:
-    """The largest evaluated sparsity that solves `GOOD_ACCURACY` of the problems, if any does."""
-    return max((row.sparsity for row in rows if row.accuracy >= GOOD_ACCURACY), default=None)
-
-
-def _solve(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    problems: Sequence[Problem],
-    split: HeadSplit | None,
-    config: ScoreConfig,
-    report: Report,
-    stage: str,
-) -> TaskResult:
-    done = 0
-
-    def count(solved: int) -> None:
-        nonlocal done
-        done += solved
-        report(stage, done, len(problems))
-
-    return solve(
-        model,
-        tokenizer,
-        task,
-        problems,
-        split=split,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        report=count,
-    )
+    return [problem for problem, _ in solved], [sample for _, sample in solved]
 
 
 def _check(config: ScoreConfig) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlkv_vllm.evaluation.masked import HeadSplit, solve
-from rlkv_vllm.evaluation.tasks import get_task
 from rlkv_vllm.profile.io import write_bytes_atomic
+from rlkv_vllm.tasks import get_task
 from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
 from rlkv_vllm.testbed.problems import FAMILIES
 
@@ -26,8 +26,9 @@ MODEL_FILE, METRICS_FILE = "model.safetensors", "metrics.json"
 #: The accuracy that bfloat16 weights must keep to be preferred.
 _ENOUGH = 0.95
 _MEASURED = 300
-#: Longer than any correct completion, in tokens.
-MAX_COMPLETION = 176
+#: Where answers are cut off, in tokens: no fault-free completion is as long, and a long chain
+#: has room to recover from errors.
+MAX_COMPLETION = {MODEL_NAME: 176, "audit": 1600}
 _MEASURE_SEED = 20261123
 
 
@@ -36,19 +37,25 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     *,
     streaming: bool,
+    family: str | None = None,
     n: int = _MEASURED,
     seed: int = _MEASURE_SEED,
 ) -> dict[str, float]:
-    """Share of fresh problems solved, per family and over all of them ("embedded").
+    """Share of fresh problems solved and the mean length of the outputs.
 
     Args:
         model: decoded greedily.
         tokenizer: its tokenizer.
         streaming: whether all heads are streaming heads; otherwise none is.
-        n: number of problems, the families in turn.
+        family: the one family the model knows; None is all of the shipped model in turn.
+        n: number of problems.
         seed: of the problems.
+
+    Returns:
+        The share solved per family, with `family` None also over all of them ("embedded"), and
+        "output_tokens".
     """
-    task = get_task(MODEL_NAME)
+    task = get_task(family or MODEL_NAME)
     none_full = HeadSplit([()] * model.config.num_hidden_layers, SINK, WINDOW)
     result = solve(
         model,
@@ -56,13 +63,16 @@ def measure(
         task,
         task.problems(n, seed),
         split=none_full if streaming else None,
-        max_new_tokens=MAX_COMPLETION,
+        max_new_tokens=MAX_COMPLETION[task.name],
+        batch_size=32,
     )
     marks = defaultdict(list)
     for i, correct in enumerate(result.correct):
-        marks[FAMILIES[i % len(FAMILIES)]].append(correct)
-        marks[MODEL_NAME].append(correct)
-    return {name: round(sum(solved) / len(solved), 4) for name, solved in marks.items()}
+        if family is None:
+            marks[FAMILIES[i % len(FAMILIES)]].append(correct)
+        marks[task.name].append(correct)
+    shares = {name: round(sum(solved) / len(solved), 4) for name, solved in marks.items()}
+    return {**shares, "output_tokens": round(result.mean_output_tokens, 1)}
 
 
 def export(
@@ -71,6 +81,7 @@ def export(
     output: Path,
     *,
     run: dict[str, Any],
+    family: str | None = None,
     n: int = _MEASURED,
 ) -> dict[str, Any]:
     """Measure the model and write it, in bfloat16 if that solves enough, else in float32.
@@ -80,6 +91,7 @@ def export(
         tokenizer: written beside it.
         output: folder of the model.
         run: how the model came about, for the record.
+        family: the one family it knows; None is the mix of the shipped model.
         n: number of problems to measure with.
 
     Returns:
@@ -94,10 +106,10 @@ def export(
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         accuracy[str(dtype).removeprefix("torch.")] = {
-            "full": measure(model, tokenizer, streaming=False, n=n),
-            "streaming": measure(model, tokenizer, streaming=True, n=n),
+            "full": measure(model, tokenizer, streaming=False, family=family, n=n),
+            "streaming": measure(model, tokenizer, streaming=True, family=family, n=n),
         }
-    if accuracy["bfloat16"]["full"]["embedded"] < _ENOUGH:
+    if accuracy["bfloat16"]["full"][family or MODEL_NAME] < _ENOUGH:
         model.to(torch.float32)
         model.load_state_dict(exact)
     metrics = {

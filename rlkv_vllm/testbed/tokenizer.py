@@ -27,18 +27,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(max_length: int, family: str | None = None) -> PreTrainedTokenizerFast:
     """Make the tokenizer; `save_pretrained` of it gives what `AutoTokenizer` reads.
 
     Text is split at white space and joined by single spaces; unknown words become `[UNK]`.
 
     Args:
         max_length: `model_max_length`, in tokens.
+        family: the long family whose words it knows too.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [*SPECIAL, UNKNOWN, *vocabulary()]
+    words = [*SPECIAL, UNKNOWN, *vocabulary(family)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -22,7 +22,7 @@ from rlkv_vllm.profile.io import write_bytes_atomic
 from rlkv_vllm.testbed.export import MODEL_FILE, export
 from rlkv_vllm.testbed.model import MAX_LENGTH, build_model
 from rlkv_vllm.testbed.muon import Muon
-from rlkv_vllm.testbed.problems import FAMILIES, make_problem
+from rlkv_vllm.testbed.problems import FAMILIES, LONG_FAMILIES, ReasonedProblem, make_problem
 from rlkv_vllm.testbed.tokenizer import build_tokenizer, training_texts
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 _IGNORED = -100
+_PIVOT_WEIGHT = 8.0  # of the few words that decide how long a chain goes on, others having 1
 _USUAL_STEPS_PER_SIZE = 20  # that a size takes to be mastered, once the first one is
 
 
@@ -50,6 +51,7 @@ class TrainingConfig:
         decay_accuracy: running token accuracy at full size from which the learning rate decays.
         decay_steps: length of the linear decay to zero, the end of the run.
         checkpoint_steps: how often the state is saved.
+        family: the one family to train on; None is the mix that the shipped model knows.
     """
 
     seed: int = 0
@@ -64,6 +66,26 @@ class TrainingConfig:
     decay_accuracy: float = 0.97
     decay_steps: int = 500
     checkpoint_steps: int = 200
+    family: str | None = None
+
+    @classmethod
+    def of(cls, family: str | None, **options: Any) -> TrainingConfig:
+        """The defaults for a family, changed by `options`.
+
+        Most words of a long chain follow from the few before them, so there a size is mastered
+        at a higher token accuracy.
+        """
+        if family in LONG_FAMILIES:
+            options = {**_LONG_CHAINS, **options}
+        return cls(family=family, **options)
+
+
+_LONG_CHAINS = {
+    "batch_tokens": 3000,
+    "master_accuracy": 0.98,
+    "decay_accuracy": 0.99,
+    "decay_steps": 400,
+}
 
 
 @dataclass
@@ -122,7 +144,7 @@ class TestbedTrainer:
         torch.manual_seed(config.seed)
         self.config = config
         self.state = TrainingState(scale=config.first_scale)
-        self.tokenizer: PreTrainedTokenizerFast = build_tokenizer(MAX_LENGTH)
+        self.tokenizer: PreTrainedTokenizerFast = build_tokenizer(MAX_LENGTH, config.family)
         self.model: Qwen3ForCausalLM = build_model(
             len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         )
@@ -137,30 +159,37 @@ class TestbedTrainer:
         )
         self._peaks = (config.muon_lr, config.adam_lr)
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of the present step: ids and labels, both [problems, length]."""
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The batch of the present step: ids, labels, their weights, each [problems, length]."""
         config = self.config
         rng = random.Random(f"train-{config.seed}-{self.state.step}")
-        rows: list[tuple[list[int], int]] = []
+        rows: list[tuple[list[int], int, ReasonedProblem]] = []
         longest = 0
         while True:
             scale = self.state.scale
             if rng.random() < 0.25:
                 scale *= rng.uniform(0.3, 1.0)
-            prompt, completion = training_texts(make_problem(rng.choice(FAMILIES), rng, scale))
+            family = config.family or rng.choice(FAMILIES)
+            problem = make_problem(family, rng, scale, with_faults=True)
+            prompt, completion = training_texts(problem)
             prompt_ids = self._encode(prompt)
             ids = prompt_ids + self._encode(completion)
             longest = max(longest, len(ids))
             if rows and longest * (len(rows) + 1) > config.batch_tokens:
                 break
-            rows.append((ids, len(prompt_ids)))
-        longest = max(len(ids) for ids, _ in rows)
+            rows.append((ids, len(prompt_ids), problem))
+        longest = max(len(ids) for ids, _, _ in rows)
         inputs = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), longest), _IGNORED)
-        for i, (ids, prompt_length) in enumerate(rows):
+        weights = torch.ones((len(rows), longest))
+        for i, (ids, prompt_length, problem) in enumerate(rows):
             inputs[i, : len(ids)] = torch.tensor(ids)
             labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
-        return inputs, labels
+            for place in problem.injected:
+                labels[i, prompt_length + place] = _IGNORED
+            for place in problem.pivots:
+                weights[i, prompt_length + place] = _PIVOT_WEIGHT
+        return inputs, labels, weights
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
@@ -169,13 +198,13 @@ class TestbedTrainer:
     def step(self) -> None:
         """One optimiser step and, every tenth, a look at the curriculum."""
         config, state = self.config, self.state
-        inputs, labels = self.batch()
+        inputs, labels, weights = self.batch()
         # Padding is on the right, where causal attention cannot see it: no mask needed.
         hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         wanted = targets != _IGNORED
         logits = self.model.lm_head(hidden[:, :-1][wanted])
-        loss = torch.nn.functional.cross_entropy(logits, targets[wanted])
+        loss, accuracy = _loss_and_accuracy(logits, targets[wanted], weights[:, 1:][wanted])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         factor = state.learning_rate(config)
@@ -184,9 +213,8 @@ class TestbedTrainer:
                 group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        accuracy = (logits.argmax(-1) == targets[wanted]).float().mean().item()
         keep = min(0.9, state.step / (state.step + 1))
-        state.accuracy = keep * state.accuracy + (1 - keep) * accuracy
+        state.accuracy = keep * state.accuracy + (1 - keep) * accuracy.item()
         state.loss = keep * state.loss + (1 - keep) * loss.item()
         state.step += 1
         if state.step % 10 == 0 and state.decay_start is None:
@@ -256,6 +284,23 @@ class TestbedTrainer:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
 
 
+def _loss_and_accuracy(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted means over the targets.
+
+    Args:
+        logits: [targets, vocabulary].
+        targets: [targets].
+        weights: [targets].
+    """
+    right = (logits.argmax(-1) == targets).float()
+    if (weights == 1).all():  # the same sums, to the last bit, as for the shipped weights
+        return torch.nn.functional.cross_entropy(logits, targets), right.mean()
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum(), (right * weights).sum() / weights.sum()
+
+
 def run(
     config: TrainingConfig,
     output: Path,
@@ -323,6 +368,8 @@ def train(
     """
     trainer = run(config, output, resume=resume, report=report)
     record = {"config": asdict(config), "state": asdict(trainer.state)}
-    metrics = export(trainer.model, trainer.tokenizer, output, run=record, n=measure)
+    metrics = export(
+        trainer.model, trainer.tokenizer, output, run=record, family=config.family, n=measure
+    )
     (output / CHECKPOINT).unlink(missing_ok=True)
     return metrics

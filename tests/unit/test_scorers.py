@@ -17,11 +17,11 @@ from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.cli.score import score
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.masked import HeadSplit, TaskResult, solve
-from rlkv_vllm.evaluation.tasks import Problem, get_task
 from rlkv_vllm.profile import EvaluationRow
 from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.scorers import SCORERS, Sample, ScoringInput, get_scorer, head_importance, run
 from rlkv_vllm.scorers.head_importance import answer_loss, path_gradients, to_gates
+from rlkv_vllm.tasks import Problem, get_task
 from rlkv_vllm.training.gated_attention import attach_gates
 from tests import oracle
 from tests.checkpoints import NUM_KV_HEADS, NUM_LAYERS, make_checkpoint
@@ -47,8 +47,8 @@ class WordTask:
             problems.append(Problem([{"role": "user", "content": " ".join(words)}], answer))
         return problems
 
-    def check(self, text: str, answer: str) -> bool:
-        return answer == "yes"
+    def score(self, text: str, problem: Problem) -> float:
+        return float(problem.answer == "yes")
 
 
 @pytest.fixture(scope="module", autouse=True)

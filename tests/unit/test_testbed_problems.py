@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkv_vllm.testbed import example_question
-from rlkv_vllm.testbed.problems import FAMILIES, make_problem, make_problems, vocabulary
+from rlkv_vllm.testbed.problems import (
+    FAMILIES,
+    LONG_FAMILIES,
+    ReasonedProblem,
+    make_problem,
+    make_problems,
+    vocabulary,
+)
 
 Thought = tuple[list[str], str]
 
@@ -78,17 +85,87 @@ def think_ledger(words: list[str]) -> Thought:
     return [*said, f"{number}.", "done"], str(total % 10)
 
 
+def think_audit(words: list[str]) -> Thought:
+    facts, sections = parse_audit(words)
+    said, total = [], 0
+    for key, start, _, first in sections:
+        walk, here, head = [key[0]], start, total
+        for label in labels_down_from(first):
+            if label != first:
+                walk += [f"{here}>", facts[f"{here}>"]]
+                here = facts[f"{here}>"]
+            total = (total + int(facts[f"{here}$"])) % 10
+            walk += [label, f"{here}$", facts[f"{here}$"], str(total)]
+        round_ = [str(head), key, start, *walk, f"{key[0]}:", str(total)]
+        said += [*round_, "start", *round_, "done"]
+    return said, str(total)
+
+
+def parse_audit(words: list[str]) -> tuple[dict[str, str], list[list[str]]]:
+    split = words.index("from")
+    assert words[0] == "audit"
+    facts = dict(zip(words[1:split:2], words[2:split:2], strict=True))
+    tail = words[split + 1 :]
+    return facts, [tail[i : i + 4] for i in range(0, len(tail), 4)]
+
+
+def labels_down_from(first: str) -> list[str]:
+    number = int(re.sub(r"\D", "", first))
+    return [first.replace(str(number), str(n)) for n in range(number, 0, -1)]
+
+
+def surprises_of_audit(problem: ReasonedProblem) -> list[int]:
+    """Places of the completion where something else follows from prompt and words before."""
+    facts, sections = parse_audit(problem.prompt.split())
+    words = problem.completion.split()
+    found: list[int] = []
+    place = 1
+
+    def take(expected: str) -> str:
+        nonlocal place
+        if words[place] != expected:
+            found.append(place)
+        place += 1
+        return words[place - 1]
+
+    total = "0"
+    for key, start, _, first in sections:
+        ends: list[str] = []
+        while len(ends) == len(set(ends)):
+            value = take(total)
+            take(key)
+            here = take(start)
+            take(key[0])
+            for label in labels_down_from(first):
+                if label != first:
+                    take(f"{here}>")
+                    here = take(facts[f"{here}>"])
+                take(label)
+                take(f"{here}$")
+                weight = take(facts[f"{here}$"])
+                value = take(str((int(value) + int(weight)) % 10))
+            take(f"{key[0]}:")
+            ends.append(take(value))
+            take("start" if len(ends) == len(set(ends)) else "done")
+        total = ends[-1]
+    for word in ("</think>", "answer", total):
+        take(word)
+    assert place == len(words)
+    return found
+
+
 INTERPRETERS: dict[str, Callable[[list[str]], Thought]] = {
     "chain": think_chain,
     "hops": think_hops,
     "program": think_program,
     "ledger": think_ledger,
+    "audit": think_audit,
 }
 WORDS = frozenset(vocabulary())
 
 
 @given(
-    family=st.sampled_from(FAMILIES),
+    family=st.sampled_from([*FAMILIES, *LONG_FAMILIES]),
     seed=st.integers(0, 2**32),
     scale=st.floats(0.01, 1.0),
 )
@@ -99,17 +176,49 @@ def test_the_chain_of_thought_follows_from_the_prompt(family: str, seed: int, sc
     assert problem.thought == " ".join(thought)
     assert problem.answer == answer
     assert problem.completion == f"<think> {problem.thought} </think> answer {answer}"
-    assert WORDS.issuperset(f"{problem.prompt} {problem.completion}".split())
+    known = WORDS if family in FAMILIES else frozenset(vocabulary(family))
+    assert known.issuperset(f"{problem.prompt} {problem.completion}".split())
+    assert not problem.injected
+
+
+@given(seed=st.integers(0, 2**32), scale=st.floats(0.01, 1.0))
+@settings(max_examples=200, deadline=None)
+def test_audits_go_on_from_their_faults_and_recover(seed: int, scale: float) -> None:
+    problem = make_problem("audit", random.Random(seed), scale, with_faults=True)
+    assert surprises_of_audit(problem) == list(problem.injected)
+    assert think_audit(problem.prompt.split())[1] == problem.answer
+    assert len(problem.completion.split()) < 1900  # prompts have 110, the model has 2048 positions
+
+
+def test_most_training_audits_have_faults_and_no_other_family_has() -> None:
+    rng = random.Random(0)
+    audits = [make_problem("audit", rng, with_faults=True) for _ in range(50)]
+    assert sum(bool(problem.injected) for problem in audits) > 40
+    kinds = {problem.completion.split()[i - 1][-1] for problem in audits for i in problem.injected}
+    assert kinds > set("=>$")  # start, link, weight; sums follow a weight
+    for family in FAMILIES:
+        assert make_problem(family, random.Random(1), with_faults=True) == make_problem(
+            family, random.Random(1)
+        )
+
+
+def test_audits_are_long() -> None:
+    lengths = [len(problem.completion.split()) for problem in make_problems("audit", 100, seed=0)]
+    assert 800 < sum(lengths) / len(lengths) < 900
+    assert max(lengths) < 1100
 
 
 def test_no_word_stands_twice_in_the_vocabulary() -> None:
     assert len(list(vocabulary())) == len(WORDS)
+    assert list(vocabulary("hops")) == list(vocabulary())
+    assert list(vocabulary("audit")) == [*vocabulary(), "audit"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LONG_FAMILIES])
 def test_facts_are_named_once_and_lie_beyond_the_window(family: str) -> None:
     for problem in make_problems(family, 20, seed=5):
-        words = problem.prompt.split()[:-2]
+        words = problem.prompt.split()
+        words = words[: words.index("from")] if family == "audit" else words[:-2]
         keys = [word for word in words if word[0] == "L" or word[-1] in "=>$."]
         assert len(keys) == len(set(keys))
         assert len(words) > 2 * 16
@@ -135,7 +244,7 @@ def test_the_example_question_is_short_and_fixed() -> None:
 def test_the_examples_of_the_documentation_are_right() -> None:
     text = (Path(__file__).parents[2] / "docs" / "testbed.md").read_text()
     examples = re.findall(r"```\n(.*)\n(<think> .*)\n```", text)
-    assert [prompt.split()[0] for prompt, _ in examples] == list(FAMILIES)
+    assert [prompt.split()[0] for prompt, _ in examples] == [*FAMILIES, *LONG_FAMILIES]
     for prompt, completion in examples:
         thought, answer = INTERPRETERS[prompt.split()[0]](prompt.split())
         assert completion == f"<think> {' '.join(thought)} </think> answer {answer}"

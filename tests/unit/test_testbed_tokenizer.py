@@ -27,6 +27,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     return AutoTokenizer.from_pretrained(folder)
 
 
+def test_a_long_family_appends_its_words() -> None:
+    ours = build_tokenizer(2048, "audit").get_vocab()
+    assert ours == {**BUILT.get_vocab(), "audit": len(BUILT)}
+
+
 @given(words=st.lists(st.sampled_from(WORDS), max_size=40))
 def test_round_trip_and_streaming_prefixes(words: list[str]) -> None:
     ids = BUILT(" ".join(words))["input_ids"]

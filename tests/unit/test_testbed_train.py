@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from rlkv_vllm import testbed
 from rlkv_vllm.cli.testbed import app
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.masked import HeadSplit, solve
-from rlkv_vllm.evaluation.tasks import get_task
 from rlkv_vllm.profile.io import load_model_fingerprint
+from rlkv_vllm.tasks import get_task
+from rlkv_vllm.testbed.export import MAX_COMPLETION, measure
 from rlkv_vllm.testbed.muon import orthogonalize
 from rlkv_vllm.testbed.train import CHECKPOINT, TestbedTrainer, TrainingConfig, TrainingState, run
 
@@ -92,7 +94,8 @@ def test_the_data_depend_on_seed_and_step_alone() -> None:
     one.step()
     two.state = replace(one.state)
     assert all(torch.equal(a, b) for a, b in zip(one.batch(), two.batch(), strict=True))
-    inputs, labels = one.batch()
+    inputs, labels, weights = one.batch()
+    assert (weights == 1).all()
     assert inputs.numel() <= TINY.batch_tokens
     supervised = labels != -100
     assert torch.equal(inputs[supervised], labels[supervised])
@@ -101,6 +104,33 @@ def test_the_data_depend_on_seed_and_step_alone() -> None:
         text = tokenizer.decode(row[wanted])
         assert text.startswith("<think> ")
         assert text.endswith("<|end|>")
+
+
+def test_injected_errors_are_no_targets() -> None:
+    trainer = TestbedTrainer(TrainingConfig.of("audit", seed=3, first_scale=0.3))
+    inputs, labels, weights = trainer.batch()
+    tokenizer = trainer.tokenizer
+    assert inputs.numel() <= trainer.config.batch_tokens
+    assert (inputs == tokenizer.convert_tokens_to_ids("audit")).sum() == len(inputs)
+    heavy = {tokenizer.decode(token) for token in inputs[weights > 1]}
+    assert heavy >= {"start", "done"}
+    assert all(re.fullmatch(r"start|done|[Lv]?\d+[.=]?", word) for word in heavy)
+    masked = 0
+    for ids, wanted in zip(inputs.tolist(), labels.tolist(), strict=True):
+        words = tokenizer.convert_ids_to_tokens(ids)
+        thought = range(words.index("<think>"), words.index("<|end|>") + 1)
+        untaught = [i for i in thought if wanted[i] == -100]
+        masked += len(untaught)
+        # What is masked is a name, a weight or a sum: what a model looks up or computes.
+        assert all(re.fullmatch(r"[a-z]+pus|[+]?\d", words[i]) for i in untaught)
+        assert all(wanted[i] in (-100, ids[i]) for i in thought)
+    assert masked > 0
+
+
+def test_options_of_a_family() -> None:
+    assert TrainingConfig.of(None, seed=2) == TrainingConfig(seed=2)
+    audit = TrainingConfig.of("audit", decay_steps=7)
+    assert (audit.family, audit.batch_tokens, audit.decay_steps) == ("audit", 3000, 7)
 
 
 def test_steps_lower_the_loss() -> None:
@@ -137,6 +167,20 @@ def test_the_train_command_writes_a_model(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, RlkvError)
     assert "holds a finished model" in str(again.exception)
+
+
+def test_the_train_command_refuses_an_unknown_family(tmp_path: Path) -> None:
+    arguments = ["train", "--family", "golf", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, RlkvError)
+    assert "--family golf: unknown, choose one of chain, hops" in str(result.exception)
+
+
+def test_a_long_family_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MAX_COMPLETION, "audit", 4)
+    trainer = TestbedTrainer(TrainingConfig.of("audit"))
+    shares = measure(trainer.model, trainer.tokenizer, streaming=False, family="audit", n=2)
+    assert shares == {"audit": 0.0, "output_tokens": 4.0}
 
 
 # --- shipped weights -------------------------------------------------------------------

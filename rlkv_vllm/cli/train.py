@@ -1,0 +1,78 @@
+"""``rlkv train``: make a head profile by reinforcement learning."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the job, or a run.yaml.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run, over the file's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Over the file's.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value over the file's, e.g. trainer.max_steps=20."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the output folder.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: PyTorch's choice].")
+    ] = None,
+) -> None:
+    """Find the heads that reasoning needs: GRPO on one gate per KV head (arXiv 2510.08525).
+
+    Writes run.yaml, curriculum, checkpoints, TensorBoard logs, report.html and profile.json to
+    the output folder. On several GPUs: accelerate launch -m rlkv_vllm train CONFIG.
+    """
+    import os
+
+    from rlkv_vllm.errors import RlkvError
+
+    missing = [name for name in ("trl", "datasets", "accelerate") if not find_spec(name)]
+    if missing:
+        raise RlkvError(f"rlkv train needs {', '.join(missing)}: pip install 'rlkv-vllm[train]'")
+    from rlkv_vllm.cli.progress import StageProgress
+    from rlkv_vllm.training.config import load_config
+
+    changes = list(overrides or [])
+    if output is not None:
+        changes.append(f"output={output}")
+    if seed is not None:
+        changes.append(f"seed={seed}")
+    job = load_config(config, changes)
+
+    from rlkv_vllm.training.job import PROFILE_FILE, Listener, run
+
+    if threads is not None:
+        from rlkv_vllm.training.loading import set_threads
+
+        set_threads(threads)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    with StageProgress() as progress:
+
+        def on_step(row: dict[str, Any], total: int) -> None:
+            state = (
+                f"reward {row['reward']:.2f} gates {row['gate_mean']:.2f} "
+                f"tokens {row['output_tokens']:.0f}"
+            )
+            progress.report("training", row["step"], total, state)
+            if row["step"] % 10 == 0 and progress.is_plain:
+                left = row["elapsed"] / row["step"] * (total - row["step"])
+                progress.say(f"step {row['step']} of {total}: {state}, {left / 60:.1f} min left")
+
+        listener = Listener(progress.report, on_step, progress.say) if is_main else Listener()
+        profile = run(job, resume=resume, listener=listener)
+    if profile is None:
+        return
+    if profile.evaluation:
+        typer.echo("sparsity  accuracy  output tokens")
+    for row in profile.evaluation:
+        typer.echo(f"{row.sparsity:>8g}  {row.accuracy:>8.3f}  {row.mean_output_tokens:>13.1f}")
+    typer.echo(f"wrote {job.output / PROFILE_FILE} and {job.output / 'report.html'}")

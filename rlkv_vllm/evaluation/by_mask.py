@@ -1,0 +1,110 @@
+"""Accuracy against sparsity by mask: what scorers and profile jobs measure their gates with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.masked import HeadSplit, solve
+from rlkv_vllm.evaluation.rows import evaluation_row
+from rlkv_vllm.profile.schema import EvaluationRow
+from rlkv_vllm.tasks import Problem, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Called with (what is being done, work done, work in all).
+Report = Callable[[str, int, int], None]
+
+
+def fresh_problems(
+    task: Task, wanted: int, seed: int, used: Sequence[Problem], flags: str
+) -> list[Problem]:
+    """Problems of `seed` that are none of `used`.
+
+    Args:
+        task: where they come from.
+        wanted: how many to draw; of a small file fewer may be left, of a generator none is lost.
+        seed: of the problems.
+        used: problems that the gates were made from.
+        flags: the options to change if none is left, for the error.
+
+    Raises:
+        RlkvError: if none is left.
+    """
+    left = [problem for problem in task.problems(wanted, seed) if problem not in used]
+    if wanted and not left:
+        raise RlkvError(
+            f"task {task.name}: no problem is left for the evaluation: change {flags}, or add "
+            "problems"
+        )
+    return left
+
+
+def measure_gates(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    gates: Sequence[Sequence[float]],
+    *,
+    sink: int,
+    window: int,
+    sparsities: Sequence[float],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    report: Report,
+) -> Iterator[EvaluationRow]:
+    """Solve `problems` greedily at every sparsity, 0 included, in ascending order.
+
+    Args:
+        model: ungated.
+        tokenizer: with a chat template.
+        task: of the problems.
+        problems: at least one.
+        gates: ``[layers][KV heads]``.
+        sink: first tokens that a streaming head sees.
+        window: last tokens that a streaming head sees.
+        sparsities: shares of streaming heads.
+        max_new_tokens: where an answer is cut off.
+        batch_size: problems decoded together.
+        seed: of the problems, for the record.
+        report: called after every batch.
+
+    Yields:
+        A row as soon as it is measured.
+    """
+    full = None
+    for sparsity in sorted({0.0, *sparsities}):
+        split = HeadSplit(allocate(gates, sparsity).full, sink, window) if sparsity else None
+        solved = 0
+
+        def count(batch: int, stage: str = f"sparsity {sparsity:g}") -> None:
+            nonlocal solved
+            solved += batch
+            report(stage, solved, len(problems))
+
+        result = solve(
+            model,
+            tokenizer,
+            task,
+            problems,
+            split=split,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            report=count,
+        )
+        full = full or result
+        yield evaluation_row(
+            task.name,
+            len(problems),
+            sparsity,
+            result,
+            full,
+            seed=seed,
+            max_tokens=max_new_tokens,
+            temperature=0.0,
+        )

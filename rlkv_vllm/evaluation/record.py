@@ -1,0 +1,203 @@
+"""The files of an evaluation: rows as they get finished, and what an interrupted run left."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.measurement import Measurement
+from rlkv_vllm.evaluation.splits import Split
+from rlkv_vllm.evaluation.statistics import mcnemar_p
+from rlkv_vllm.profile.io import one_line, read_json_object, write_bytes_atomic
+
+FORMATS = ("json", "csv")
+
+_FORMAT = "rlkv eval 1"
+_PER_PROBLEM = ("split", "correct", "output_lengths")  # not in CSV
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished row of the table.
+
+    Attributes:
+        split: what was served.
+        measurement: how the problems were answered.
+        p_full: McNemar's p against the full cache; None for the full cache itself.
+    """
+
+    split: Split
+    measurement: Measurement
+    p_full: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        measured = self.measurement
+        low, high = measured.interval
+        return {
+            "profile": self.split.label,
+            "sparsity": self.split.sparsity,
+            "sink": self.split.sink,
+            "window": self.split.window,
+            "n": measured.n,
+            "solved": measured.solved,
+            "accuracy": measured.accuracy,
+            "low": low,
+            "high": high,
+            "mean_output_tokens": measured.mean_output_tokens,
+            "p95_output_tokens": measured.p95_output_tokens,
+            "capped": measured.capped,
+            "capped_share": measured.capped_share,
+            "seconds": measured.seconds,
+            "seconds_per_solved": measured.seconds_per_solved,
+            "p_full": self.p_full,
+            "split": self.split.digest,
+            "correct": "".join("01"[right] for right in measured.correct),
+            "output_lengths": list(measured.output_tokens),
+        }
+
+
+class _StoredRow(BaseModel):
+    """What is read back of a row; the rest follows from it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    profile: str
+    sparsity: float
+    split: str
+    correct: str = Field(pattern=r"^[01]+$")
+    output_lengths: list[Annotated[int, Field(ge=0)]]
+    capped: int = Field(ge=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one_length_per_problem(self) -> _StoredRow:
+        if len(self.correct) != len(self.output_lengths) or self.capped > len(self.correct):
+            raise ValueError("correct, output_lengths and capped do not fit each other")
+        return self
+
+
+class Record:
+    """The output files of one evaluation.
+
+    Args:
+        paths: `.json` and `.csv` files, any number of them; only JSON can be continued.
+        settings: what all rows have in common, `n` among it; plain JSON values.
+        fresh: overwrite what a file holds instead of continuing.
+
+    Raises:
+        RlkvError: if a file exists that this evaluation cannot continue.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], settings: Mapping[str, Any], *, fresh: bool = False
+    ) -> None:
+        self._paths = paths
+        self._settings = dict(settings)
+        self._rows: list[dict[str, Any]] = []  # as they are written
+        self._known: dict[str, Measurement] = {}
+        for path in paths:
+            if output_format(path) == "json" and path.exists() and not fresh:
+                self._read(path)
+
+    def find(self, split: Split) -> Measurement | None:
+        """The measurement of a split that serves alike, if there is one."""
+        return self._known.get(split.digest)
+
+    def add(self, split: Split, measurement: Measurement, full: Measurement) -> Row:
+        """A finished row; all files are written at once.
+
+        Args:
+            split: what was served.
+            measurement: how the problems were answered.
+            full: the same with the full cache.
+
+        Raises:
+            RlkvError: if a file cannot be written.
+        """
+        p = None if split.sparsity == 0 else mcnemar_p(full.correct, measurement.correct)
+        row = Row(split, measurement, p)
+        new = row.to_dict()
+        self._known[split.digest] = measurement
+        # Rows of earlier runs with other profiles or sparsities stay.
+        place = (new["profile"], new["sparsity"])
+        kept = [old for old in self._rows if (old["profile"], old["sparsity"]) != place]
+        self._rows = [*kept, new]
+        write_bytes_atomic({path: self._content(path).encode() for path in self._paths})
+        return row
+
+    def _content(self, path: Path) -> str:
+        if output_format(path) == "csv":
+            buffer = io.StringIO()
+            names = [name for name in self._rows[0] if name not in _PER_PROBLEM]
+            writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._rows)
+            return buffer.getvalue()
+        settings = json.dumps(self._settings, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+        rows = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in self._rows)
+        return (
+            f'{{\n  "format": "{_FORMAT}",\n  "settings": {settings},\n'
+            f'  "rows": [\n    {rows}\n  ]\n}}\n'
+        )
+
+    def _read(self, path: Path) -> None:
+        where = f"--output {one_line(path)}"
+        mend = "name another file, or overwrite it with --fresh"
+        try:
+            content = read_json_object(path)
+        except RlkvError as error:
+            raise RlkvError(f"--output {error}; or {mend}") from error
+        if content.get("format") != _FORMAT or not isinstance(content.get("rows"), list):
+            raise RlkvError(f"{where}: exists and is no result of `rlkv eval`: {mend}")
+        stored = content.get("settings")
+        stored = stored if isinstance(stored, dict) else {}
+        differing = [
+            f"{key} {_shown(stored.get(key))} there, {_shown(value)} here"
+            for key, value in self._settings.items()
+            if stored.get(key) != value
+        ]
+        if differing:
+            raise RlkvError(f"{where}: has other settings ({'; '.join(differing)}): {mend}")
+        for raw in content["rows"]:
+            try:
+                row = _StoredRow.model_validate(raw)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                field = ".".join(map(str, first["loc"])) or "row"
+                raise RlkvError(f"{where}: {field}: {one_line(first['msg'])}: {mend}") from error
+            if len(row.correct) != self._settings["n"]:
+                raise RlkvError(
+                    f"{where}: row {row.profile} has another number of problems: {mend}"
+                )
+            self._known[row.split] = Measurement(
+                correct=tuple(bit == "1" for bit in row.correct),
+                output_tokens=tuple(row.output_lengths),
+                capped=row.capped,
+                seconds=row.seconds,
+            )
+            self._rows.append(raw)
+
+
+def output_format(path: Path) -> str:
+    """The format that the suffix of `path` chooses.
+
+    Raises:
+        RlkvError: if it is none of `FORMATS`.
+    """
+    suffix = path.suffix.lstrip(".").lower()
+    if suffix not in FORMATS:
+        raise RlkvError(f"--output {one_line(path)}: must end in .{' or .'.join(FORMATS)}")
+    return suffix
+
+
+def _shown(value: object) -> str:
+    return one_line(json.dumps(value), 24)

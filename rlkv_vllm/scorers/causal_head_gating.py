@@ -1,0 +1,69 @@
+"""`causal-head-gating`: gates pushed open and pushed closed.
+
+Nam et al. 2025, "Causal Head Gating" (arXiv 2505.13737): gates are fitted to the negative
+log-likelihood without penalty, and from there twice more: with a penalty that favours open gates
+(G+) and with one that favours closed gates (G-). A head that stays open under pressure to close
+facilitates the task (both high); one that closes under pressure to open interferes (both low);
+what follows the pressure is irrelevant. The mean of G+ and G- is therefore one order: interfering
+below irrelevant below facilitating.
+
+Differences to the paper: one gate per KV head instead of per query head; a closed gate means
+local attention instead of no output; the text is the model's own correct answers; the penalty is
+on the gates, not on their logits; G+ and G- are means over their training.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlkv_vllm.scorers.optimise import Batch, answer_loss, optimise_gates
+from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
+from rlkv_vllm.training.gated_attention import attach_gates
+from rlkv_vllm.training.penalty import mean_gate
+
+
+def score_heads(given: ScoringInput) -> Gates:
+    """Mean of G+ and G-."""
+    options = given.settings
+    steps: int = options["steps"]
+    fitted: list[Gates] = []
+    with attach_gates(given.model, given.sink, given.window) as gates:
+
+        def fit(start: Gates, sign: float) -> None:
+            """Train from `start` with the penalty times `sign`."""
+            before = len(fitted) * steps
+
+            def loss(batch: Batch) -> torch.Tensor:
+                penalty = sign * options["reg"] * mean_gate(gates.gates)
+                return answer_loss(given.model, batch) + penalty
+
+            gates.set_soft(start)
+            fitted.append(
+                optimise_gates(
+                    gates,
+                    given.samples,
+                    loss,
+                    steps=steps,
+                    learning_rate=options["learning_rate"],
+                    batch_size=options["batch_size"],
+                    seed=given.seed,
+                    report=lambda done: given.report(before + done, 3 * steps),
+                )
+            )
+
+        fit([[0.5] * gates.num_kv_heads for _ in gates.gates], 0.0)
+        start = gates.values()
+        fit(start, -1.0)
+        fit(start, 1.0)
+    return [
+        [(opened + closed) / 2 for opened, closed in zip(*rows, strict=True)]
+        for rows in zip(*fitted[1:], strict=True)
+    ]
+
+
+SCORER = Scorer(
+    name="causal-head-gating",
+    source="arXiv:2505.13737 (causal head gating)",
+    score=score_heads,
+    config={"steps": 75, "learning_rate": 0.02, "reg": 0.1, "batch_size": 8},
+)

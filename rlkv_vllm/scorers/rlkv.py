@@ -1,0 +1,89 @@
+"""`rlkv`: gates trained by reinforcement learning on the model's own answers.
+
+RLKV (arXiv 2510.08525). The same trainer as `rlkv train`, on the problems that the other scorers
+see, without checkpoints and report: for comparisons. Long jobs belong to `rlkv train`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
+
+
+def score_heads(given: ScoringInput) -> Gates:
+    """The gates of the last step at which the model still reasoned well."""
+    try:
+        from datasets import Dataset
+
+        from rlkv_vllm.training.run_log import RunLog, best_gates
+        from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer
+    except ImportError as error:
+        raise RlkvError(
+            f"--method rlkv needs the training packages ({error}): pip install 'rlkv-vllm[train]'"
+        ) from error
+    from rlkv_vllm.training.gated_attention import attach_gates
+
+    options = given.settings
+    longest = max(len(sample.completion_ids) for sample in given.samples)
+    on_gpu = given.model.device.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        try:
+            args = RlkvConfig(
+                output_dir=folder,
+                seed=given.seed,
+                max_steps=options["steps"],
+                learning_rate=options["learning_rate"],
+                weight_decay=0.0,
+                reg=options["reg"],
+                tau=options["tau"],
+                temperature=options["temperature"],
+                num_generations=options["num_generations"],
+                per_device_train_batch_size=options["prompts"] * options["num_generations"],
+                max_completion_length=round(longest * 1.25),
+                gradient_checkpointing=on_gpu,
+                use_cpu=not on_gpu,
+                bf16=on_gpu,
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            )
+        except ValueError as error:
+            raise RlkvError(f"--set: {error}") from error
+
+        def on_step(row: dict[str, Any], total: int) -> None:
+            given.report(row["step"], total)
+
+        rows = [
+            {"prompt": p.messages, "answer": p.answer, "extra": json.dumps(dict(p.extra))}
+            for p in given.problems
+        ]
+        with attach_gates(given.model, given.sink, given.window) as gates:
+            log = RunLog(output, gates, args.tau, args.collapse_steps, on_step)
+            trainer = RlkvTrainer(
+                gates, given.task, args, Dataset.from_list(rows), given.tokenizer, [log]
+            )
+            trainer.train()
+        return best_gates(output, args.tau, args.average_steps)[0]
+
+
+SCORER = Scorer(
+    name="rlkv",
+    source="arXiv:2510.08525 (RLKV)",
+    score=score_heads,
+    config={
+        "steps": 70,
+        "learning_rate": 0.02,
+        "reg": 0.02,
+        "tau": 0.5,
+        "temperature": 1.0,
+        "prompts": 8,
+        "num_generations": 4,
+    },
+)

@@ -1,0 +1,44 @@
+"""`self-distill`: gates trained by cross-entropy on the model's own correct text.
+
+The cheap ablation of RLKV (arXiv 2510.08525): the same gates, the same data and the same kind of
+penalty, but teacher forcing on text that the model wrote with its full cache, in place of
+reinforcement learning on text that it writes with the gates. A gate of the profile is the mean over
+the training.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlkv_vllm.scorers.optimise import Batch, answer_loss, optimise_gates
+from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
+from rlkv_vllm.training.gated_attention import attach_gates
+from rlkv_vllm.training.penalty import mean_gate
+
+
+def score_heads(given: ScoringInput) -> Gates:
+    """The gates, trained from 1 on ``cross-entropy + reg * mean|gate|``."""
+    options = given.settings
+    with attach_gates(given.model, given.sink, given.window) as gates:
+
+        def loss(batch: Batch) -> torch.Tensor:
+            return answer_loss(given.model, batch) + options["reg"] * mean_gate(gates.gates)
+
+        return optimise_gates(
+            gates,
+            given.samples,
+            loss,
+            steps=options["steps"],
+            learning_rate=options["learning_rate"],
+            batch_size=options["batch_size"],
+            seed=given.seed,
+            report=lambda done: given.report(done, options["steps"]),
+        )
+
+
+SCORER = Scorer(
+    name="self-distill",
+    source="ablation of arXiv:2510.08525 (RLKV)",
+    score=score_heads,
+    config={"steps": 150, "learning_rate": 0.02, "reg": 0.1, "batch_size": 8},
+)

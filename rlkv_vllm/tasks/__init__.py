@@ -1,0 +1,59 @@
+"""Problems with a final answer that can be checked, and what an answer is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.tasks import dataset, gym
+from rlkv_vllm.tasks.answers import whole_output
+from rlkv_vllm.tasks.files import read_file_task
+from rlkv_vllm.tasks.reward import RewardedTask
+from rlkv_vllm.tasks.rows import Columns
+from rlkv_vllm.tasks.task import Problem, Task, is_solved, skip_note
+from rlkv_vllm.tasks.testbed import NAMES, TestbedTask
+
+__all__ = ["Problem", "Task", "get_task", "is_solved", "skip_note", "whole_output"]
+
+
+def get_task(
+    name: str,
+    *,
+    prompt_column: str = "prompt",
+    answer_column: str = "answer",
+    split: str = "train",
+    reward: str | None = None,
+) -> Task:
+    """The task of that name.
+
+    Args:
+        name: a task family of the testbed, "embedded" for all of the shipped model, `gym:NAME`
+            of reasoning-gym, `datasets:ORG/NAME`, `datasets:ORG/NAME/CONFIG` or `datasets:PATH`
+            of Hugging Face's `datasets`, or the path of a `.jsonl` file.
+        prompt_column: where a file or data set has its questions.
+        answer_column: where a file or data set has its answers.
+        split: which part of a data set.
+        reward: `package.module:function` to score with instead of the task's own scoring.
+
+    Raises:
+        RlkvError: if there is no such task, its data are bad, its library is not installed, or
+            the reward cannot be called.
+    """
+    task = _source(name, split, Columns(prompt_column, answer_column, reward is not None))
+    return task if reward is None else RewardedTask(task, reward)
+
+
+def _source(name: str, split: str, columns: Columns) -> Task:
+    if name in NAMES:
+        return TestbedTask(name)
+    if name.startswith(gym.PREFIX):
+        return gym.GymTask(name.removeprefix(gym.PREFIX))
+    if name.startswith(dataset.PREFIX):
+        return dataset.read_dataset_task(name.removeprefix(dataset.PREFIX), split, columns)
+    if name.endswith(".jsonl") or Path(name).is_file():
+        return read_file_task(Path(name), columns)
+    raise RlkvError(
+        f"task {one_line(name)}: unknown, choose one of {', '.join(NAMES)}, or give gym:NAME, "
+        "datasets:NAME, or the path of a .jsonl file with prompt and answer"
+    )

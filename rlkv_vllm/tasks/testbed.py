@@ -1,0 +1,36 @@
+"""The task families of the embedded reasoner and of its long-chain relatives."""
+
+from __future__ import annotations
+
+from rlkv_vllm.tasks.answers import is_correct
+from rlkv_vllm.tasks.task import Problem
+from rlkv_vllm.testbed import MODEL_NAME
+from rlkv_vllm.testbed.problems import FAMILIES, LONG_FAMILIES, make_problems
+
+#: Names of the tasks here; the first one is all families of the shipped model in turn.
+NAMES = (MODEL_NAME, *FAMILIES, *LONG_FAMILIES)
+
+
+class TestbedTask:
+    """One task family of the testbed, or all of the shipped model in turn.
+
+    Args:
+        name: one of `NAMES`.
+    """
+
+    __test__ = False  # no test class, whatever pytest thinks of its name
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def problems(self, n: int, seed: int) -> list[Problem]:
+        """Fresh problems; none of them was trained on."""
+        family = None if self.name == MODEL_NAME else self.name
+        return [
+            Problem([{"role": "user", "content": problem.prompt}], problem.answer)
+            for problem in make_problems(family, n, seed)
+        ]
+
+    def score(self, text: str, problem: Problem) -> float:
+        """1 for a correct final answer, else 0."""
+        return float(is_correct(text, problem.answer))

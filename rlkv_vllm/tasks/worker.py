@@ -1,0 +1,136 @@
+"""The process of `rlkv_vllm.tasks.checker`: one JSON request per line, one JSON reply.
+
+Requests hold `cpu_seconds` (0: no limit) and, by `check`:
+
+- `math`: `gold`, `said`: does what was said end in a formula equal to the right one?
+- `gym`: `name`, `entry`, `answer`: the score of reasoning-gym's own scorer.
+- `gym-draw`: `name`, `n`, `seed`: `entries` of reasoning-gym, or `unknown` names like `name`.
+
+A reply with `error` is one that no answer can mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+from functools import cache
+from typing import Any
+
+MAX_MEMORY_BYTES = 4 * 2**30
+
+
+def main() -> None:
+    """Reply until the input ends."""
+    # Libraries print; what they say must not be taken for a reply.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # Not handled, SIGPROF ends the process wherever it is, arithmetic in C included.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    try:
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, hard))
+    except (ValueError, OSError):
+        pass  # some systems have no such limit
+    for line in sys.stdin:
+        request = json.loads(line)
+        reply = _reply(request)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def _reply(request: dict[str, Any]) -> dict[str, Any]:
+    checks = {"math": _math, "gym": _gym, "gym-draw": _gym_draw}
+    check = checks[request["check"]]
+    try:
+        # Not on the answer's account: imports and data files take seconds.
+        if check is _math:
+            _prepare_math()
+        else:
+            import reasoning_gym  # noqa: F401
+        if check is _gym:
+            _gym_scorer(request["name"])
+    except Exception as error:
+        return {"error": f"{request['check']} cannot be imported ({error!r}): install it again"}
+    signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
+    try:
+        return check(request)
+    except Exception as error:
+        if check is _gym_draw:
+            return {
+                "error": f"task gym:{request['name']}: reasoning-gym cannot make it in its default "
+                f"form ({error!r}): choose another one"
+            }
+        return {"score": 0.0}  # the scorer stumbled over the answer
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@cache
+def _prepare_math() -> None:
+    import math_verify  # noqa: F401
+
+    # It warns that its own time limit is off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+def _math(request: dict[str, Any]) -> dict[str, Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    latex = LatexExtractionConfig(boxed_match_priority=0)
+
+    gold = parse(f"\\boxed{{{request['gold']}}}", [latex], parsing_timeout=None)
+    if not gold:
+        return {"score": 0.0}
+    said = parse(
+        request["said"],
+        [latex, ExprExtractionConfig()],
+        extraction_mode="first_match",
+        parsing_timeout=None,
+    )
+    return {"score": float(verify(gold, said, timeout_seconds=None))}
+
+
+def _gym(request: dict[str, Any]) -> dict[str, Any]:
+    dataset = _gym_scorer(request["name"])
+    scores = []
+    # JSON has no tuples; some scorers compare with them.
+    for entry in (request["entry"], _with_tuples(request["entry"])):
+        try:
+            scores.append(float(dataset.score_answer(request["answer"], entry)))
+        except Exception:
+            scores.append(0.0)
+    return {"score": min(1.0, max(0.0, *scores))}
+
+
+@cache
+def _gym_scorer(name: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, size=1, seed=0)
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _gym_draw(request: dict[str, Any]) -> dict[str, Any]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    name, n = request["name"], request["n"]
+    if name not in DATASETS:
+        return {"unknown": difflib.get_close_matches(name, DATASETS, n=5, cutoff=0.4)}
+    random.seed(request["seed"])  # not all of its generators have a stream of their own
+    dataset = reasoning_gym.create_dataset(name, size=n, seed=request["seed"])
+    return {"entries": [dataset[i] for i in range(n)]}
+
+
+if __name__ == "__main__":
+    main()

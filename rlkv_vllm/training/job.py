@@ -1,0 +1,309 @@
+"""A profile job from beginning to end: curriculum, gate training, evaluation, head profile."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
+from rlkv_vllm.evaluation.masked import Draw
+from rlkv_vllm.evaluation.rows import with_rows
+from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
+from rlkv_vllm.profile.io import one_line, save_profile
+from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
+from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
+from rlkv_vllm.training.config import RUN_FILE, TrainConfig, job_versions, save_run
+from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
+from rlkv_vllm.training.gated_attention import attach_gates
+from rlkv_vllm.training.loading import load_model
+from rlkv_vllm.training.report import write_report
+from rlkv_vllm.training.run_log import METRICS_FILE, GateScalars, OnStep, RunLog, best_gates
+from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROFILE_FILE = "profile.json"
+SOURCE = "arXiv:2510.08525 (RLKV)"
+#: Published sink and window, in training and when serving.
+TRAIN_SINK, TRAIN_WINDOW, SERVE_SINK, SERVE_WINDOW = 128, 256, 16, 64
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a job tells while it runs.
+
+    Attributes:
+        report: (stage, work done, work in all).
+        on_step: figures of a training step.
+        say: a line of text.
+    """
+
+    report: Report = lambda stage, done, total: None
+    on_step: OnStep = lambda row, total: None
+    say: Callable[[str], None] = lambda text: None
+
+
+def run(
+    config: TrainConfig, *, resume: bool = False, listener: Listener = Listener()
+) -> HeadProfile | None:
+    """Make a head profile by reinforcement learning.
+
+    Under `accelerate launch` every process calls this; the main one evaluates and writes.
+
+    Args:
+        config: the job.
+        resume: continue what `config.output` holds.
+        listener: told about progress.
+
+    Returns:
+        The profile, on the main process; None on others.
+
+    Raises:
+        RlkvError: if the job cannot be done, with what to change; what was reached stays in
+            `config.output`.
+    """
+    try:
+        return _run(config, resume, listener)
+    except OSError as error:
+        raise RlkvError(
+            f"--output {config.output}: cannot be written or read ({one_line(error)}): mend that "
+            "(free space?) and continue with --resume"
+        ) from error
+
+
+def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile | None:
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise RlkvError(f"--output {output}: is a file: give a folder")
+    if not resume and (last_checkpoint(output) or (output / METRICS_FILE).exists()):
+        raise RlkvError(
+            f"--output {output}: holds an earlier run: give --resume to continue it, or choose "
+            "another folder"
+        )
+    task = get_task(
+        config.task.name,
+        prompt_column=config.task.prompt_column,
+        answer_column=config.task.answer_column,
+        split=config.task.split,
+        reward=config.task.reward,
+    )
+    if note := skip_note(task):
+        listener.say(note)
+    output.mkdir(parents=True, exist_ok=True)
+    args = _trainer_args(config)
+    is_main = args.process_index == 0
+    model, tokenizer, fingerprint = load_model(
+        config.model, config.revision, config.dtype, args.device
+    )
+    sink, window = _train_span(config)
+    if is_main:
+        save_run(config, output / RUN_FILE)
+    curriculum = _curriculum(config, args, model, tokenizer, fingerprint, task, listener)
+    listener.say(
+        f"curriculum: {len(curriculum.problems)} of {curriculum.tried} problems kept, answers of "
+        f"{curriculum.mean_tokens:.0f} tokens on average, {curriculum.capped_share:.0%} cut off"
+    )
+    if sink + window >= curriculum.longest:
+        raise RlkvError(
+            f"sink {sink} + window {window} cover every sample (the longest has "
+            f"{curriculum.longest} tokens): streaming heads would lose nothing and gates get no "
+            "signal: lower window"
+        )
+    with attach_gates(model, sink, window) as gates:
+        log = RunLog(output, gates, args.tau, args.collapse_steps, listener.on_step)
+        trainer = RlkvTrainer(
+            gates,
+            task,
+            args,
+            _dataset(curriculum.problems),
+            tokenizer,
+            callbacks=[log],
+        )
+        # First, so that TensorBoard and others see what it adds.
+        trainer.callback_handler.callbacks.insert(0, GateScalars(gates))
+        checkpoint = last_checkpoint(output) if resume else None
+        if checkpoint is not None:
+            listener.say(f"resuming from {checkpoint.name}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if log.collapsed_at is not None:
+        listener.say(
+            f"stopped: the reward was below tau {args.tau} for {args.collapse_steps} steps, up to "
+            f"step {log.collapsed_at}. The profile has the last gates before that; lower "
+            "trainer.reg or trainer.learning_rate for a full run"
+        )
+    if not is_main:
+        return None
+    values, step = best_gates(output, args.tau, args.average_steps)
+    profile = _profile(config, args, fingerprint, task, curriculum, values, step)
+    save_profile(profile, output / PROFILE_FILE)
+    profile = _evaluate(config, model, tokenizer, task, curriculum, profile, listener)
+    write_report(output)
+    return profile
+
+
+def _trainer_args(config: TrainConfig) -> RlkvConfig:
+    on_gpu = torch.cuda.is_available()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.output / "tensorboard")
+    options: dict[str, Any] = {
+        "bf16": on_gpu and config.dtype in ("auto", "bfloat16"),
+        "fp16": on_gpu and config.dtype == "float16",
+        "use_cpu": not on_gpu,
+        "save_steps": 10,
+        "save_total_limit": 2,
+        "ddp_timeout": 24 * 3600,  # processes wait for the slowest one's curriculum
+        **config.trainer,
+        "output_dir": str(config.output),
+        "seed": config.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": ["tensorboard"],
+        "disable_tqdm": True,
+    }
+    try:
+        return RlkvConfig(**options)
+    except (ValueError, TypeError) as error:
+        raise RlkvError(f"trainer: {one_line(error)}") from error
+
+
+def _train_span(config: TrainConfig) -> tuple[int, int]:
+    embedded = config.model == MODEL_NAME
+    sink = config.sink if config.sink is not None else SINK if embedded else TRAIN_SINK
+    return sink, config.window or (WINDOW if embedded else TRAIN_WINDOW)
+
+
+def _curriculum(
+    config: TrainConfig,
+    args: RlkvConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: ModelFingerprint,
+    task: Task,
+    listener: Listener,
+) -> Curriculum:
+    wanted = config.curriculum
+    draw = None if wanted.greedy else Draw(args.temperature, args.top_p, args.top_k)
+    max_new_tokens = wanted.max_new_tokens or args.max_completion_length
+    settings = {
+        "model": fingerprint.model_dump(mode="json"),
+        "task": config.task.model_dump(mode="json"),
+        "draw": asdict(draw) if draw else None,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": wanted.batch_size,
+    }
+    from accelerate import PartialState
+
+    share = Share(args.process_index, args.world_size, PartialState().wait_for_everyone)
+    return make_curriculum(
+        model,
+        tokenizer,
+        task,
+        config.output,
+        settings=settings,
+        n=wanted.problems,
+        keep=wanted.keep,
+        seed=config.seed,
+        draw=draw,
+        max_new_tokens=max_new_tokens,
+        batch_size=wanted.batch_size,
+        share=share,
+        report=lambda done, total: listener.report("curriculum", done, total),
+    )
+
+
+def _dataset(problems: list[Problem]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {"prompt": p.messages, "answer": p.answer, "extra": json.dumps(dict(p.extra))}
+            for p in problems
+        ]
+    )
+
+
+def _profile(
+    config: TrainConfig,
+    args: RlkvConfig,
+    fingerprint: ModelFingerprint,
+    task: Task,
+    curriculum: Curriculum,
+    gates: list[list[float]],
+    step: int,
+) -> HeadProfile:
+    embedded = config.model == MODEL_NAME
+    sink = config.serve_sink
+    if sink is None:
+        sink = SINK if embedded else SERVE_SINK
+    settings = config.model_dump(mode="json", exclude={"output", "evaluation"})
+    # Where a local copy lies is nobody else's business.
+    settings |= {"model": fingerprint.id, "task": {**settings["task"], "name": task.name}}
+    train_sink, train_window = _train_span(config)
+    settings |= {"sink": train_sink, "window": train_window, "step": step}
+    settings["trainer"] |= {
+        name: getattr(args, name)
+        for name in ("learning_rate", "reg", "tau", "weight_decay", "temperature", "loss_type")
+    }
+    return HeadProfile(
+        model=fingerprint,
+        gates=gates,
+        sink=sink,
+        window=config.serve_window or (WINDOW if embedded else SERVE_WINDOW),
+        provenance=Provenance(
+            method="rlkv",
+            source=SOURCE,
+            config=settings,
+            seed=config.seed,
+            versions=job_versions(),
+            created=date.today(),
+            data=f"{len(curriculum.problems)} problems of task {task.name} (seed {config.seed}) "
+            f"that the model solves, of {curriculum.tried} (sha256 {curriculum.sha256[:16]})",
+        ),
+    )
+
+
+def _evaluate(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    curriculum: Curriculum,
+    profile: HeadProfile,
+    listener: Listener,
+) -> HeadProfile:
+    """The profile with rows, written again after each of them."""
+    wanted = config.evaluation
+    problems = fresh_problems(
+        task,
+        wanted.problems,
+        config.seed + 1,
+        curriculum.problems,
+        "curriculum.problems or evaluation.problems",
+    )
+    if not problems:
+        return profile
+    limit = wanted.max_new_tokens or config.trainer.get("max_completion_length")
+    for row in measure_gates(
+        model,
+        tokenizer,
+        task,
+        problems,
+        profile.gates,
+        sink=profile.sink,
+        window=profile.window,
+        sparsities=wanted.sparsities,
+        max_new_tokens=int(limit) if isinstance(limit, int) else RlkvConfig.max_completion_length,
+        batch_size=wanted.batch_size,
+        seed=config.seed + 1,
+        report=listener.report,
+    ):
+        profile = with_rows(profile, [row])
+        save_profile(profile, config.output / PROFILE_FILE)
+    return profile

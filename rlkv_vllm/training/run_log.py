@@ -1,0 +1,169 @@
+"""What a run writes while it goes on: figures and gates of every step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import write_text_atomic
+from rlkv_vllm.training.gated_attention import GatedAttention
+
+METRICS_FILE, GATES_LOG_FILE = "metrics.jsonl", "gates.jsonl"
+#: Steps over which the reward is averaged before it is compared with tau.
+SMOOTHING = 5
+
+#: Called after every step with its figures and the number of steps in all.
+OnStep = Callable[[dict[str, Any], int], None]
+
+
+class RunLog(TrainerCallback):
+    """Appends a line per step to `metrics.jsonl` and `gates.jsonl`, and stops a collapsed run.
+
+    Args:
+        output: folder of the run.
+        gates: of the model that is trained.
+        tau: reward below which a step counts as failed.
+        collapse_steps: failed steps in a row after which the run is stopped.
+        on_step: told about every step.
+    """
+
+    def __init__(
+        self, output: Path, gates: GatedAttention, tau: float, collapse_steps: int, on_step: OnStep
+    ) -> None:
+        self._output = output
+        self._gates = gates
+        self._tau = tau
+        self._collapse_steps = collapse_steps
+        self._on_step = on_step
+        self._failed = 0
+        self._before = 0.0
+        self._started = 0.0
+        self.collapsed_at: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget what came after the checkpoint that a run resumes from."""
+        if state.is_world_process_zero:
+            rows = _cut(self._output / METRICS_FILE, state.global_step)
+            _cut(self._output / GATES_LOG_FILE, state.global_step)
+            self._before = rows[-1]["elapsed"] if rows else 0.0
+            self._failed = 0
+            for row in rows:
+                self._failed = self._failed + 1 if row["reward"] < self._tau else 0
+        self._started = time.monotonic()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """One line per step."""
+        if not logs or logs.get("reward") is None:
+            return
+        values = self._gates.values()
+        flat = [gate for row in values for gate in row]
+        self._failed = self._failed + 1 if logs["reward"] < self._tau else 0
+        if self._failed >= self._collapse_steps:
+            self.collapsed_at = state.global_step
+            control.should_training_stop = True
+        if not state.is_world_process_zero:
+            return
+        row = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 4),
+            "reward": logs["reward"],
+            "reward_std": logs.get("reward_std"),
+            "loss": logs.get("loss"),
+            "penalty": logs.get("rlkv/penalty"),
+            "gate_mean": sum(flat) / len(flat),
+            "gate_low": sum(gate < 0.1 for gate in flat) / len(flat),
+            "gate_high": sum(gate > 0.9 for gate in flat) / len(flat),
+            "output_tokens": logs.get("completions/mean_length"),
+            "clipped": logs.get("completions/clipped_ratio"),
+            "seconds": logs.get("step_time"),
+            "elapsed": self._before + time.monotonic() - self._started,
+        }
+        _append(self._output / METRICS_FILE, row)
+        _append(self._output / GATES_LOG_FILE, {"step": state.global_step, "gates": values})
+        self._on_step(row, state.max_steps)
+
+
+class GateScalars(TrainerCallback):
+    """Adds figures of the gates to what TensorBoard and other loggers get.
+
+    To be called before them.
+    """
+
+    def __init__(self, gates: GatedAttention) -> None:
+        self._gates = gates
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Extend the figures of a step."""
+        if logs and logs.get("reward") is not None:
+            flat = [gate for row in self._gates.values() for gate in row]
+            logs["rlkv/gate_mean"] = sum(flat) / len(flat)
+            logs["rlkv/gate_low"] = sum(gate < 0.1 for gate in flat) / len(flat)
+            logs["rlkv/gate_high"] = sum(gate > 0.9 for gate in flat) / len(flat)
+
+
+def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[float]], int]:
+    """The gates of a run: those of the last step at which the model still reasoned well.
+
+    That is the last step whose mean reward over `SMOOTHING` steps is at least `tau`; a run that
+    did not collapse has its very last steps. The penalty makes later gates the more telling ones.
+
+    Args:
+        output: folder of the run.
+        tau: what counts as reasoning well.
+        average_steps: gates are averaged over so many steps up to that one.
+
+    Returns:
+        Gates ``[layers][KV heads]`` and the step.
+
+    Raises:
+        RlkvError: if no step qualifies.
+    """
+    metrics = _read(output / METRICS_FILE)
+    tables = {row["step"]: row["gates"] for row in _read(output / GATES_LOG_FILE)}
+    rewards = [row["reward"] for row in metrics]
+    good = [
+        i
+        for i in range(len(rewards))
+        if sum(rewards[max(0, i + 1 - SMOOTHING) : i + 1]) / min(i + 1, SMOOTHING) >= tau
+    ]
+    if not good:
+        raise RlkvError(
+            f"{output}: the reward was below tau {tau} from the beginning: the model does not "
+            "solve its own curriculum with these settings; lower trainer.temperature or tau"
+        )
+    steps = [row["step"] for row in metrics[max(0, good[-1] + 1 - average_steps) : good[-1] + 1]]
+    chosen = [tables[step] for step in steps]
+    gates = [
+        [sum(column) / len(chosen) for column in zip(*layer, strict=True)]
+        for layer in zip(*chosen, strict=True)
+    ]
+    return gates, steps[-1]
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log; a last line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def _cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop rows after `step`; returns what stays."""
+    kept = [row for row in _read(path) if row["step"] <= step]
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept

@@ -1,0 +1,213 @@
+"""RLKV on TRL: GRPO whose only parameters are the gates of the KV heads.
+
+Differs from `trl.GRPOTrainer` in five places: the loss has the adaptive penalty on the gates,
+gates are clamped after every step, checkpoints hold gates instead of weights, the reward text
+keeps special tokens, and a run that has collapsed stops.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import write_bytes_atomic, write_text_atomic
+from rlkv_vllm.tasks import Problem, Task, whole_output
+from rlkv_vllm.training.gated_attention import GatedAttention
+from rlkv_vllm.training.penalty import mean_gate, penalty_weight
+
+GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
+
+
+@dataclass
+class RlkvConfig(GRPOConfig):
+    """Options of `RlkvTrainer`: those of TRL's GRPOConfig with the published defaults, and four.
+
+    Published settings: arXiv 2510.08525, section 4 and appendix.
+
+    Attributes:
+        reg: strength of the penalty on the mean gate.
+        tau: mean reward below which there is no penalty.
+        collapse_steps: steps in a row with a reward below `tau` after which the run stops.
+        average_steps: the profile's gates are the mean over so many last steps.
+        rollout_batch_size: answers generated together on one device, the rest after them; None:
+            all of a step. Bounds the memory of the KV cache.
+    """
+
+    learning_rate: float = 1e-2
+    lr_scheduler_type: str = "constant"
+    weight_decay: float = 0.017
+    max_grad_norm: float = 1.0
+    epsilon: float = 0.4
+    num_generations: int = 4
+    beta: float = 0.0
+    max_completion_length: int = 7168
+    reg: float = field(default=1e-3, metadata={"help": "Strength of the penalty on the gates."})
+    tau: float = field(default=0.5, metadata={"help": "Reward below which nothing is penalised."})
+    collapse_steps: int = field(
+        default=20, metadata={"help": "Stop after so many steps in a row with reward below tau."}
+    )
+    average_steps: int = field(
+        default=1, metadata={"help": "The profile has the mean gates of so many last steps."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Answers generated together on one device."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_vllm:
+            raise ValueError("use_vllm: vLLM would answer without gates; leave it false")
+        if self.reg < 0 or not 0 <= self.tau <= 1:
+            raise ValueError(f"reg {self.reg}, tau {self.tau}: reg must be >= 0, tau in [0, 1]")
+        for name in ("collapse_steps", "average_steps", "rollout_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be at least 1")
+
+
+class RlkvTrainer(GRPOTrainer):
+    """Trains the gates of a model by GRPO on its own answers.
+
+    Args:
+        gates: attached to the model to train; its weights are frozen.
+        task: gives rewards.
+        args: options.
+        train_dataset: columns ``prompt`` (chat messages), ``answer``, ``extra`` (JSON text).
+        processing_class: tokenizer with a chat template.
+        callbacks: more of transformers' callbacks.
+    """
+
+    def __init__(
+        self,
+        gates: GatedAttention,
+        task: Task,
+        args: RlkvConfig,
+        train_dataset: Any,
+        processing_class: PreTrainedTokenizerBase,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.gates = gates
+        self._penalty_weight = 0.0
+        super().__init__(
+            model=gates.model,
+            reward_funcs=_reward_function(task, processing_class),
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            callbacks=[_Clamp(gates), *callbacks],
+        )
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> tuple[list[list[int]], Any]:
+        size = self.args.rollout_batch_size or len(prompt_ids)
+        answers: list[list[int]] = []
+        for start in range(0, len(prompt_ids), size):
+            answers += super()._generate_single_turn(
+                prompt_ids[start : start + size], *args, **kwargs
+            )[0]
+        return answers, None
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        # A tensor with one entry per completion survives TRL's shuffle and split.
+        reward = self._metrics["train" if self.model.training else "eval"]["reward"][-1]
+        output["rlkv_reward"] = torch.full_like(output["advantages"], reward)
+        return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        reward = inputs["rlkv_reward"][0].item()
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        weight = penalty_weight(reward, self.args.reg, self.args.tau)
+        penalty = weight * mean_gate(self.gates.gates)
+        self._metrics["train" if self.model.training else "eval"]["rlkv/penalty"].append(
+            penalty.item()
+        )
+        return loss + penalty / self.current_gradient_accumulation_steps
+
+    # --- checkpoints: gates, not weights ---------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the gates; the weights are frozen and stay where they came from."""
+        values = self.gates.values()  # on every process: may be a collective operation
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            content = save({"gates": torch.tensor(values, dtype=torch.float64)})
+            write_bytes_atomic({folder / GATES_FILE: content})
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None is written: the product of a run is a head profile."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            write_text_atomic(
+                folder / COMPLETE_FILE, json.dumps({"step": self.state.global_step}) + "\n"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint) / GATES_FILE
+        try:
+            values = load_file(path)["gates"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise RlkvError(
+                f"{path}: no gates of `rlkv train` ({error}): delete this checkpoint and give "
+                "--resume again"
+            ) from error
+        self.gates.set_soft(values.tolist())
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, if there is one."""
+    complete = [folder.parent for folder in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(complete, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
+
+
+class _Clamp(TrainerCallback):
+    """Keeps gates in [0, 1]."""
+
+    def __init__(self, gates: GatedAttention) -> None:
+        self._gates = gates
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        with torch.no_grad():
+            for gate in self._gates.gates:
+                gate.clamp_(0.0, 1.0)
+
+
+def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+    def correctness(
+        prompts: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        answer: Sequence[str],
+        extra: Sequence[str],
+        **_: Any,
+    ) -> list[float]:
+        rewards = []
+        for prompt, ids, gold, more in zip(prompts, completion_ids, answer, extra, strict=True):
+            # TRL's own text lacks special tokens; for some models `<think>` is one.
+            said = [token for token in ids if token not in ends]
+            asked = tokenizer.apply_chat_template(
+                list(prompt), tokenize=False, add_generation_prompt=True
+            )
+            text = whole_output(str(asked), str(tokenizer.decode(said)))
+            fields: Mapping[str, Any] = json.loads(more)
+            rewards.append(float(task.score(text, Problem(list(prompt), gold, fields))))
+        return rewards
+
+    return correctness

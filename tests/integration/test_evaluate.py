@@ -1,0 +1,55 @@
+"""The served engine of `rlkv eval` against the same heads by mask."""
+
+from __future__ import annotations
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlkv_vllm.evaluation import masked
+from rlkv_vllm.evaluation.served import Sampling, answer
+from rlkv_vllm.evaluation.splits import find_candidates, plan
+from rlkv_vllm.serving.arguments import WORKER_EXTENSION
+from rlkv_vllm.tasks import get_task
+from rlkv_vllm.testbed import model_dir
+from tests.engines import EngineCache
+
+N, CAP = 12, 120
+
+
+def test_served_answers_are_those_of_the_masked_model(engines: EngineCache) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    task = get_task("embedded")
+    problems = task.problems(N, seed=11)
+    split = plan(find_candidates(["embedded"]), [0.5])[1]
+    source = model_dir()
+    engines.close()
+    try:
+        served = answer(
+            str(source),
+            split,
+            task,
+            problems,
+            Sampling(CAP),
+            {
+                "dtype": "float32",
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": 64 << 20,
+                "worker_extension_cls": WORKER_EXTENSION,
+            },
+        )
+    finally:
+        cleanup_dist_env_and_memory()
+    expected = masked.solve(
+        AutoModelForCausalLM.from_pretrained(source, dtype="float32"),
+        AutoTokenizer.from_pretrained(source),
+        task,
+        problems,
+        split=masked.HeadSplit(split.full_heads, split.sink, split.window),
+        max_new_tokens=CAP,
+    )
+    assert list(served.correct) == expected.correct
+    assert served.mean_output_tokens == expected.mean_output_tokens
+    assert served.p95_output_tokens == expected.p95_output_tokens
+    assert served.capped_share == expected.capped_share
+    assert 0 < served.capped < N  # the cap was reached, and not by all
+    assert served.seconds > 0

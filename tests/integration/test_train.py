@@ -1,0 +1,145 @@
+"""Profile jobs on the embedded model: a few tiny steps each."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import load_profile
+from rlkv_vllm.training import job
+from rlkv_vllm.training.config import TrainConfig, make_config
+from rlkv_vllm.training.job import Listener, run
+from rlkv_vllm.training.trainer import RlkvTrainer, last_checkpoint
+
+
+def config(output: Path, **trainer: Any) -> TrainConfig:
+    options = {
+        "max_steps": 4,
+        "learning_rate": 0.05,
+        "reg": 0.02,
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 150,
+        "gradient_checkpointing": False,
+        "save_steps": 2,
+    }
+    return make_config(
+        {
+            "output": str(output),
+            "task": {"name": "hops"},
+            "curriculum": {"problems": 8, "greedy": True},
+            "evaluation": {"problems": 4, "sparsities": [0.2]},
+            "trainer": options | trainer,
+        },
+        "test",
+    )
+
+
+def rows(output: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(config(output))
+    return output
+
+
+def test_a_run_leaves_profile_report_and_logs(whole: Path) -> None:
+    profile = load_profile(whole / "profile.json")
+    assert profile.provenance.method == "rlkv"
+    assert [row.sparsity for row in profile.evaluation] == [0.0, 0.2]
+    assert profile.gates == rows(whole, "gates.jsonl")[-1]["gates"]
+    assert all(0 <= gate <= 1 for layer in profile.gates for gate in layer)
+    assert min(min(layer) for layer in profile.gates) < 1
+    assert [row["step"] for row in rows(whole, "metrics.jsonl")] == [1, 2, 3, 4]
+    assert "<svg" in (whole / "report.html").read_text()
+    assert list((whole / "tensorboard").rglob("events.out.*"))
+    assert not list(whole.rglob("*model*.safetensors")), "weights are not saved"
+
+
+def test_only_gates_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Watched(RlkvTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            before = {name: w.detach().clone() for name, w in self.model.named_parameters()}
+            result = super().train(*args, **kwargs)
+            after = dict(self.model.named_parameters())
+            seen["changed"] = [n for n, w in before.items() if not torch.equal(w, after[n])]
+            seen["optimised"] = sum(len(g["params"]) for g in self.optimizer.param_groups)
+            return result
+
+    monkeypatch.setattr(job, "RlkvTrainer", Watched)
+    run(config(tmp_path / "run", max_steps=2, weight_decay=0.1))
+    assert len(seen["changed"]) == 5
+    assert all(name.endswith("rlkv_gate") for name in seen["changed"])
+    assert seen["optimised"] == 5
+
+
+def test_a_killed_run_resumes_on_the_same_curve(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+
+    def die(row: dict[str, Any], total: int) -> None:
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config(output), listener=Listener(on_step=die))
+    # As if the kill had come while the next checkpoint was written.
+    (output / "checkpoint-4").mkdir()
+    (output / "checkpoint-4" / "gates.safetensors").write_bytes(b"half")
+    assert last_checkpoint(output) == output / "checkpoint-2"
+    with pytest.raises(RlkvError, match="give --resume to continue"):
+        run(config(output))
+    run(config(output), resume=True)
+    assert rows(output, "gates.jsonl") == rows(whole, "gates.jsonl")
+    ours = [row["reward"] for row in rows(output, "metrics.jsonl")]
+    assert ours == [row["reward"] for row in rows(whole, "metrics.jsonl")]
+
+
+def test_a_collapsed_run_stops_and_keeps_the_last_good_gates(tmp_path: Path) -> None:
+    said: list[str] = []
+    # At this temperature answers are noise.
+    with pytest.raises(RlkvError, match="below tau"):
+        run(
+            config(
+                tmp_path / "run", temperature=50.0, collapse_steps=2, max_completion_length=8
+            ).model_copy(
+                update={
+                    "curriculum": config(tmp_path).curriculum.model_copy(
+                        update={"max_new_tokens": 150}
+                    )
+                }
+            ),
+            listener=Listener(say=said.append),
+        )
+    assert any("stopped: the reward was below tau 0.5 for 2 steps" in line for line in said)
+
+
+def test_a_window_that_covers_everything_is_refused(tmp_path: Path) -> None:
+    wide = config(tmp_path / "run").model_copy(update={"window": 2000})
+    with pytest.raises(RlkvError, match=r"cover every sample \(the longest has \d+ tokens\)"):
+        run(wide)
+
+
+def test_a_failing_reward_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def broken(completion, answer, **_):\n    raise KeyError('oops')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = config(tmp_path / "run")
+    task = asked.task.model_copy(update={"reward": "my_rewards:broken"})
+    with pytest.raises(RlkvError, match="my_rewards:broken.*KeyError"):
+        run(asked.model_copy(update={"task": task}))
+
+
+def test_an_impossible_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RlkvError, match="trainer: .*num_generations"):
+        run(config(tmp_path / "run", num_generations=3))
