@@ -95,7 +95,7 @@ def evaluate(
     from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
     from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, WORKER_EXTENSION
     from rlkv_vllm.serving.progress import quiet_logging
-    from rlkv_vllm.tasks import get_task
+    from rlkv_vllm.tasks import get_task, skip_note
     from rlkv_vllm.testbed import MODEL_NAME, model_source
 
     # All that can be wrong with what was given is found here, before an engine starts.
@@ -144,6 +144,8 @@ def evaluate(
         split=split,
         reward=reward,
     )
+    if note := skip_note(chosen):
+        typer.echo(note, err=True)
     problems = chosen.problems(n, seed)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed)
     changing = {"dtype": options.get("dtype"), "max_model_len": max_model_len, "reward": reward}

@@ -89,8 +89,8 @@ def answer(
     completions = [output.outputs[0] for output in outputs]
     return Measurement(
         correct=tuple(
-            is_solved(task, completion.text, problem)
-            for completion, problem in zip(completions, problems, strict=True)
+            is_solved(task, whole_output(output.prompt or "", output.outputs[0].text), problem)
+            for output, problem in zip(outputs, problems, strict=True)
         ),
         output_tokens=tuple(len(completion.token_ids) for completion in completions),
         capped=sum(completion.finish_reason == "length" for completion in completions),

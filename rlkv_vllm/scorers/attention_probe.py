@@ -30,7 +30,6 @@ Observer = Callable[[Sample, int, int, torch.Tensor], None]
 _now: ContextVar[tuple[Sample, Observer]] = ContextVar("_now")
 
 
-@torch.no_grad()
 def observe_answers(given: ScoringInput, observer: Observer) -> None:
     """Show `observer` the attention of every layer while the answers are predicted.
 
@@ -40,7 +39,7 @@ def observe_answers(given: ScoringInput, observer: Observer) -> None:
         RlkvError: if the model's attention cannot be replaced, as for gates.
     """
     attach_gates(given.model, given.sink, given.window).detach()  # refuses what has no gates
-    with _implementation(given.model):
+    with _implementation(given.model), torch.no_grad():
         for done, sample in enumerate(given.samples, start=1):
             ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
             token = _now.set((sample, observer))

@@ -65,5 +65,5 @@ SCORER = Scorer(
     name="causal-head-gating",
     source="arXiv:2505.13737 (causal head gating)",
     score=score_heads,
-    config={"steps": 75, "learning_rate": 0.02, "reg": 0.1, "batch_size": 8},
+    config={"steps": 40, "learning_rate": 0.02, "reg": 0.2, "batch_size": 8},
 )

@@ -108,9 +108,9 @@ SCORER = Scorer(
     source="arXiv:2410.10819 (DuoAttention)",
     score=score_heads,
     config={
-        "steps": 150,
+        "steps": 80,
         "learning_rate": 0.02,
-        "reg": 0.05,
+        "reg": 1.0,
         "batch_size": 4,
         "texts": 256,
         "length": 240,

@@ -40,5 +40,5 @@ SCORER = Scorer(
     name="self-distill",
     source="ablation of arXiv:2510.08525 (RLKV)",
     score=score_heads,
-    config={"steps": 150, "learning_rate": 0.02, "reg": 0.1, "batch_size": 8},
+    config={"steps": 100, "learning_rate": 0.02, "reg": 0.3, "batch_size": 8},
 )

@@ -102,19 +102,20 @@ def make_curriculum(
     Raises:
         RlkvError: if nothing is solved, or the files in `output` have other settings.
     """
-    settings = json.loads(json.dumps({**settings, "n": n, "keep": keep, "seed": seed}))
+    made_with = {**settings, "n": n, "keep": keep, "seed": seed}
+    wanted: dict[str, Any] = json.loads(json.dumps(made_with))
     summary = output / SUMMARY_FILE
     if summary.exists():
-        return _load(output, settings)
+        return _load(output, wanted)
     mine = list(enumerate(task.problems(n, seed)))[share.rank :: share.world]
     partial = output / PARTIAL_FILE.format(rank=share.rank)
-    done = _read_partial(partial, settings | {"world": share.world})
+    done = _read_partial(partial, wanted | {"world": share.world})
     left = [(i, problem) for i, problem in mine if i not in done]
     solved = sum(row["solved"] for row in done.values())
-    wanted = None if keep is None else -(-keep // share.world)
+    enough = None if keep is None else -(-keep // share.world)
     with partial.open("a", encoding="utf-8") as file:
         for start in range(0, len(left), batch_size):
-            if wanted is not None and solved >= wanted:
+            if enough is not None and solved >= enough:
                 break
             batch = left[start : start + batch_size]
             result = solve(
@@ -145,12 +146,12 @@ def make_curriculum(
         rows: dict[int, dict[str, Any]] = {}
         for rank in range(share.world):
             path = output / PARTIAL_FILE.format(rank=rank)
-            rows |= _read_partial(path, settings | {"world": share.world})
-        _finish(output, task.problems(n, seed), rows, settings)
+            rows |= _read_partial(path, wanted | {"world": share.world})
+        _finish(output, task.problems(n, seed), rows, wanted)
         for rank in range(share.world):
             (output / PARTIAL_FILE.format(rank=rank)).unlink()
     share.wait()
-    return _load(output, settings)
+    return _load(output, wanted)
 
 
 def _finish(

@@ -40,15 +40,14 @@ class BlockMasks:
     Blocks are judged by the lowest and highest rank in them, without a mask of all T x S pairs.
 
     Args:
-        real_BS: boolean, False for padding; all tokens of the cache and the queries.
-        num_queries: T.
-        first_query: index of the first query among the S tokens.
+        real_BS: boolean, False for padding; first the tokens of the cache, then the queries.
+        num_queries: T, the last of the S tokens.
     """
 
-    def __init__(self, real_BS: torch.Tensor, num_queries: int, first_query: int) -> None:
+    def __init__(self, real_BS: torch.Tensor, num_queries: int) -> None:
         total_BS = real_BS.cumsum(-1, dtype=torch.int32)
         self._rank_BS = torch.where(real_BS, total_BS, 0)
-        self._seen_BT = total_BS[:, first_query : first_query + num_queries].contiguous()
+        self._seen_BT = total_BS[:, -num_queries:].contiguous()
         self._made: dict[tuple[object, ...], BlockMask] = {}
 
     def get(
@@ -102,8 +101,8 @@ def attend(
         function = flex_attention
     else:
         function = _compiled()
-    # One variant each with and without gradients, of first and later layers, of one and many
-    # sequences, of alike and mixed heads: more than torch's 8.
+    # Torch compiles anew for a first and a later layer, with and without gradients, for one and
+    # many sequences or blocks, for heads alike and mixed: more often than the 8 times it allows.
     with torch._dynamo.config.patch(recompile_limit=64):
         out_BQTD: torch.Tensor = function(
             query_BQTD, key_BHSD, value_BHSD, block_mask=mask, scale=scaling, enable_gqa=True

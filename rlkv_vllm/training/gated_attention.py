@@ -372,9 +372,14 @@ def _block_masks(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | flex.BlockMasks | None:
-    # Rare masks (packed sequences) and static caches, which know the offset only on the device,
-    # take the boolean mask as well.
-    plain = mask_function is causal_mask_function and isinstance(q_offset, int) and not kv_offset
+    # All else takes the boolean mask as well: packed sequences, and static caches, which have
+    # room behind the queries and tell the offset on the device only.
+    plain = (
+        mask_function is causal_mask_function
+        and isinstance(q_offset, int)
+        and kv_length == q_offset + q_length
+        and (attention_mask is None or attention_mask.shape[1] == kv_length)
+    )
     if q_length == 1 or not plain:
         return _boolean_mask(
             batch_size=batch_size,
@@ -388,11 +393,8 @@ def _block_masks(
             **kwargs,
         )
     if attention_mask is None:
-        real_BS = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    else:
-        missing = max(kv_length - attention_mask.shape[1], 0)
-        real_BS = nn.functional.pad(attention_mask[:, :kv_length], (0, missing), value=False)
-    return flex.BlockMasks(real_BS, q_length, q_offset)
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    return flex.BlockMasks(attention_mask, q_length)
 
 
 def _fitting_mask(

@@ -7,6 +7,7 @@ of their module's turn (ZeRO-3) and low-precision copies of what the optimizer h
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,49 +16,41 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def read(parameter: torch.Tensor) -> torch.Tensor:
     """All of a parameter on every process, without gradients."""
-    if isinstance(parameter, DTensor):
-        full: torch.Tensor = parameter.detach().full_tensor()
-        return full
-    if _is_partitioned(parameter) or _has_master(parameter):
-        from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.runtime.zero import GatheredParameters
-
-        if _has_master(parameter):
-            master: torch.Tensor = safe_get_full_fp32_param(parameter)
-            return master.detach().clone()
-        with GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter.detach()
+    full = parameter.detach()
+    if isinstance(full, DTensor):
+        full = full.full_tensor()
+    elif _has_master(parameter):
+        full = _deepspeed().utils.safe_get_full_fp32_param(parameter).clone()
+    elif _is_partitioned(parameter):
+        with _deepspeed().zero.GatheredParameters([parameter]):
+            full = parameter.detach().clone()
+    return full
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     """As `read`, and gradients flow through."""
+    full = parameter
     if isinstance(parameter, DTensor):
-        full: torch.Tensor = parameter.full_tensor()
-        return full
-    if _is_partitioned(parameter):
-        gathered: torch.Tensor = _Whole.apply(parameter)
-        return gathered
-    return parameter
+        full = parameter.full_tensor()
+    elif _is_partitioned(parameter):
+        full = _Whole.apply(parameter)
+    return full
 
 
 def write(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Copy `values`, the whole parameter and the same on every process, into it."""
-    values = values.to(parameter.device, parameter.dtype)
+    values = values.to(parameter.device)
     with torch.no_grad():
         if isinstance(parameter, DTensor):
-            values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
-        if _is_partitioned(parameter):
-            from deepspeed.runtime.zero import GatheredParameters
-
-            with GatheredParameters([parameter], modifier_rank=0):
+            shard = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+            parameter.copy_(shard)
+        elif _is_partitioned(parameter):
+            with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(values)
         else:
             parameter.copy_(values)
         if _has_master(parameter):
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            safe_set_full_fp32_param(parameter, values.float())
+            _deepspeed().utils.safe_set_full_fp32_param(parameter, values)
 
 
 class _Whole(torch.autograd.Function):
@@ -68,7 +61,7 @@ class _Whole(torch.autograd.Function):
         return read(parameter)
 
     @staticmethod
-    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient
 
 
@@ -79,3 +72,8 @@ def _is_partitioned(parameter: torch.Tensor) -> bool:
 def _has_master(parameter: torch.Tensor) -> bool:
     """Whether a DeepSpeed optimizer holds the true values: ZeRO-3, or ZeRO-1 and 2."""
     return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+
+
+def _deepspeed() -> Any:
+    # It marked the parameter, so it is installed; not a dependency of ours.
+    return import_module("deepspeed")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rlkv_vllm.errors import RlkvError
@@ -106,6 +106,8 @@ class RlkvTrainer(GRPOTrainer):
             processing_class=processing_class,
             callbacks=[_Clamp(gates), *callbacks],
         )
+        # Its raw dictionaries drown what `callbacks` tell.
+        self.remove_callback(PrinterCallback)
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any

@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.cli.score import score
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.by_mask import fresh_problems
 from rlkv_vllm.evaluation.masked import HeadSplit, TaskResult, solve
-from rlkv_vllm.profile import EvaluationRow
 from rlkv_vllm.profile.io import load_profile
-from rlkv_vllm.scorers import SCORERS, Sample, ScoringInput, get_scorer, head_importance, run
-from rlkv_vllm.scorers.head_importance import answer_loss, path_gradients, to_gates
+from rlkv_vllm.scorers import METHODS, get_scorer, head_importance, run
+from rlkv_vllm.scorers.head_importance import path_gradients
+from rlkv_vllm.scorers.optimise import answer_loss, make_batch
+from rlkv_vllm.scorers.scorer import Sample, Scorer, ScoringInput, to_gates
 from rlkv_vllm.tasks import Problem, get_task
 from rlkv_vllm.training.gated_attention import attach_gates
 from tests import oracle
@@ -83,28 +85,63 @@ def model(checkpoint: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-def scoring_input(model: Any, report: Any = lambda done, total: None) -> ScoringInput:
+#: Settings that make a run short.
+QUICK: dict[str, dict[str, Any]] = {
+    "self-distill": {"steps": 3, "batch_size": 2},
+    "duo-attention": {"steps": 3, "batch_size": 2, "texts": 4, "length": 60, "passkeys": 2},
+    "causal-head-gating": {"steps": 2, "batch_size": 2},
+}
+#: Those that need no more than the model: `rlkv` needs the training packages and minutes.
+QUICK_METHODS = sorted(set(METHODS) - {"rlkv"})
+
+
+def scoring_input(
+    model: Any,
+    scorer: Scorer,
+    report: Any = lambda done, total: None,
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> ScoringInput:
     g = torch.Generator().manual_seed(3)
     samples = []
     for length in (30, 44):
         ids = torch.randint(8, 200, (length,), generator=g).tolist()
         samples.append(Sample(ids[:12], ids[12:]))
-    return ScoringInput(model, samples, SINK, WINDOW, seed=0, report=report)
+    task = WordTask()
+    return ScoringInput(
+        model=model,
+        tokenizer=None,
+        task=task,
+        problems=task.problems(2, 0),
+        samples=samples,
+        sink=SINK,
+        window=WINDOW,
+        seed=seed,
+        settings=scorer.settings(QUICK.get(scorer.name, {}) | settings),
+        report=report,
+    )
 
 
 # --- scorers ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(SCORERS))
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", QUICK_METHODS)
 def test_every_scorer_gives_gates(name: str, model: Any) -> None:
     reports: list[tuple[int, int]] = []
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = weights_of(model)
     scorer = get_scorer(name)
-    gates = scorer.score(scoring_input(model, lambda done, total: reports.append((done, total))))
+    gates = scorer.score(
+        scoring_input(model, scorer, lambda done, total: reports.append((done, total)))
+    )
     assert [len(row) for row in gates] == [NUM_KV_HEADS] * NUM_LAYERS
     assert all(0 <= gate <= 1 for row in gates for gate in row)
     assert len({gate for row in gates for gate in row}) > 1
-    assert gates == scorer.score(scoring_input(model))
+    assert gates == scorer.score(scoring_input(model, scorer))
     assert reports[-1][0] == reports[-1][1]
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
     assert scorer.name == name
@@ -112,6 +149,23 @@ def test_every_scorer_gives_gates(name: str, model: Any) -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
+def test_gates_of_a_bfloat16_model_are_trained_in_float32(model: Any) -> None:
+    scorer = get_scorer("self-distill")
+    gates = scorer.score(scoring_input(model.bfloat16(), scorer))
+    # Steps of less than 1/256 do not exist near 1 in bfloat16.
+    assert any(gate != torch.tensor(gate).bfloat16().item() for row in gates for gate in row)
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
+
+
+def test_random_gates_depend_on_the_seed_alone(model: Any) -> None:
+    scorer = get_scorer("random")
+    gates = [scorer.score(scoring_input(model, scorer, seed=seed)) for seed in (0, 0, 1)]
+    assert gates[0] == gates[1] != gates[2]
 
 
 def test_unknown_scorers_are_refused() -> None:
@@ -120,16 +174,52 @@ def test_unknown_scorers_are_refused() -> None:
     assert_one_line(error.value, "--method guess", "head-importance")
 
 
+def test_every_method_has_a_scorer_of_its_name() -> None:
+    assert {name: get_scorer(name).name for name in METHODS} == {name: name for name in METHODS}
+
+
+def test_settings_are_read_as_what_the_default_is() -> None:
+    scorer = Scorer("x", "a paper", lambda given: [], {"steps": 4, "lr": 0.5, "on": False})
+    assert scorer.settings() == {"steps": 4, "lr": 0.5, "on": False}
+    found = scorer.settings({"steps": "7", "lr": "1", "on": "True"})
+    assert found == {"steps": 7, "lr": 1.0, "on": True}
+    assert [type(value) for value in found.values()] == [int, float, bool]
+    assert scorer.settings({"lr": 0.25, "on": True}) == {"steps": 4, "lr": 0.25, "on": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"step": "7"}, ["--set step", "x has no such setting", "steps (4), lr (0.5), on (False)"]),
+        ({"steps": "7.5"}, ["--set steps=7.5", "a positive whole number", "4"]),
+        ({"steps": "0"}, ["--set steps=0", "a positive whole number"]),
+        ({"lr": "fast"}, ["--set lr=fast", "a number >= 0", "0.5"]),
+        ({"lr": "nan"}, ["--set lr=nan"]),
+        ({"lr": "-1"}, ["--set lr=-1"]),
+        ({"on": "1"}, ["--set on=1", "true or false"]),
+    ],
+)
+def test_bad_settings(given: dict[str, str], parts: list[str]) -> None:
+    scorer = Scorer("x", "a paper", lambda given: [], {"steps": 4, "lr": 0.5, "on": False})
+    with pytest.raises(RlkvError) as error:
+        scorer.settings(given)
+    assert_one_line(error.value, *parts)
+    with pytest.raises(RlkvError) as error:
+        get_scorer("random").settings({"steps": "3"})
+    assert_one_line(error.value, "random has no such setting", "none at all")
+
+
 @torch.no_grad()
 def loss(given: ScoringInput, full_heads: list[list[int]]) -> float:
     with attach_gates(given.model, SINK, WINDOW) as gates:
         gates.set_hard(full_heads)
-        losses = [answer_loss(given.model, sample).item() for sample in given.samples]
+        batches = [make_batch([sample], given.model.device) for sample in given.samples]
+        losses = [answer_loss(given.model, batch).item() for batch in batches]
     return sum(losses) / len(losses)
 
 
 def test_path_gradients_sum_to_what_full_attention_saves(model: Any) -> None:
-    given = scoring_input(model)
+    given = scoring_input(model, get_scorer("head-importance"))
     everything = [list(range(NUM_KV_HEADS))] * NUM_LAYERS
     saved = loss(given, everything) - loss(given, [[]] * NUM_LAYERS)
     gradients = path_gradients(given, 32)
@@ -144,16 +234,8 @@ def test_every_point_of_the_path_counts_the_same(
     points = torch.tensor([[[-3.0, 1.0, 0.0]], [[0.0, -400.0, 0.0]]])
     monkeypatch.setattr(head_importance, "path_gradients", lambda given, steps: points)
     # Shares .75, -.25, 0, then 0, 1, 0: the means are .375, .375 and 0.
-    assert head_importance.score_heads(scoring_input(model)) == [[1.0, 1.0, 0.0]]
-
-
-def test_answer_loss_counts_the_answer_only(model: Any) -> None:
-    sample = scoring_input(model).samples[0]
-    logits = model(torch.tensor([sample.prompt_ids + sample.completion_ids])).logits[0]
-    logprobs = torch.log_softmax(logits, -1)
-    first = len(sample.prompt_ids) - 1
-    expected = [-logprobs[first + i, t].item() for i, t in enumerate(sample.completion_ids)]
-    assert answer_loss(model, sample).item() == pytest.approx(sum(expected) / len(expected))
+    given = scoring_input(model, get_scorer("head-importance"))
+    assert head_importance.score_heads(given) == [[1.0, 1.0, 0.0]]
 
 
 def test_to_gates_keeps_the_order() -> None:
@@ -248,6 +330,7 @@ def test_score_writes_a_profile(
         result = invoke(
             str(checkpoint), "-o", str(output), "--n", "4", "--seed", "7", "--sink", "2",
             "--window", "5", "--evaluate", "4", "--sparsities", ".5,1", "--max-new-tokens", "6",
+            "--set", "path_steps=2",
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         files.append(load_profile(output))
@@ -261,6 +344,7 @@ def test_score_writes_a_profile(
     assert profile.provenance.config["n"] == 4
     assert str(checkpoint.parent) not in output.read_text()
     assert profile.provenance.config["window"] == 5
+    assert profile.provenance.config["settings"] == {"path_steps": 2}
     assert set(profile.provenance.versions) == {"rlkv-vllm", "torch", "transformers"}
     assert "2 correct" in (profile.provenance.data or "")
     assert [row.sparsity for row in profile.evaluation] == [0, 0.5, 1]
@@ -277,12 +361,12 @@ def test_evaluation_leaves_out_what_was_scored(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     task = get_task(str(path))
     scored = task.problems(6, 0)
-    fresh = run.fresh_problems(task, 8, 0, 6)
+    fresh = fresh_problems(task, 8, 1, scored, "--n or --evaluate")
     assert 2 <= len(fresh) <= 4
     assert not any(problem in scored for problem in fresh)
     with pytest.raises(RlkvError) as error:
-        run.fresh_problems(task, 10, 0, 10)
-    assert_one_line(error.value, "task sums", "--evaluate 10")
+        fresh_problems(task, 10, 1, task.problems(10, 0), "--n or --evaluate")
+    assert_one_line(error.value, "task sums", "--n or --evaluate")
 
 
 def test_score_needs_one_correct_answer(
@@ -306,6 +390,8 @@ def test_score_needs_one_correct_answer(
         (["--max-new-tokens", "0"], ["--max-new-tokens 0"]),
         (["--method", "guess"], ["--method guess", "head-importance"]),
         (["--task", "no-such-task"], ["no-such-task"]),
+        (["--set", "steps=3"], ["--set steps", "head-importance", "path_steps (4)"]),
+        (["--set", "path_steps"], ["--set path_steps", "setting=value"]),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, args: list[str], parts: list[str]) -> None:
@@ -319,15 +405,3 @@ def test_a_folder_as_output_is_refused(tmp_path: Path) -> None:
     result = invoke("embedded", "-o", str(tmp_path))
     assert isinstance(result.exception, RlkvError)
     assert_one_line(result.exception, f"--output {tmp_path}")
-
-
-def test_recommended_sparsity() -> None:
-    def row(sparsity: float, accuracy: float) -> EvaluationRow:
-        return EvaluationRow(
-            task="t", n=100, sparsity=sparsity, accuracy=accuracy, full_accuracy=1.0,
-            mean_output_tokens=1.0,
-        )  # fmt: skip
-
-    assert run.recommended_sparsity([]) is None
-    assert run.recommended_sparsity([row(0, 0.94)]) is None
-    assert run.recommended_sparsity([row(0, 1), row(0.2, 0.95), row(0.4, 0.949)]) == 0.2
