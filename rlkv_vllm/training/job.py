@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
 from rlkv_vllm.evaluation.masked import Draw
 from rlkv_vllm.evaluation.rows import with_rows
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
-from rlkv_vllm.profile.io import one_line, save_profile
+from rlkv_vllm.profile.io import one_line, save_profile, write_text_atomic
 from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
 from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
 from rlkv_vllm.training.config import RUN_FILE, TrainConfig, job_versions, save_run
@@ -30,7 +31,7 @@ from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROFILE_FILE = "profile.json"
+PROFILE_FILE, FINISHED_FILE = "profile.json", "finished.json"
 SOURCE = "arXiv:2510.08525 (RLKV)"
 #: Published sink and window, in training and when serving.
 TRAIN_SINK, TRAIN_WINDOW, SERVE_SINK, SERVE_WINDOW = 128, 256, 16, 64
@@ -130,9 +131,16 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
         # First, so that TensorBoard and others see what it adds.
         trainer.callback_handler.callbacks.insert(0, GateScalars(gates))
         checkpoint = last_checkpoint(output) if resume else None
-        if checkpoint is not None:
-            listener.say(f"resuming from {checkpoint.name}")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finished = output / FINISHED_FILE
+        # transformers takes one more step when it resumes a run that is at its end.
+        if resume and finished.exists() and _read_finished(finished) == config.trainer:
+            listener.say("training is finished")
+        else:
+            if checkpoint is not None:
+                listener.say(f"resuming from {checkpoint.name}")
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if is_main:
+                write_text_atomic(finished, json.dumps({"trainer": config.trainer}) + "\n")
     if log.collapsed_at is not None:
         listener.say(
             f"stopped: the reward was below tau {args.tau} for {args.collapse_steps} steps, up to "
@@ -147,6 +155,11 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
     profile = _evaluate(config, model, tokenizer, task, curriculum, profile, listener)
     write_report(output)
     return profile
+
+
+def _read_finished(path: Path) -> Any:
+    """The trainer options with which the run in this folder came to its end."""
+    return json.loads(path.read_text(encoding="utf-8")).get("trainer")
 
 
 def _trainer_args(config: TrainConfig) -> RlkvConfig:

@@ -66,6 +66,14 @@ def test_a_run_leaves_profile_report_and_logs(whole: Path) -> None:
     assert not list(whole.rglob("*model*.safetensors")), "weights are not saved"
 
 
+def test_a_finished_run_is_only_evaluated_again(whole: Path) -> None:
+    before = (whole / "gates.jsonl").read_bytes()
+    said: list[str] = []
+    run(config(whole), resume=True, listener=Listener(say=said.append))
+    assert "training is finished" in said
+    assert (whole / "gates.jsonl").read_bytes() == before
+
+
 def test_only_gates_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
