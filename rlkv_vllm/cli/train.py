@@ -32,12 +32,15 @@ def train(
     the output folder. On several GPUs: accelerate launch -m rlkv_vllm train CONFIG.
     """
     import os
+    import warnings
 
     from rlkv_vllm.errors import RlkvError
 
     missing = [name for name in ("trl", "datasets", "accelerate") if not find_spec(name)]
     if missing:
         raise RlkvError(f"rlkv train needs {', '.join(missing)}: pip install 'rlkv-vllm[train]'")
+    # Only its own vLLM rollouts would be concerned, and those are refused.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     from rlkv_vllm.cli.progress import StageProgress
     from rlkv_vllm.training.config import load_config
 

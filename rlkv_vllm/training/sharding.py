@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.distributed import get_rank
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import pad
 
 
 def read(parameter: torch.Tensor) -> torch.Tensor:
@@ -50,7 +52,7 @@ def write(parameter: torch.Tensor, values: torch.Tensor) -> None:
         else:
             parameter.copy_(values)
         if _has_master(parameter):
-            _deepspeed().utils.safe_set_full_fp32_param(parameter, values)
+            _write_master(parameter, values)
 
 
 class _Whole(torch.autograd.Function):
@@ -71,7 +73,20 @@ def _is_partitioned(parameter: torch.Tensor) -> bool:
 
 def _has_master(parameter: torch.Tensor) -> bool:
     """Whether a DeepSpeed optimizer holds the true values: ZeRO-3, or ZeRO-1 and 2."""
-    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+    held = hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+    return held and parameter.requires_grad
+
+
+def _write_master(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    utils = _deepspeed().utils
+    if not _is_partitioned(parameter):
+        utils.safe_set_full_fp32_param(parameter, values)
+        return
+    # DeepSpeed 0.19 cuts a whole value wrongly where the last share is not a full one.
+    size = utils.safe_get_local_fp32_param(parameter).numel()
+    start = size * get_rank(parameter.ds_process_group)
+    share = pad(values, (0, start + size))[start : start + size]
+    utils.safe_set_local_fp32_param(parameter, share)
 
 
 def _deepspeed() -> Any:

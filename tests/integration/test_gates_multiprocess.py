@@ -188,7 +188,7 @@ def test_two_processes_train_as_one(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     one = train(alone, dtype, 0, 1)
     two = two_processes(wrap, dtype, tmp_path)
-    near = {"rel": 1e-4, "abs": 1e-6} if dtype == torch.float32 else {"rel": 3e-2, "abs": 5e-3}
+    near = {"rel": 1e-4, "abs": 1e-6} if dtype == torch.float32 else {"rel": 6e-2, "abs": 5e-3}
     assert min(min(map(abs, row)) for row in one["gradients"]) > 1e-3
     assert one["after a step"][1][1] == 1.0
     for rank in two:

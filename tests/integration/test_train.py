@@ -1,11 +1,14 @@
 """Profile jobs on the embedded model: a few tiny steps each."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("trl")
 
@@ -112,6 +115,35 @@ def test_a_killed_run_resumes_on_the_same_curve(whole: Path, tmp_path: Path) -> 
     assert rows(output, "gates.jsonl") == rows(whole, "gates.jsonl")
     ours = [row["reward"] for row in rows(output, "metrics.jsonl")]
     assert ours == [row["reward"] for row in rows(whole, "metrics.jsonl")]
+
+
+def test_two_processes_share_a_run(tmp_path: Path) -> None:
+    job_file = tmp_path / "job.yaml"
+    asked = config(tmp_path / "run", max_steps=2, per_device_train_batch_size=2)
+    job_file.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "0",
+            "-m",
+            "rlkv_vllm",
+            "train",
+            str(job_file),
+        ],
+        check=True,
+        timeout=240,
+        capture_output=True,
+    )
+    output = tmp_path / "run"
+    assert json.loads((output / "curriculum.json").read_text())["tried"] == 8
+    assert [row["step"] for row in rows(output, "metrics.jsonl")] == [1, 2]
+    assert len(list((output / "checkpoint-2").glob("rng_state_*.pth"))) == 2
+    assert load_profile(output / "profile.json").provenance.method == "rlkv"
 
 
 def test_a_collapsed_run_stops_and_keeps_the_last_good_gates(tmp_path: Path) -> None:
