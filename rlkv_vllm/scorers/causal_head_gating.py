@@ -19,7 +19,6 @@ import torch
 from rlkv_vllm.scorers.optimise import Batch, answer_loss, optimise_gates
 from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
 from rlkv_vllm.training.gated_attention import attach_gates
-from rlkv_vllm.training.penalty import mean_gate
 
 
 def score_heads(given: ScoringInput) -> Gates:
@@ -34,7 +33,7 @@ def score_heads(given: ScoringInput) -> Gates:
             before = len(fitted) * steps
 
             def loss(batch: Batch) -> torch.Tensor:
-                penalty = sign * options["reg"] * mean_gate(gates.gates)
+                penalty = sign * options["reg"] * gates.mean()
                 return answer_loss(given.model, batch) + penalty
 
             gates.set_soft(start)

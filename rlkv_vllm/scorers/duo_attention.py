@@ -21,7 +21,6 @@ import torch
 from rlkv_vllm.scorers.optimise import IGNORED, Batch, optimise_gates
 from rlkv_vllm.scorers.scorer import Gates, Sample, Scorer, ScoringInput
 from rlkv_vllm.training.gated_attention import attach_gates
-from rlkv_vllm.training.penalty import mean_gate
 
 #: Tokens that a passkey has in front; repeated at the end, they say which one is asked for.
 CUE = 2
@@ -51,7 +50,7 @@ def score_heads(given: ScoringInput) -> Gates:
             gates.set_soft()
             mixed = decoder(**inputs, use_cache=False).last_hidden_state[wanted].float()
             distance = (mixed - full).square().mean() / full.square().mean()
-            return distance + options["reg"] * mean_gate(gates.gates)
+            return distance + options["reg"] * gates.mean()
 
         return optimise_gates(
             gates,

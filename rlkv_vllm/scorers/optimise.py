@@ -96,6 +96,7 @@ def optimise_gates(
         RlkvError: if a gate is no number any more.
     """
     optimizer = torch.optim.AdamW(gates.gates, lr=learning_rate, weight_decay=0.0)
+    gates.clamp_after(optimizer)
     rng = random.Random(seed)
     order: list[Sample] = []
     sums = [torch.zeros_like(gate) for gate in gates.gates]
@@ -108,7 +109,6 @@ def optimise_gates(
         optimizer.step()
         with torch.no_grad():
             for gate, total in zip(gates.gates, sums, strict=True):
-                gate.clamp_(0.0, 1.0)
                 total += gate
         report(step)
     means = [(total / steps).tolist() for total in sums]

@@ -13,7 +13,6 @@ import torch
 from rlkv_vllm.scorers.optimise import Batch, answer_loss, optimise_gates
 from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
 from rlkv_vllm.training.gated_attention import attach_gates
-from rlkv_vllm.training.penalty import mean_gate
 
 
 def score_heads(given: ScoringInput) -> Gates:
@@ -22,7 +21,7 @@ def score_heads(given: ScoringInput) -> Gates:
     with attach_gates(given.model, given.sink, given.window) as gates:
 
         def loss(batch: Batch) -> torch.Tensor:
-            return answer_loss(given.model, batch) + options["reg"] * mean_gate(gates.gates)
+            return answer_loss(given.model, batch) + options["reg"] * gates.mean()
 
         return optimise_gates(
             gates,

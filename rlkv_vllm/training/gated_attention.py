@@ -62,9 +62,10 @@ class GatedAttention:
     Starts in soft mode with all gates 1, which equals the ungated model. A context manager:
     leaving it detaches.
 
-    Works under DDP and FSDP2 (`fully_shard`), also when they come after `attach_gates`: gates
-    are parameters of the attention modules, are sharded and reduced with them, and are the only
-    ones that train. All processes must call `set_soft`, `values` and `mean` together then.
+    The model may be wrapped in DDP, FSDP2 (`fully_shard`, accelerate's `fsdp_version: 2`) or
+    DeepSpeed ZeRO afterwards: gates are parameters of the attention modules, are sharded and
+    reduced with them, and are the only ones that train. All processes must then call `set_soft`
+    with values, `values` and `mean` together.
 
     Attributes:
         model: the model.
@@ -168,7 +169,7 @@ class GatedAttention:
         """Make every step of `optimizer`, which must train gates only, end in [0, 1].
 
         Done in the optimizer, so that it reaches whatever a wrapper has made of its parameters:
-        shards, or float32 copies.
+        shards, or float32 copies. Give torch's own optimizer, before accelerate prepares it.
         """
 
         def clamp(optimizer: torch.optim.Optimizer, *_: Any) -> None:

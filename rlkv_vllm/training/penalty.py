@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
-import torch
-
-from rlkv_vllm.training.sharding import whole
 
 
 def penalty_weight(reward: float, reg: float, tau: float) -> float:
@@ -22,8 +17,3 @@ def penalty_weight(reward: float, reg: float, tau: float) -> float:
         ``reg * (exp(reward) - 1)`` above `tau`, else 0.
     """
     return reg * math.expm1(reward) if reward > tau else 0.0
-
-
-def mean_gate(gates: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean absolute gate over all layers and KV heads, a scalar that gradients flow through."""
-    return torch.cat([whole(gate).reshape(-1) for gate in gates]).abs().mean()

@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import get_rank
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 
@@ -37,6 +39,16 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     elif _is_partitioned(parameter):
         full = _Whole.apply(parameter)
     return full
+
+
+def settle(model: nn.Module) -> None:
+    """Make `model` let go of gathered copies, which FSDP2 may keep after a forward pass.
+
+    Call it before `write`: what is written to a copy is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def write(parameter: torch.Tensor, values: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import write_bytes_atomic, write_text_atomic
 from rlkv_vllm.tasks import Problem, Task, whole_output
 from rlkv_vllm.training.gated_attention import GatedAttention
-from rlkv_vllm.training.penalty import mean_gate, penalty_weight
+from rlkv_vllm.training.penalty import penalty_weight
 
 GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
 
@@ -104,7 +104,7 @@ class RlkvTrainer(GRPOTrainer):
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            callbacks=[_Clamp(gates), *callbacks],
+            callbacks=list(callbacks),
         )
         # Its raw dictionaries drown what `callbacks` tell.
         self.remove_callback(PrinterCallback)
@@ -131,11 +131,19 @@ class RlkvTrainer(GRPOTrainer):
         reward = inputs["rlkv_reward"][0].item()
         loss: torch.Tensor = super()._compute_loss(model, inputs)
         weight = penalty_weight(reward, self.args.reg, self.args.tau)
-        penalty = weight * mean_gate(self.gates.gates)
+        penalty = weight * self.gates.mean()
         self._metrics["train" if self.model.training else "eval"]["rlkv/penalty"].append(
             penalty.item()
         )
         return loss + penalty / self.current_gradient_accumulation_steps
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As transformers', and gates stay in [0, 1]."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new:
+            self.gates.clamp_after(self.optimizer)
+        return optimizer
 
     # --- checkpoints: gates, not weights ---------------------------------------------------
 
@@ -176,18 +184,6 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint that was written to its end, if there is one."""
     complete = [folder.parent for folder in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
     return max(complete, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
-
-
-class _Clamp(TrainerCallback):
-    """Keeps gates in [0, 1]."""
-
-    def __init__(self, gates: GatedAttention) -> None:
-        self._gates = gates
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        with torch.no_grad():
-            for gate in self._gates.gates:
-                gate.clamp_(0.0, 1.0)
 
 
 def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:

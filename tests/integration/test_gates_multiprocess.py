@@ -22,6 +22,7 @@ from rlkv_vllm.training.gated_attention import GatedAttention, attach_gates
 
 # Three KV heads: no equal share for two processes. The second of layer 1 is driven beyond 1.
 START = [[0.5, 0.9, 0.4], [0.3, 0.98, 0.6]]
+OTHER = [[0.125, 0.25, 0.375], [0.5, 0.625, 0.75]]
 HARD: list[list[int]] = [[0, 2], []]
 RATE, REG, PROCESSES = 0.05, 0.05, 2
 
@@ -81,14 +82,17 @@ def train(
     result: dict[str, Any] = {"gradients": [gradient_of(gate).tolist() for gate in gates.gates]}
     step()
     result["after a step"] = gates.values()
+    result["gate"] = f"{type(gates.gates[0]).__name__} {gates.gates[0].dtype}"
     with torch.no_grad():
         gates.set_soft(START)
         result["set"] = gates.values()
         result["soft"] = loss_of(wrapped, gates, ids).item()
         gates.set_hard(HARD)
         result["hard"] = loss_of(wrapped, gates, ids).item()
+        gates.set_soft(OTHER)
+        sharding.settle(wrapped)
+        result["set again"] = gates.values()
         result["tokens"] = model.generate(ids[:, :9], max_new_tokens=3, pad_token_id=0).shape[1]
-    result["gate"] = f"{type(gates.gates[0]).__name__} {gates.gates[0].dtype}"
     result["frozen"] = all(
         torch.equal(sharding.read(weight).to(dtype), weights[name])
         for name, weight in model.named_parameters()
@@ -114,9 +118,11 @@ def fsdp2(model: Any, optimizer: torch.optim.Optimizer) -> Wrapped:
     """As accelerate does it, which refuses FSDP on the CPU."""
     torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (PROCESSES,))
+    # One kind keeps whole parameters after a forward pass, the other does not.
+    again = model.dtype == torch.float32
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=again)
+    fully_shard(model, mesh=mesh, reshard_after_forward=again)
     shards = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer.param_groups[0]["params"] = shards
     return model, torch.Tensor.backward, optimizer.step
@@ -199,6 +205,7 @@ def test_two_processes_train_as_one(
                 assert got == pytest.approx(expected, **near), key
         for got, expected in zip(rank["set"], START, strict=True):
             assert got == pytest.approx(expected, abs=1e-7)
+        assert rank["set again"] == OTHER
         assert rank["tokens"] == 12
     for key in ("soft", "hard"):
         mean = sum(rank[key] for rank in two) / PROCESSES
