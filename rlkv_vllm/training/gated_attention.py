@@ -127,6 +127,7 @@ class GatedAttention:
                     f"gates have {[len(row) for row in values_LH]} values per layer: the model "
                     f"has {shape[0]} layers of {shape[1]} KV heads"
                 )
+            sharding.settle(self.model)
             for gate, row in zip(self.gates, values_LH, strict=True):
                 sharding.write(gate, torch.tensor(row))
         self.is_hard = False
