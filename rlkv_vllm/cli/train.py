@@ -31,6 +31,7 @@ def train(
     Writes run.yaml, curriculum, checkpoints, TensorBoard logs, report.html and profile.json to
     the output folder. On several GPUs: accelerate launch -m rlkv_vllm train CONFIG.
     """
+    import json
     import os
     import warnings
 
@@ -46,7 +47,7 @@ def train(
 
     changes = list(overrides or [])
     if output is not None:
-        changes.append(f"output={output}")
+        changes.append(f"output={json.dumps(str(output))}")
     if seed is not None:
         changes.append(f"seed={seed}")
     job = load_config(config, changes)

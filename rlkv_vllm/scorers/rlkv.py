@@ -44,7 +44,8 @@ def score_heads(given: ScoringInput) -> Gates:
                 tau=options["tau"],
                 temperature=options["temperature"],
                 num_generations=options["num_generations"],
-                per_device_train_batch_size=options["prompts"] * options["num_generations"],
+                per_device_train_batch_size=min(options["prompts"], len(given.problems))
+                * options["num_generations"],
                 max_completion_length=round(longest * 1.25),
                 gradient_checkpointing=on_gpu,
                 use_cpu=not on_gpu,

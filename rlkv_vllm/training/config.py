@@ -18,7 +18,22 @@ from rlkv_vllm.profile.io import one_line, write_text_atomic
 
 RUN_FILE = "run.yaml"
 #: What `trainer` may not set: the job decides it.
-_RESERVED = ("output_dir", "seed", "use_vllm", "beta", "logging_steps", "report_to", "disable_tqdm")
+_RESERVED = (
+    "output_dir",
+    "seed",
+    "use_vllm",
+    "beta",
+    "logging_steps",
+    "logging_strategy",
+    "report_to",
+    "disable_tqdm",
+    "do_eval",
+    "eval_strategy",
+    "load_best_model_at_end",
+    "num_iterations",
+    "use_transformers_continuous_batching",
+    "use_transformers_paged",
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -154,7 +169,7 @@ def make_config(content: Mapping[str, Any], where: str) -> TrainConfig:
             "see docs/training.md for every option"
         ) from error
     _check_trainer(config.trainer, where)
-    return config
+    return config.model_copy(update={"trainer": _numbers(config.trainer, where)})
 
 
 def save_run(config: TrainConfig, path: Path) -> None:
@@ -188,6 +203,25 @@ def _apply(content: dict[str, Any], override: str) -> None:
         content[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RlkvError(f"--set {override}: value is not YAML ({one_line(error)})") from error
+
+
+def _numbers(options: Mapping[str, JsonValue], where: str) -> dict[str, JsonValue]:
+    """`options` with numbers where numbers belong: YAML takes `1e-2` for a text."""
+    from rlkv_vllm.training.trainer import RlkvConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(RlkvConfig)}
+    found: dict[str, JsonValue] = {}
+    for key, value in options.items():
+        kind = type(defaults[key])
+        if isinstance(value, str) and kind in (int, float):
+            try:
+                value = kind(value)
+            except ValueError as error:
+                raise RlkvError(
+                    f"{where}: trainer.{key} {one_line(value, 60)}: must be a number"
+                ) from error
+        found[key] = value
+    return found
 
 
 def _check_trainer(options: Mapping[str, JsonValue], where: str) -> None:

@@ -20,7 +20,13 @@ from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
 from rlkv_vllm.profile.io import one_line, save_profile, write_text_atomic
 from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
 from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
-from rlkv_vllm.training.config import RUN_FILE, TrainConfig, job_versions, save_run
+from rlkv_vllm.training.config import (
+    RUN_FILE,
+    TrainConfig,
+    job_versions,
+    load_config,
+    save_run,
+)
 from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
 from rlkv_vllm.training.gated_attention import attach_gates
 from rlkv_vllm.training.loading import load_model
@@ -105,6 +111,8 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
         config.model, config.revision, config.dtype, args.device
     )
     sink, window = _train_span(config)
+    if resume and (output / RUN_FILE).exists():
+        _require_same_run(config, load_config(output / RUN_FILE))
     if is_main:
         save_run(config, output / RUN_FILE)
     curriculum = _curriculum(config, args, model, tokenizer, fingerprint, task, listener)
@@ -117,6 +125,13 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             f"sink {sink} + window {window} cover every sample (the longest has "
             f"{curriculum.longest} tokens): streaming heads would lose nothing and gates get no "
             "signal: lower window"
+        )
+    needed = (args.generation_batch_size or 1) // args.num_generations
+    if len(curriculum.problems) < needed:
+        raise RlkvError(
+            f"curriculum: {len(curriculum.problems)} problems are kept, a step needs {needed}: "
+            "raise curriculum.problems, or lower trainer.per_device_train_batch_size or "
+            "trainer.gradient_accumulation_steps"
         )
     with attach_gates(model, sink, window) as gates:
         log = RunLog(output, gates, args.tau, args.collapse_steps, listener.on_step)
@@ -141,6 +156,7 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if is_main:
                 write_text_atomic(finished, json.dumps({"trainer": config.trainer}) + "\n")
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if log.collapsed_at is not None:
         listener.say(
             f"stopped: the reward was below tau {args.tau} for {args.collapse_steps} steps, up to "
@@ -152,9 +168,22 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
     values, step = best_gates(output, args.tau, args.average_steps)
     profile = _profile(config, args, fingerprint, task, curriculum, values, step)
     save_profile(profile, output / PROFILE_FILE)
-    profile = _evaluate(config, model, tokenizer, task, curriculum, profile, listener)
+    if is_sharded:
+        listener.say("not evaluated: the model is sharded; use `rlkv eval --write-rows`")
+    else:
+        profile = _evaluate(config, model, tokenizer, task, curriculum, profile, listener)
     write_report(output)
     return profile
+
+
+def _require_same_run(config: TrainConfig, made: TrainConfig) -> None:
+    for name in ("model", "revision", "dtype", "seed", "sink", "window"):
+        ours, theirs = getattr(config, name), getattr(made, name)
+        if ours != theirs:
+            raise RlkvError(
+                f"--resume: {config.output / RUN_FILE} was made with {name} {theirs}, now {ours}: "
+                "resume with the same, or choose another --output"
+            )
 
 
 def _read_finished(path: Path) -> Any:
@@ -181,9 +210,12 @@ def _trainer_args(config: TrainConfig) -> RlkvConfig:
         "disable_tqdm": True,
     }
     try:
-        return RlkvConfig(**options)
+        args = RlkvConfig(**options)
     except (ValueError, TypeError) as error:
         raise RlkvError(f"trainer: {one_line(error)}") from error
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # several GPUs are for a launcher: DataParallel would share one mask
+    return args
 
 
 def _train_span(config: TrainConfig) -> tuple[int, int]:

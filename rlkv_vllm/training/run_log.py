@@ -6,8 +6,10 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from rlkv_vllm.errors import RlkvError
@@ -55,6 +57,11 @@ class RunLog(TrainerCallback):
             self._failed = 0
             for row in rows:
                 self._failed = self._failed + 1 if row["reward"] < self._tau else 0
+        if args is not None and args.world_size > 1:
+            # All processes have to stop at the same step.
+            counts = [self._failed]
+            broadcast_object_list(counts)
+            self._failed = counts[0]
         self._started = time.monotonic()
 
     def on_log(
@@ -114,8 +121,9 @@ class GateScalars(TrainerCallback):
 def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[float]], int]:
     """The gates of a run: those of the last step at which the model still reasoned well.
 
-    That is the last step whose mean reward over `SMOOTHING` steps is at least `tau`; a run that
-    did not collapse has its very last steps. The penalty makes later gates the more telling ones.
+    That is the last step with a mean reward of at least `tau` over the `SMOOTHING` steps around
+    it; a run that did not collapse has its very last steps. The penalty makes later gates the
+    more telling ones.
 
     Args:
         output: folder of the run.
@@ -130,11 +138,15 @@ def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[
     """
     metrics = _read(output / METRICS_FILE)
     tables = {row["step"]: row["gates"] for row in _read(output / GATES_LOG_FILE)}
+    if not metrics:
+        raise RlkvError(
+            f"{output}: no step of training is on record: raise trainer.max_steps, or delete the "
+            "folder and start again"
+        )
     rewards = [row["reward"] for row in metrics]
+    reach = SMOOTHING // 2
     good = [
-        i
-        for i in range(len(rewards))
-        if sum(rewards[max(0, i + 1 - SMOOTHING) : i + 1]) / min(i + 1, SMOOTHING) >= tau
+        i for i in range(len(rewards)) if fmean(rewards[max(0, i - reach) : i + reach + 1]) >= tau
     ]
     if not good:
         raise RlkvError(

@@ -69,7 +69,14 @@ class RlkvConfig(GRPOConfig):
             raise ValueError("use_vllm: vLLM would answer without gates; leave it false")
         if self.reg < 0 or not 0 <= self.tau <= 1:
             raise ValueError(f"reg {self.reg}, tau {self.tau}: reg must be >= 0, tau in [0, 1]")
-        for name in ("collapse_steps", "average_steps", "rollout_batch_size"):
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature}: must be above 0, answers must vary")
+        for name in (
+            "max_completion_length",
+            "collapse_steps",
+            "average_steps",
+            "rollout_batch_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: must be at least 1")

@@ -77,6 +77,16 @@ def test_a_finished_run_is_only_evaluated_again(whole: Path) -> None:
     assert (whole / "gates.jsonl").read_bytes() == before
 
 
+def test_resuming_with_another_window_is_refused(whole: Path) -> None:
+    with pytest.raises(RlkvError, match="was made with window None, now 8"):
+        run(config(whole).model_copy(update={"window": 8}), resume=True)
+
+
+def test_a_curriculum_smaller_than_a_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RlkvError, match="problems are kept, a step needs 16"):
+        run(config(tmp_path / "run", per_device_train_batch_size=32))
+
+
 def test_only_gates_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 

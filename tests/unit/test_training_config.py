@@ -43,6 +43,8 @@ def test_run_file_round_trips(tmp_path: Path) -> None:
         ("trainer.colour=red", "trainer.colour is no option of RlkvConfig"),
         ("trainer.beta=0.1", "trainer.beta is set by the job"),
         ("evaluation.sparsities=[2]", "evaluation.sparsities.0"),
+        ("trainer.eval_strategy=steps", "trainer.eval_strategy is set by the job"),
+        ("trainer.reg=much", "trainer.reg much: must be a number"),
         ("seed", "give key=value"),
         ("seed.more=1", "seed is no section"),
         ("seed=[", "value is not YAML"),
@@ -52,6 +54,10 @@ def test_bad_values_are_named(change: str, message: str) -> None:
     with pytest.raises(RlkvError) as error:
         load_config(SHIPPED[1], [change])
     assert message in str(error.value)
+
+
+def test_numbers_may_be_written_with_an_exponent() -> None:
+    assert load_config(SHIPPED[1], ["trainer.reg=1e-3"]).trainer["reg"] == 1e-3
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

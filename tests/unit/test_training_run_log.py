@@ -69,10 +69,25 @@ def write(output: Path, rewards: list[float]) -> None:
 
 def test_the_last_good_step_has_the_best_gates(tmp_path: Path) -> None:
     write(tmp_path, [1, 1, 1, 0.4, 0.4, 0.4, 0, 0, 0])
-    # Means over five steps: .76 at 5, .64 at 6, .44 at 7.
-    assert best_gates(tmp_path, 0.5, 1) == ([[0.6]], 6)
+    # Means over the five steps around: .64 at 4, .44 at 5.
+    assert best_gates(tmp_path, 0.5, 1) == ([[0.4]], 4)
     gates, step = best_gates(tmp_path, 0.5, 3)
-    assert (gates[0][0], step) == (pytest.approx(0.5), 6)
+    assert (gates[0][0], step) == (pytest.approx(0.3), 4)
+
+
+def test_gates_of_a_sudden_collapse_are_not_chosen(tmp_path: Path) -> None:
+    write(tmp_path, [0.9, 0.9, 0.9, 0.9, 0, 0, 0, 0])
+    assert best_gates(tmp_path, 0.5, 1)[1] == 4
+
+
+def test_a_run_that_ends_well_has_its_last_gates(tmp_path: Path) -> None:
+    write(tmp_path, [1, 0.9, 0.8, 0.9, 0.45])
+    assert best_gates(tmp_path, 0.5, 1)[1] == 5
+
+
+def test_no_step_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RlkvError, match="no step of training"):
+        best_gates(tmp_path, 0.5, 1)
 
 
 def test_no_good_step_is_an_error(tmp_path: Path) -> None:
