@@ -6,7 +6,6 @@ see, without checkpoints and report: for comparisons. Long jobs belong to `rlkv 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
 def score_heads(given: ScoringInput) -> Gates:
     """The gates of the last step at which the model still reasoned well."""
     try:
-        from datasets import Dataset
-
         from rlkv_vllm.training.run_log import RunLog, best_gates
         from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer
     except ImportError as error:
@@ -61,15 +58,9 @@ def score_heads(given: ScoringInput) -> Gates:
         def on_step(row: dict[str, Any], total: int) -> None:
             given.report(row["step"], total)
 
-        rows = [
-            {"prompt": p.messages, "answer": p.answer, "extra": json.dumps(dict(p.extra))}
-            for p in given.problems
-        ]
         with attach_gates(given.model, given.sink, given.window) as gates:
             log = RunLog(output, gates, args.tau, args.collapse_steps, on_step)
-            trainer = RlkvTrainer(
-                gates, given.task, args, Dataset.from_list(rows), given.tokenizer, [log]
-            )
+            trainer = RlkvTrainer(gates, given.task, args, given.problems, given.tokenizer, [log])
             trainer.train()
         return best_gates(output, args.tau, args.average_steps)[0]
 

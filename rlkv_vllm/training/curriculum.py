@@ -107,7 +107,8 @@ def make_curriculum(
     summary = output / SUMMARY_FILE
     if summary.exists():
         return _load(output, wanted)
-    mine = list(enumerate(task.problems(n, seed)))[share.rank :: share.world]
+    problems = task.problems(n, seed)
+    mine = list(enumerate(problems))[share.rank :: share.world]
     partial = output / PARTIAL_FILE.format(rank=share.rank)
     done = _read_partial(partial, wanted | {"world": share.world})
     left = [(i, problem) for i, problem in mine if i not in done]
@@ -147,7 +148,7 @@ def make_curriculum(
         for rank in range(share.world):
             path = output / PARTIAL_FILE.format(rank=rank)
             rows |= _read_partial(path, wanted | {"world": share.world})
-        _finish(output, task.problems(n, seed), rows, wanted)
+        _finish(output, problems, rows, wanted)
         for rank in range(share.world):
             (output / PARTIAL_FILE.format(rank=rank)).unlink()
     share.wait()

@@ -18,7 +18,7 @@ from rlkv_vllm.evaluation.masked import Draw
 from rlkv_vllm.evaluation.rows import with_rows
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
 from rlkv_vllm.profile.io import one_line, save_profile, write_text_atomic
-from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
+from rlkv_vllm.tasks import Task, get_task, skip_note
 from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
 from rlkv_vllm.training.config import (
     RUN_FILE,
@@ -31,7 +31,7 @@ from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
 from rlkv_vllm.training.gated_attention import attach_gates
 from rlkv_vllm.training.loading import load_model
 from rlkv_vllm.training.report import write_report
-from rlkv_vllm.training.run_log import METRICS_FILE, GateScalars, OnStep, RunLog, best_gates
+from rlkv_vllm.training.run_log import METRICS_FILE, OnStep, RunLog, best_gates
 from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
 
 if TYPE_CHECKING:
@@ -139,12 +139,11 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             gates,
             task,
             args,
-            _dataset(curriculum.problems),
+            curriculum.problems,
             tokenizer,
-            callbacks=[log],
         )
         # First, so that TensorBoard and others see what it adds.
-        trainer.callback_handler.callbacks.insert(0, GateScalars(gates))
+        trainer.callback_handler.callbacks.insert(0, log)
         checkpoint = last_checkpoint(output) if resume else None
         finished = output / FINISHED_FILE
         # transformers takes one more step when it resumes a run that is at its end.
@@ -260,17 +259,6 @@ def _curriculum(
         batch_size=wanted.batch_size,
         share=share,
         report=lambda done, total: listener.report("curriculum", done, total),
-    )
-
-
-def _dataset(problems: list[Problem]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list(
-        [
-            {"prompt": p.messages, "answer": p.answer, "extra": json.dumps(dict(p.extra))}
-            for p in problems
-        ]
     )
 
 

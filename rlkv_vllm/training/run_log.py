@@ -27,6 +27,8 @@ OnStep = Callable[[dict[str, Any], int], None]
 class RunLog(TrainerCallback):
     """Appends a line per step to `metrics.jsonl` and `gates.jsonl`, and stops a collapsed run.
 
+    Called before TensorBoard and other loggers, it gives them the figures of the gates too.
+
     Args:
         output: folder of the run.
         gates: of the model that is trained.
@@ -67,11 +69,17 @@ class RunLog(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """One line per step."""
+        """One line per step; adds figures of the gates to `logs`."""
         if not logs or logs.get("reward") is None:
             return
         values = self._gates.values()
         flat = [gate for row in values for gate in row]
+        shares = {
+            "gate_mean": sum(flat) / len(flat),
+            "gate_low": sum(gate < 0.1 for gate in flat) / len(flat),
+            "gate_high": sum(gate > 0.9 for gate in flat) / len(flat),
+        }
+        logs.update({f"rlkv/{name}": value for name, value in shares.items()})
         self._failed = self._failed + 1 if logs["reward"] < self._tau else 0
         if self._failed >= self._collapse_steps:
             self.collapsed_at = state.global_step
@@ -85,9 +93,7 @@ class RunLog(TrainerCallback):
             "reward_std": logs.get("reward_std"),
             "loss": logs.get("loss"),
             "penalty": logs.get("rlkv/penalty"),
-            "gate_mean": sum(flat) / len(flat),
-            "gate_low": sum(gate < 0.1 for gate in flat) / len(flat),
-            "gate_high": sum(gate > 0.9 for gate in flat) / len(flat),
+            **shares,
             "output_tokens": logs.get("completions/mean_length"),
             "clipped": logs.get("completions/clipped_ratio"),
             "seconds": logs.get("step_time"),
@@ -96,26 +102,6 @@ class RunLog(TrainerCallback):
         _append(self._output / METRICS_FILE, row)
         _append(self._output / GATES_LOG_FILE, {"step": state.global_step, "gates": values})
         self._on_step(row, state.max_steps)
-
-
-class GateScalars(TrainerCallback):
-    """Adds figures of the gates to what TensorBoard and other loggers get.
-
-    To be called before them.
-    """
-
-    def __init__(self, gates: GatedAttention) -> None:
-        self._gates = gates
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        """Extend the figures of a step."""
-        if logs and logs.get("reward") is not None:
-            flat = [gate for row in self._gates.values() for gate in row]
-            logs["rlkv/gate_mean"] = sum(flat) / len(flat)
-            logs["rlkv/gate_low"] = sum(gate < 0.1 for gate in flat) / len(flat)
-            logs["rlkv/gate_high"] = sum(gate > 0.9 for gate in flat) / len(flat)
 
 
 def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[float]], int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -89,7 +90,7 @@ class RlkvTrainer(GRPOTrainer):
         gates: attached to the model to train; its weights are frozen.
         task: gives rewards.
         args: options.
-        train_dataset: columns ``prompt`` (chat messages), ``answer``, ``extra`` (JSON text).
+        problems: to train on.
         processing_class: tokenizer with a chat template.
         callbacks: more of transformers' callbacks.
     """
@@ -99,7 +100,7 @@ class RlkvTrainer(GRPOTrainer):
         gates: GatedAttention,
         task: Task,
         args: RlkvConfig,
-        train_dataset: Any,
+        problems: Sequence[Problem],
         processing_class: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -109,7 +110,7 @@ class RlkvTrainer(GRPOTrainer):
             model=gates.model,
             reward_funcs=_reward_function(task, processing_class),
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=_dataset(problems),
             processing_class=processing_class,
             callbacks=list(callbacks),
         )
@@ -191,6 +192,16 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint that was written to its end, if there is one."""
     complete = [folder.parent for folder in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
     return max(complete, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
+
+
+def _dataset(problems: Sequence[Problem]) -> Dataset:
+    # As JSON: `datasets` would give the extras of all problems the same keys.
+    return Dataset.from_list(
+        [
+            {"prompt": p.messages, "answer": p.answer, "extra": json.dumps(dict(p.extra))}
+            for p in problems
+        ]
+    )
 
 
 def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
