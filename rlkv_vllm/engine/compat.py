@@ -41,6 +41,19 @@ def register_builtin_cache_specs() -> None:
     KVCacheSpecRegistry._ensure_registered()
 
 
+def forget_backend_choice() -> None:
+    """Let vLLM choose the attention backend of the next layer anew.
+
+    Its choice is cached by what the layer asks for, not by the engine's
+    configuration: an engine without a split, started later in the same process,
+    would be given the split backend. Goes when the cache key holds
+    ``additional_config``.
+    """
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    _cached_get_attn_backend.cache_clear()
+
+
 def block_size_is_the_users(vllm_config: VllmConfig) -> bool:
     """Whether ``--block-size`` was given.
 

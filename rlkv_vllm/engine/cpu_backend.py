@@ -13,10 +13,6 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionLayer, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -27,19 +23,16 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from rlkv_vllm.allocation.forecast import BLOCK_SIZE_MULTIPLE
-from rlkv_vllm.engine.compat import attention_layer_name
 from rlkv_vllm.engine.config import split_config, split_plan
-from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads, register_head_caches
-from rlkv_vllm.engine.report import SplitReport
-from rlkv_vllm.engine.support import check_layer_shape, check_layer_supported
+from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads
+from rlkv_vllm.engine.split_layer import StepMetadata, register_layer, step_metadata
+from rlkv_vllm.engine.support import check_layer_supported
 from rlkv_vllm.kernels.streaming import StepPlan, plan_step, streaming_attention
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
-
-logger = init_logger("vllm.rlkv")
 
 
 class SplitCPUBackend(CPUAttentionBackend):
@@ -70,14 +63,9 @@ class SplitCPUBackend(CPUAttentionBackend):
 
 
 @dataclass
-class SplitMetadata:
+class SplitMetadata(StepMetadata):
     """One step as one block table sees it; derived parts are made once and shared by layers."""
 
-    num_actual_tokens: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    slot_mapping: torch.Tensor
     full_schedules: dict[int, torch.Tensor] = field(default_factory=dict)
     streaming_plan: StepPlan | None = None
 
@@ -110,14 +98,7 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         """Metadata of one step for one block table."""
         if not self.split:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        common = common_attn_metadata
-        return SplitMetadata(
-            common.num_actual_tokens,
-            common.query_start_loc,
-            common.seq_lens,
-            common.block_table_tensor,
-            common.slot_mapping,
-        )
+        return SplitMetadata(**StepMetadata.fields_of(common_attn_metadata))
 
 
 class SplitCPUImpl(CPUAttentionBackendImpl):
@@ -171,36 +152,10 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         super().process_weights_after_loading(act_dtype)
         if self.plan is None or self.heads is not None:
             return
-        name = attention_layer_name(self._vllm_config, self)
-        layer = self._vllm_config.compilation_config.static_forward_context[name]
-        cache_dtype = layer.kv_cache_torch_dtype
-        check_layer_shape(
-            layer_class=type(layer).__name__,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_size,
-            expected=(self.plan.groups.allocation.heads_per_rank, self.plan.geometry.head_dim),
-            dtypes="" if cache_dtype == act_dtype else f"{act_dtype}, cache {cache_dtype}",
-        )
-        layer_index = extract_layer_index(name)
         self._isa = _get_attn_isa(act_dtype, self.plan.geometry.block_size, self.head_size)
-        self.heads = register_head_caches(
-            self.plan,
-            self._vllm_config,
-            SplitCPUBackend,
-            layer_name=name,
-            layer_index=layer_index,
-            rank=get_tensor_model_parallel_rank(),
-            num_q_heads=self.num_heads,
-            head_dim=self.head_size,
-            dtype=cache_dtype,
+        self.heads = register_layer(
+            self, self.plan, self._vllm_config, act_dtype, self._drop_views
         )
-        for group in self.heads.groups:
-            for cache_layer in group.layers:
-                cache_layer.on_bind = self._drop_views
-        if layer_index == 0:
-            self.heads.groups[0].layers[0].on_bind = self._report_capacity
-        # The attention layer owns no cache but needs an entry in the step's metadata.
-        layer.kv_sharing_target_layer_name = self.heads.groups[0].metadata_name
         self._head_index = [self._indices(group) for group in self.heads.groups]
 
     def _indices(self, group: HeadGroup) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -213,16 +168,6 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
 
     def _drop_views(self) -> None:
         self._views = None
-
-    def _report_capacity(self) -> None:
-        """Log what the pool really holds: vLLM's own figure counts a ring's admission cap."""
-        self._drop_views()
-        assert self.plan is not None
-        assert self.heads is not None
-        rank = get_tensor_model_parallel_rank()
-        num_blocks = self.heads.groups[0].layers[0].kv_cache.shape[0]
-        if rank == 0 and num_blocks:
-            logger.info_once("%s", SplitReport.of(self.plan, rank, num_blocks).sentence())
 
     def forward(
         self,
@@ -266,8 +211,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )
         assert self.heads is not None
-        metadata = get_forward_context().attn_metadata
-        assert isinstance(metadata, dict), "micro-batching is not used on the CPU"
+        metadata = step_metadata()
         if self._views is None:
             self._views = [group.view() for group in self.heads.groups]
         n = attn_metadata.num_actual_tokens

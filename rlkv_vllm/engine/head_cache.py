@@ -41,9 +41,22 @@ class HeadCacheLayer(AttentionLayerBase):
         self.backend = backend
         self.num_heads = num_q_heads
         self.spec = spec
+        self.on_bind: Callable[[], None] | None = None
         self.kv_cache = torch.tensor([])
         self.kv_sharing_target_layer_name: str | None = None
-        self.on_bind: Callable[[], None] | None = None
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The head's cache, ``[blocks, 1, block_size, 2 * head_dim]``; empty until it is bound."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, cache: torch.Tensor) -> None:
+        # A setter, not bind_kv_cache: vLLM takes a cache away (after it has profiled CUDA
+        # graphs on a small one) by assigning an empty tensor, and nothing may keep it alive.
+        self._kv_cache = cache
+        if self.on_bind is not None:
+            self.on_bind()
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """The backend of the attention layer that owns the head."""
@@ -53,12 +66,6 @@ class HeadCacheLayer(AttentionLayerBase):
         """What vLLM allocates for the head."""
         del vllm_config
         return self.spec
-
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Take the head's view on the cache; views built from an older one are dropped."""
-        super().bind_kv_cache(kv_cache)
-        if self.on_bind is not None:
-            self.on_bind()
 
 
 @dataclass(frozen=True)

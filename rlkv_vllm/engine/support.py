@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+#: Ampere: bfloat16, and the asynchronous copies that Triton's pipelining needs.
+MIN_CUDA_CAPABILITY = (8, 0)
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One unsupported feature.
@@ -27,10 +31,31 @@ class Refusal:
     mend: str
 
 
-def _platform_is_not_cpu(_: VllmConfig) -> bool:
+def platform_problem() -> str:
+    """What is wrong with this machine's platform, or nothing."""
     from vllm.platforms import current_platform
 
-    return not current_platform.is_cpu()
+    if current_platform.is_cpu():
+        return ""
+    if not current_platform.is_cuda():
+        return f"platform {current_platform.device_type}"
+    if not current_platform.has_device_capability(MIN_CUDA_CAPABILITY):
+        major, minor = MIN_CUDA_CAPABILITY
+        return f"GPUs of a compute capability below {major}.{minor}"
+    return ""
+
+
+def _uses_another_backend(config: VllmConfig) -> bool:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if not current_platform.is_cuda():
+        return False
+    attention = config.attention_config
+    return bool(attention.backend_per_kind) or attention.backend not in (
+        None,
+        AttentionBackendEnum.CUSTOM,
+    )
 
 
 def _cache_dtype_differs(config: VllmConfig) -> bool:
@@ -49,9 +74,19 @@ def _has_sliding_window(config: VllmConfig) -> bool:
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
-        "this platform (only the CPU attention path is built in this release)",
-        _platform_is_not_cpu,
+        "this platform (neither a CPU nor an NVIDIA GPU of compute capability 8.0 or more)",
+        lambda _: bool(platform_problem()),
         "install rlkv_vllm[cpu] and serve on the CPU, or start without --profile",
+    ),
+    Refusal(
+        "--attention-backend other than CUSTOM, or one per kind",
+        _uses_another_backend,
+        "remove the flag",
+    ),
+    Refusal(
+        "--enable-dbo, --ubatch-size (micro-batches)",
+        lambda c: bool(c.parallel_config.use_ubatching),
+        "remove the flag",
     ),
     Refusal(
         "--pipeline-parallel-size > 1",
@@ -153,8 +188,18 @@ def check_layer_supported(
     attn_type: str,
     sinks: object | None,
     kv_sharing_target: str | None,
+    other: str = "",
 ) -> None:
     """Refuse an attention layer whose arithmetic the split paths do not have.
+
+    Args:
+        alibi_slopes: as vLLM hands it to an attention implementation.
+        sliding_window: as ``alibi_slopes``.
+        logits_soft_cap: as ``alibi_slopes``.
+        attn_type: as ``alibi_slopes``.
+        sinks: as ``alibi_slopes``.
+        kv_sharing_target: as ``alibi_slopes``.
+        other: names of further options that the implementation does not know.
 
     Raises:
         RlkvError: names the property.
@@ -166,6 +211,7 @@ def check_layer_supported(
         f"attention type {attn_type}": attn_type != "decoder",
         "learned attention sinks": sinks is not None,
         "a KV cache shared with another layer": kv_sharing_target is not None,
+        f"options of their own ({other})": bool(other),
     }
     for what, present in problems.items():
         if present:
