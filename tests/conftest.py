@@ -1,6 +1,17 @@
 """Settings of all tests."""
 
+import importlib.util
+import os
+
 from hypothesis import settings
+
+# Triton's library functions are interpreted or compiled as decided when it is first imported,
+# by whichever test comes first. Only here: engines that tests start know nothing of it.
+if importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 # The same examples every time: a red build must be red again on the next run.
 settings.register_profile("deterministic", derandomize=True, deadline=None)

@@ -1,0 +1,179 @@
+"""Steps of full and streaming heads on a poisoned cache, for tests of the GPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlkv_vllm.kernels.reference import reference_attention
+from rlkv_vllm.kernels.split_attention import LayerCache, Workspace, split_attention, write_cache
+
+
+class SplitStep:
+    """One scheduler step of one layer, laid out as the engine's block managers would.
+
+    Whatever a correct kernel must not read is NaN: freed positions, blocks nobody owns, the null
+    block, the output before it is written.
+
+    Args:
+        requests: (cached tokens, new tokens) of each request; (0, 0) is padding of a CUDA graph.
+        full: per KV head, whether it is a full head.
+        shared: the first requests share the blocks of as many cached tokens (a prefix hit).
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[tuple[int, int]],
+        full: Sequence[bool],
+        *,
+        sink: int,
+        window: int,
+        block_size: int = 16,
+        group: int = 2,
+        head_dim: int = 64,
+        dtype: torch.dtype = torch.float32,
+        shared: int = 0,
+        target_programs: int = 8,
+        seed: int = 0,
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.requests, self.full = list(requests), list(full)
+        self.sink, self.window, self.block_size = sink, window, block_size
+        self.head_dim, self.dtype = head_dim, dtype
+        self.scale = 3.0 / head_dim**0.5  # sharp: a wrong key shows
+        num_heads = len(full)
+        shared -= shared % block_size
+        total = [old + new for old, new in requests]
+        blocks = [-(-n // block_size) for n in total]
+        num_blocks = 2 + 2 * sum(blocks)
+
+        def randn(n: int, heads: int) -> torch.Tensor:
+            return torch.randn(n, heads, head_dim, generator=g).to(dtype)
+
+        prefix_k, prefix_v = randn(shared, num_heads), randn(shared, num_heads)
+        # Caches of the heads lie apart and out of order, as in vLLM's buffers.
+        buffer = torch.full(
+            (num_heads + 1, num_blocks, block_size, 2 * head_dim), float("nan"), dtype=dtype
+        )
+        places = torch.randperm(num_heads + 1, generator=g).tolist()
+        self.caches = [buffer[places[h]] for h in range(num_heads)]
+        free = (1 + torch.randperm(num_blocks - 1, generator=g)).tolist()
+        width = max([*blocks, 1]) + 1
+        # Entries behind a request's blocks are stale ids of others.
+        self.full_table = torch.randint(1, num_blocks, (len(requests), width), generator=g).int()
+        self.ring_table = torch.randint(1, num_blocks, (len(requests), width), generator=g).int()
+        self.q, self.k, self.v = [], [], []
+        full_slots, ring_slots = [], []
+        prefix_blocks = shared // block_size
+        first_ids: dict[bool, list[int]] = {}
+        for r, (old, new) in enumerate(requests):
+            n = total[r]
+            k, v = randn(n, num_heads), randn(n, num_heads)
+            hit = shared if old >= shared else 0
+            k[:hit], v[:hit] = prefix_k[:hit], prefix_v[:hit]
+            self.q.append(randn(n, num_heads * group))
+            self.k.append(k)
+            self.v.append(v)
+            for kind, table in ((True, self.full_table), (False, self.ring_table)):
+                ids = [free.pop() for _ in range(blocks[r])]
+                if hit:
+                    mine = first_ids.setdefault(kind, ids[:prefix_blocks])
+                    ids[:prefix_blocks] = mine
+                table[r, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+                first_visible = max(0, old - window + 1)
+                for p in range(old):
+                    # A ring has given back what left the window: its entries are stale.
+                    if kind or p < sink or p >= first_visible:
+                        at = ids[p // block_size], p % block_size
+                        for h in range(num_heads):
+                            if full[h] == kind:
+                                self.caches[h][at] = torch.cat([k[p, h], v[p, h]])
+                # Lean prefill: what is out of the window when the chunk ends gets no block.
+                lean_from = -(-sink // block_size)
+                lean_to = max(0, n - window + 1) // block_size
+                for p in range(old, old + new):
+                    block = p // block_size
+                    lean = not kind and lean_from <= block < lean_to and block * block_size >= old
+                    slot = (0 if lean else ids[block]) * block_size + p % block_size
+                    (full_slots if kind else ring_slots).append(slot)
+        # Rows behind the last request are padding, as in a CUDA graph.
+        self.padding = 3
+        self.full_slots = torch.tensor(full_slots + [-1] * self.padding)
+        self.ring_slots = torch.tensor(ring_slots + [-1] * self.padding)
+        lengths = [new for _, new in requests]
+        self.query_start_loc = torch.tensor([0, *lengths]).cumsum(0).int()
+        self.seq_lens = torch.tensor(total, dtype=torch.int32)
+        self.max_query_len = max(lengths)
+        self.cache = LayerCache.of(self.caches, [not kind for kind in full])
+        self.workspace = Workspace.of(
+            max_requests=len(requests),
+            num_q_heads=num_heads * group,
+            num_kv_heads=num_heads,
+            head_dim=head_dim,
+            device="cpu",
+            target_programs=target_programs,
+        )
+        self.workspace.output.fill_(float("nan"))
+        self.workspace.lse.fill_(float("nan"))
+
+    def _new_rows(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        rows = [t[old : old + new] for t, (old, new) in zip(tensors, self.requests, strict=True)]
+        rows.append(torch.full((self.padding, *rows[0].shape[1:]), float("nan"), dtype=self.dtype))
+        return torch.cat(rows)
+
+    def _fused(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Q, K and V as views on one projection's output: not contiguous."""
+        q, k, v = (self._new_rows(t) for t in (self.q, self.k, self.v))
+        qkv = torch.cat([t.flatten(1) for t in (q, k, v)], dim=1)
+        parts = qkv.split([t[0].numel() for t in (q, k, v)], dim=1)
+        q, k, v = (part.view(t.shape) for part, t in zip(parts, (q, k, v), strict=True))
+        return q, k, v
+
+    def run(self) -> torch.Tensor:
+        """Output of the kernels, ``[N, Q, D]`` without padding; padding must stay untouched."""
+        q, k, v = self._fused()
+        out = torch.full(q.shape, float("nan"), dtype=self.dtype)
+        write_cache(k, v, self.cache, self.full_slots, self.ring_slots)
+        split_attention(
+            q,
+            k,
+            v,
+            out,
+            self.cache,
+            full_table_RB=self.full_table,
+            ring_table_RB=self.ring_table,
+            query_start_loc=self.query_start_loc,
+            seq_lens=self.seq_lens,
+            max_query_len=self.max_query_len,
+            workspace=self.workspace,
+            sink=self.sink,
+            window=self.window,
+            scale=self.scale,
+        )
+        assert out[-self.padding :].isnan().all(), "rows of padding were written"
+        return out[: -self.padding]
+
+    def expected(self) -> torch.Tensor:
+        """The oracle's output in float32."""
+        full_heads = [h for h, kind in enumerate(self.full) if kind]
+        return torch.cat(
+            [
+                reference_attention(
+                    q[old:].float(),
+                    k.float(),
+                    v.float(),
+                    full_heads=full_heads,
+                    sink=self.sink,
+                    window=self.window,
+                    scale=self.scale,
+                )
+                for q, k, v, (old, new) in zip(self.q, self.k, self.v, self.requests, strict=True)
+                if new
+            ]
+        )
+
+    def owned_slots(self, head: int) -> set[int]:
+        """Slots of a head that this step may write."""
+        slots = self.full_slots if self.full[head] else self.ring_slots
+        return {int(slot) for slot in slots if slot >= self.block_size}
