@@ -121,14 +121,18 @@ class Forecast:
         full = self.geometry.full_blocks(num_tokens) if self.groups.allocation.num_full else 0
         return full + self.groups.num_ring_groups * self.geometry.ring_blocks(num_tokens)
 
-    def admission_blocks(self, num_tokens: int) -> int:
-        """Blocks that must be free for it: while a chunk is prefilled, the window before it and
-        the one at its end are both held.
+    def admission_blocks(self, num_tokens: int, steps_in_flight: int = 1) -> int:
+        """Blocks that must be free for it: while chunks are prefilled, the window before each
+        that is in flight and the one at the end are held.
+
+        Args:
+            num_tokens: length of the request.
+            steps_in_flight: 2 with asynchronous scheduling.
         """
         geometry, groups = self.geometry, self.groups
         window = _blocks(geometry.window - 1, geometry.block_size) + 1
         ring = min(
-            _blocks(geometry.sink, geometry.block_size) + 2 * window,
+            _blocks(geometry.sink, geometry.block_size) + (1 + steps_in_flight) * window,
             geometry.full_blocks(num_tokens),
         )
         full = geometry.full_blocks(num_tokens) if groups.allocation.num_full else 0

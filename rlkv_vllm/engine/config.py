@@ -64,6 +64,7 @@ class SplitPlan:
         forecast: packing of the heads, cache sizes, exact byte and block accounting.
         retention_interval: prompt tokens between two retained tails; 0: none.
         max_model_len: longest request (tokens).
+        steps_in_flight: scheduled steps whose results are not known yet.
     """
 
     config: SplitConfig
@@ -73,6 +74,12 @@ class SplitPlan:
     forecast: Forecast
     retention_interval: int
     max_model_len: int
+    steps_in_flight: int = 1
+
+    @property
+    def admission_blocks(self) -> int:
+        """Blocks that must be free for the longest request."""
+        return self.forecast.admission_blocks(self.max_model_len, self.steps_in_flight)
 
     @property
     def geometry(self) -> CacheGeometry:
@@ -134,6 +141,7 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
         _retention_interval(vllm_config, config),
         model.dtype.itemsize,
         model.max_model_len,
+        vllm_config.max_concurrent_batches,
     )
 
 
@@ -156,6 +164,7 @@ def _plan(
     retention_interval: int,
     dtype_bytes: int,
     max_model_len: int,
+    steps_in_flight: int,
 ) -> SplitPlan:
     # instance_id: every engine reads the profile anew, all layers of one engine the same.
     del instance_id
@@ -198,6 +207,7 @@ def _plan(
         forecast=forecast,
         retention_interval=_fit_interval(retention_interval, geometry.window, geometry.block_size),
         max_model_len=max_model_len,
+        steps_in_flight=steps_in_flight,
     )
 
 

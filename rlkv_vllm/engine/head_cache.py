@@ -202,4 +202,5 @@ def _spec(
         retention_interval=plan.retention_interval,
         num_groups=plan.groups.num_ring_groups + 1,
         chunk_blocks=cdiv(vllm_config.max_in_flight_tokens, plan.geometry.block_size),
+        steps_in_flight=vllm_config.max_concurrent_batches,
     )

@@ -43,6 +43,7 @@ class RingManager(SlidingWindowManager):
         self.segment_blocks = kv_cache_spec.retention_interval // self.block_size
         self.num_groups = kv_cache_spec.num_groups
         self.chunk_blocks = kv_cache_spec.chunk_blocks
+        self.steps_in_flight = kv_cache_spec.steps_in_flight
         # First block index not yet looked at by remove_skipped_blocks.
         self._swept: dict[str, int] = {}
         # Block indices that are given back when the running step is scheduled.
@@ -77,9 +78,10 @@ class RingManager(SlidingWindowManager):
         needed = self._num_real_blocks(first, num_tokens)
         kept = self._kept_of_hit(new_computed_blocks, total_computed_tokens)
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
-            # The window before a chunk is held beside the one at its end.
+            # The windows before the chunks in flight are held beside the one at the end.
             held = min(
-                needed + self.window_blocks, max(cdiv(num_tokens, self.block_size) - first, 0)
+                needed + self.steps_in_flight * self.window_blocks,
+                max(cdiv(num_tokens, self.block_size) - first, 0),
             )
             # The cap is on all that the request holds, a hit's sinks and window included.
             hit = sum(not block.is_null for block in kept)
@@ -122,7 +124,9 @@ class RingManager(SlidingWindowManager):
             return
         # What all other requests may still ask for in this step, at the most.
         reserve = self.chunk_blocks + self.num_groups * (
-            len(self.req_to_blocks) + self.num_sink_blocks + 2 * self.window_blocks
+            len(self.req_to_blocks)
+            + self.num_sink_blocks
+            + (1 + self.steps_in_flight) * self.window_blocks
         )
         if self.block_pool.get_num_free_blocks() - len(tails) < reserve:
             return

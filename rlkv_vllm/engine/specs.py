@@ -26,7 +26,9 @@ class RingSpec(SlidingWindowSpec):
             prefix cache every so many tokens (a multiple of the block size);
             0 keeps none.
         num_groups: KV cache groups of the model, full one included.
-        chunk_blocks: most blocks of one group that a scheduler step can ask for.
+        chunk_blocks: most blocks of one group that the steps in flight can ask for.
+        steps_in_flight: scheduled steps whose results are not known yet: 2 with
+            asynchronous scheduling, else 1.
     """
 
     sink: int
@@ -34,6 +36,7 @@ class RingSpec(SlidingWindowSpec):
     retention_interval: int = 0
     num_groups: int = 1
     chunk_blocks: int = 0
+    steps_in_flight: int = 1
 
     @property
     def num_sink_blocks(self) -> int:
@@ -53,11 +56,11 @@ class RingSpec(SlidingWindowSpec):
         While a chunk runs, a request holds its sinks, the window before the
         chunk and the window at its end: chunk positions that are out of the
         window when the chunk ends are never allocated. So the bound does not
-        depend on the chunk's length. One batch runs at a time: with several in
-        flight (refused in ``engine.support``) each would hold one more window.
+        depend on the chunk's length. Blocks are freed when a step's results are
+        known, so each further step in flight holds one more window.
         """
         del max_in_flight_tokens
-        ring = self.num_sink_blocks + 2 * self.window_blocks
+        ring = self.num_sink_blocks + (1 + self.steps_in_flight) * self.window_blocks
         return min(ring, cdiv(max_model_len, self.block_size))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:

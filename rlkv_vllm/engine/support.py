@@ -122,11 +122,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove the flag",
     ),
     Refusal(
-        "--async-scheduling (several batches in flight)",
-        lambda c: bool(c.scheduler_config.async_scheduling),
-        "remove the flag",
-    ),
-    Refusal(
         "--max-model-len auto (the packing of the heads depends on it)",
         lambda c: c.model_config.original_max_model_len == -1,
         "give a number; `rlkv profile plan` shows what fits",

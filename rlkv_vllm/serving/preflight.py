@@ -229,10 +229,10 @@ def check_capacity(plan: SplitPlan, cache_bytes: int | None) -> None:
     """
     tokens = plan.max_model_len
     forecast = plan.forecast
-    if cache_bytes is None or forecast.num_blocks(cache_bytes) > forecast.admission_blocks(tokens):
+    if cache_bytes is None or forecast.num_blocks(cache_bytes) > plan.admission_blocks:
         return
     block_bytes = max(forecast.block_bytes(rank) for rank in forecast.ranks)
-    need = forecast.admission_blocks(tokens) * block_bytes
+    need = plan.admission_blocks * block_bytes
     raise RlkvError(
         f"--kv-cache-memory-bytes {cache_bytes:,}: one request of --max-model-len {tokens:,} "
         f"needs {need:,} bytes and a spare block: raise the one or lower the other"

@@ -101,7 +101,7 @@ def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, pro
         "context-parallel",
         "sliding-window",
         "--max-model-len auto",
-        "async-scheduling",
+        "micro-batches",
     ],
 )
 def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> None:
@@ -125,14 +125,13 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         pipeline_parallel_size=1,
         prefill_context_parallel_size=1,
         decode_context_parallel_size=2 if what == "context-parallel" else 1,
+        use_ubatching=what == "micro-batches",
     )
     fake: Any = SimpleNamespace(
         model_config=SimpleNamespace(**flags),
         parallel_config=parallel,
         cache_config=real.cache_config,
-        scheduler_config=SimpleNamespace(
-            disable_hybrid_kv_cache_manager=False, async_scheduling=what == "async-scheduling"
-        ),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
         kv_transfer_config=object() if what == "kv-transfer" else None,
     )

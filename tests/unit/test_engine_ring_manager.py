@@ -36,6 +36,7 @@ def make_manager(
     num_rings: int = 1,
     caching: bool = True,
     chunk: int = 512,
+    steps_in_flight: int = 1,
 ) -> KVCacheManager:
     ring = RingSpec(
         **GEOMETRY,
@@ -44,6 +45,7 @@ def make_manager(
         retention_interval=retention_interval,
         num_groups=1 + num_rings,
         chunk_blocks=chunk // BLOCK,
+        steps_in_flight=steps_in_flight,
     )
     groups = [KVCacheGroupSpec(["full"], FullAttentionSpec(**GEOMETRY))]
     groups += [KVCacheGroupSpec([f"ring{i}"], ring) for i in range(num_rings)]
@@ -233,12 +235,14 @@ def test_hit_tables_hold_sinks_and_window_only() -> None:
     assert real[1] >= (688 - 64) // BLOCK
 
 
-def test_admission_covers_the_peak() -> None:
-    spec = ring_of(make_manager()).kv_cache_spec
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_admission_covers_the_peak(steps_in_flight: int) -> None:
+    spec = ring_of(make_manager(steps_in_flight=steps_in_flight)).kv_cache_spec
     assert isinstance(spec, RingSpec)
     cap = spec.max_admission_blocks_per_request(512, 8192)
+    peaks = []
     for chunk in (48, 100, 512):
-        manager = make_manager(caching=False)
+        manager = make_manager(caching=False, steps_in_flight=steps_in_flight)
         request = make_request("a", list(range(1000)))
         steps = Steps(manager)
         steps.start(request)
@@ -246,11 +250,18 @@ def test_admission_covers_the_peak() -> None:
         while request.num_computed_tokens < 1000:
             manager.new_step_starts()
             new = min(chunk, 1000 - request.num_computed_tokens)
+            # The scheduler has counted these tokens, their step is still running.
+            request.num_in_flight_tokens = min(
+                request.num_computed_tokens, chunk * (steps_in_flight - 1)
+            )
             assert manager.allocate_slots(request, new) is not None
             peak = max(peak, len(held(manager, request)))
             manager.take_new_block_ids()
             request.num_computed_tokens += new
-        assert peak <= cap
+        peaks.append(peak)
+    assert max(peaks) <= cap
+    # Tight: a cap for fewer steps in flight would not do.
+    assert max(peaks) > cap - spec.window_blocks
 
 
 def test_specs_of_different_groups_do_not_merge() -> None:
