@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from rlkv_vllm.kernels.reference import reference_attention
 from rlkv_vllm.kernels.split_attention import LayerCache, Workspace, split_attention, write_cache
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let Triton's interpreter multiply bfloat16: it keeps them as uint16 and multiplies those.
+
+    Products in float32 of bfloat16 values are what tensor cores compute.
+    """
+    builder = interpreter.interpreter_builder
+    dot = builder.create_dot
+
+    def create_dot(a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = builder.cast_impl(a, tl.float32), builder.cast_impl(b, tl.float32)
+        return dot(a, b, *rest)
+
+    with patch.object(builder, "create_dot", create_dot):
+        yield
 
 
 class SplitStep:
@@ -113,18 +136,20 @@ class SplitStep:
             head_dim=head_dim,
             device="cpu",
             target_programs=target_programs,
+            capability=90,
         )
         self.workspace.output.fill_(float("nan"))
         self.workspace.lse.fill_(float("nan"))
 
-    def _new_rows(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+    def new_rows(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The rows of this step, ``[N + padding, heads, D]``."""
         rows = [t[old : old + new] for t, (old, new) in zip(tensors, self.requests, strict=True)]
         rows.append(torch.full((self.padding, *rows[0].shape[1:]), float("nan"), dtype=self.dtype))
         return torch.cat(rows)
 
     def _fused(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Q, K and V as views on one projection's output: not contiguous."""
-        q, k, v = (self._new_rows(t) for t in (self.q, self.k, self.v))
+        q, k, v = (self.new_rows(t) for t in (self.q, self.k, self.v))
         qkv = torch.cat([t.flatten(1) for t in (q, k, v)], dim=1)
         parts = qkv.split([t[0].numel() for t in (q, k, v)], dim=1)
         q, k, v = (part.view(t.shape) for part, t in zip(parts, (q, k, v), strict=True))
@@ -134,23 +159,24 @@ class SplitStep:
         """Output of the kernels, ``[N, Q, D]`` without padding; padding must stay untouched."""
         q, k, v = self._fused()
         out = torch.full(q.shape, float("nan"), dtype=self.dtype)
-        write_cache(k, v, self.cache, self.full_slots, self.ring_slots)
-        split_attention(
-            q,
-            k,
-            v,
-            out,
-            self.cache,
-            full_table_RB=self.full_table,
-            ring_table_RB=self.ring_table,
-            query_start_loc=self.query_start_loc,
-            seq_lens=self.seq_lens,
-            max_query_len=self.max_query_len,
-            workspace=self.workspace,
-            sink=self.sink,
-            window=self.window,
-            scale=self.scale,
-        )
+        with bfloat16_products():
+            write_cache(k, v, self.cache, self.full_slots, self.ring_slots)
+            split_attention(
+                q,
+                k,
+                v,
+                out,
+                self.cache,
+                full_table_RB=self.full_table,
+                ring_table_RB=self.ring_table,
+                query_start_loc=self.query_start_loc,
+                seq_lens=self.seq_lens,
+                max_query_len=self.max_query_len,
+                workspace=self.workspace,
+                sink=self.sink,
+                window=self.window,
+                scale=self.scale,
+            )
         assert out[-self.padding :].isnan().all(), "rows of padding were written"
         return out[: -self.padding]
 
@@ -172,8 +198,3 @@ class SplitStep:
                 if new
             ]
         )
-
-    def owned_slots(self, head: int) -> set[int]:
-        """Slots of a head that this step may write."""
-        slots = self.full_slots if self.full[head] else self.ring_slots
-        return {int(slot) for slot in slots if slot >= self.block_size}

@@ -15,8 +15,8 @@ import math
 import torch
 
 from rlkv_vllm.kernels.layer_cache import LayerCache
-from rlkv_vllm.kernels.triton_decode import Workspace, decode
-from rlkv_vllm.kernels.triton_prefill import prefill
+from rlkv_vllm.kernels.triton_decode import DecodeConfig, Workspace, decode, decode_config
+from rlkv_vllm.kernels.triton_prefill import PrefillConfig, prefill, prefill_config
 from rlkv_vllm.kernels.triton_write import write_cache
 
 __all__ = ["LayerCache", "Workspace", "split_attention", "write_cache"]
@@ -38,6 +38,8 @@ def split_attention(
     sink: int,
     window: int,
     scale: float,
+    decode_with: DecodeConfig | None = None,
+    prefill_with: PrefillConfig | None = None,
 ) -> None:
     """Attend after :func:`write_cache` wrote the step.
 
@@ -63,8 +65,11 @@ def split_attention(
         sink: first tokens that a streaming head sees.
         window: last tokens that a streaming head sees, the query's own included.
         scale: factor on ``q @ k``.
+        decode_with: launch parameters of decode instead of the default ones.
+        prefill_with: the same of prefill.
     """
     scale_log2 = scale * math.log2(math.e)
+    head_dim, itemsize = query_NQD.shape[2], query_NQD.element_size()
     decode(
         query_NQD,
         output_NQD,
@@ -77,6 +82,7 @@ def split_attention(
         sink=sink,
         window=window,
         scale_log2=scale_log2,
+        config=decode_with or decode_config(head_dim, itemsize),
     )
     if max_query_len > 1:
         prefill(
@@ -92,4 +98,5 @@ def split_attention(
             sink=sink,
             window=window,
             scale_log2=scale_log2,
+            config=prefill_with or prefill_config(head_dim, itemsize, workspace.capability),
         )

@@ -44,9 +44,12 @@ class DecodeConfig:
 
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
-    """Launch parameters by the bytes of a row: about 32 KiB of keys and values per stage."""
+    """Launch parameters by the bytes of a row: about 32 KiB of keys and values per tile.
+
+    A page lookup takes two of the stages, so five hold two tiles of keys in flight.
+    """
     row = triton.next_power_of_2(head_dim) * itemsize
-    return DecodeConfig(block_n=max(16, min(64, 16384 // row)), num_warps=4, num_stages=3)
+    return DecodeConfig(block_n=max(16, min(64, 16384 // row)), num_warps=4, num_stages=5)
 
 
 @triton.jit
@@ -229,11 +232,13 @@ class Workspace:
         output: float32, room for ``[R, Q, S, D]`` of any batch.
         lse: float32, room for ``[R, Q, S]``.
         target_programs: programs that a launch aims for.
+        capability: compute capability of the device, e.g. 90.
     """
 
     output: torch.Tensor
     lse: torch.Tensor
     target_programs: int
+    capability: int
 
     @classmethod
     def of(
@@ -245,6 +250,7 @@ class Workspace:
         head_dim: int,
         device: torch.device | str,
         target_programs: int | None = None,
+        capability: int | None = None,
     ) -> Workspace:
         """Allocate for batches of up to ``max_requests`` requests.
 
@@ -254,16 +260,14 @@ class Workspace:
             num_kv_heads: KV heads of a layer on this rank.
             head_dim: head dimension.
             device: of the cache.
-            target_programs: programs that a launch aims for; default by the device.
+            target_programs: programs that a launch aims for; must be given where the device is
+                no GPU.
+            capability: compute capability; likewise.
         """
-        device = torch.device(device)
-        if target_programs is None:
-            sms = (
-                torch.cuda.get_device_properties(device).multi_processor_count
-                if device.type == "cuda"
-                else 1
-            )
-            target_programs = PROGRAMS_PER_SM * sms
+        if target_programs is None or capability is None:
+            properties = torch.cuda.get_device_properties(device)
+            target_programs = target_programs or PROGRAMS_PER_SM * properties.multi_processor_count
+            capability = capability or 10 * properties.major + properties.minor
         rows = num_q_heads * max(
             requests * num_splits(requests, full, target_programs)
             for requests in range(1, max_requests + 1)
@@ -273,6 +277,7 @@ class Workspace:
             output=torch.empty(rows * head_dim, dtype=torch.float32, device=device),
             lse=torch.empty(rows, dtype=torch.float32, device=device),
             target_programs=target_programs,
+            capability=capability,
         )
 
 
@@ -289,15 +294,13 @@ def decode(
     sink: int,
     window: int,
     scale_log2: float,
-    config: DecodeConfig | None = None,
+    config: DecodeConfig,
 ) -> None:
     """Attention of all requests with exactly one new token; see :func:`split_attention`."""
     num_requests = seq_lens.shape[0]
     num_q_heads, head_dim = query_NQD.shape[1:]
     group = num_q_heads // cache.num_heads
     splits = num_splits(num_requests, cache.num_full, workspace.target_programs)
-    if config is None:
-        config = decode_config(head_dim, query_NQD.element_size())
     head_dim_pad = triton.next_power_of_2(head_dim)
     decode_kernel[(splits, cache.num_heads, num_requests)](
         query_NQD,

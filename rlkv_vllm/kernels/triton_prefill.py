@@ -36,12 +36,17 @@ class PrefillConfig:
     num_stages: int
 
 
-def prefill_config(head_dim: int, itemsize: int) -> PrefillConfig:
-    """Launch parameters by the bytes of a row, so that accumulators stay in registers."""
+def prefill_config(head_dim: int, itemsize: int, capability: int) -> PrefillConfig:
+    """Launch parameters that keep the accumulators in registers, by the bytes of a row.
+
+    `benchmarks/kernel_resources.py` shows it: on sm_80 wider tiles spill, on sm_90 they do not.
+    """
     row = triton.next_power_of_2(head_dim) * itemsize
-    if row <= 256:
-        return PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=2)
-    return PrefillConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
+    if row > 256:
+        return PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
+    return PrefillConfig(
+        block_m=128, block_n=64 if capability >= 90 else 32, num_warps=8, num_stages=2
+    )
 
 
 @triton.jit
@@ -213,15 +218,13 @@ def prefill(
     sink: int,
     window: int,
     scale_log2: float,
-    config: PrefillConfig | None = None,
+    config: PrefillConfig,
 ) -> None:
     """Attention of all requests with several new tokens; see :func:`split_attention`."""
     n, num_q_heads, head_dim = query_NQD.shape
     num_requests = seq_lens.shape[0]
     group = num_q_heads // cache.num_heads
     group_pad = triton.next_power_of_2(group)
-    if config is None:
-        config = prefill_config(head_dim, query_NQD.element_size())
     block_m = max(config.block_m, group_pad)
     num_tiles = n // (block_m // group_pad) + num_requests
     prefill_kernel[(cache.num_heads, num_tiles)](
