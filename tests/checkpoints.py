@@ -35,21 +35,21 @@ NUM_LAYERS, NUM_KV_HEADS, NUM_Q_HEADS, HEAD_DIM, VOCAB = 4, 4, 8, 32, 512
 def make_checkpoint(architecture: str, path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write a random float32 checkpoint without a tokenizer and return its folder."""
     config_cls, model_cls = ARCHITECTURES[architecture]
-    config = config_cls(
-        num_hidden_layers=NUM_LAYERS,
-        hidden_size=256,
-        intermediate_size=192,
-        num_attention_heads=NUM_Q_HEADS,
-        num_key_value_heads=NUM_KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab_size=VOCAB,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        sliding_window=None,
-        bos_token_id=1,
-        eos_token_id=2,
-        **overrides,
-    )
+    settings: dict[str, Any] = {
+        "num_hidden_layers": NUM_LAYERS,
+        "hidden_size": 256,
+        "intermediate_size": 192,
+        "num_attention_heads": NUM_Q_HEADS,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = config_cls(**(settings | overrides))
     torch.manual_seed(seed)
     model = model_cls(config).float()
     with torch.no_grad():
