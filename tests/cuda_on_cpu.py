@@ -1,9 +1,9 @@
 """Engines on the CPU whose attention is the CUDA backend under Triton's interpreter.
 
 A program of its own: kernels are interpreted or compiled as decided when they are imported. All
-that is exchanged is the registered backend, and told what device to plan launches for; engine,
-scheduler, block managers, cache layers and metadata are those of any other engine. Reads a JSON list of :class:`Scenario` fields, prints one
-JSON list of results.
+that is exchanged is the registered backend, which is told what device to plan launches for; engine,
+scheduler, block managers, cache layers and metadata are those of any other engine. Reads a JSON
+list of :class:`Scenario` fields, prints one JSON list of results.
 """
 
 from __future__ import annotations

@@ -153,9 +153,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         if self.plan is None or self.heads is not None:
             return
         self._isa = _get_attn_isa(act_dtype, self.plan.geometry.block_size, self.head_size)
-        self.heads = register_layer(
-            self, self.plan, self._vllm_config, act_dtype, self._drop_views
-        )
+        self.heads = register_layer(self, self.plan, self._vllm_config, act_dtype, self._drop_views)
         self._head_index = [self._indices(group) for group in self.heads.groups]
 
     def _indices(self, group: HeadGroup) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -156,9 +156,7 @@ class SplitCUDAMetadataBuilder(AttentionMetadataBuilder[SplitCUDAMetadata]):
         )
 
 
-_workspaces: weakref.WeakValueDictionary[tuple[Any, ...], Workspace] = (
-    weakref.WeakValueDictionary()
-)
+_workspaces: weakref.WeakValueDictionary[tuple[Any, ...], Workspace] = weakref.WeakValueDictionary()
 
 
 def _shared_workspace(**sizes: Any) -> Workspace:

@@ -56,7 +56,7 @@ def _split_is_configured() -> bool:
 def _guard(name: str) -> type[AttentionBackend]:
     stock: Any = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
 
-    class Guard(stock):  # type: ignore[misc]
+    class Guard(stock):
         __doc__ = f"vLLM's {name}; refuses a model whose KV cache is to be split."
 
         @classmethod

