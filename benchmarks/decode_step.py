@@ -26,6 +26,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from dummy_model import Shape, enter_into_prefix_cache, write_model
+
 VARIANTS = ("stock", "all-full", "split")
 
 
@@ -52,40 +54,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_model(args: argparse.Namespace, folder: Path) -> None:
-    """A config without weights, and a profile with uneven random gates."""
-    from transformers import Qwen3Config
-
-    from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
-    from rlkv_vllm.profile.schema import HeadProfile, Provenance
-
-    Qwen3Config(
-        num_hidden_layers=args.layers,
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_attention_heads=args.q_heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        vocab_size=4096,
-        max_position_embeddings=65536,
-        architectures=["Qwen3ForCausalLM"],
-    ).save_pretrained(folder)
-    rng = random.Random(0)
-    profile = HeadProfile(
-        model=load_model_fingerprint(str(folder)),
-        gates=[[rng.random() for _ in range(args.kv_heads)] for _ in range(args.layers)],
-        sink=args.sink,
-        window=args.window,
-        provenance=Provenance(method="random", created=date.today()),
-    )
-    save_profile(profile, folder / "profile.json")
-
-
 def worker(args: argparse.Namespace) -> None:
     """Serve turns: one line in, step times in seconds as one JSON line out."""
     import torch
     from vllm import LLM, SamplingParams
-    from vllm.v1.request import Request
 
     additional = {}
     if args.worker != "stock":
@@ -118,25 +90,12 @@ def worker(args: argparse.Namespace) -> None:
         values = torch.empty(0, dtype=torch.bfloat16).set_(storage)
         for part in values.split(len(pattern)):  # touch every page
             part.copy_(pattern[: len(part)])
-    manager = core.scheduler.kv_cache_manager
-    hasher = core.request_block_hasher
     params = SamplingParams(temperature=0, max_tokens=budget, ignore_eos=True, detokenize=False)
     rng = random.Random(1)
     # One token more than is cached: a context of whole blocks leaves nothing to prefill.
     size = args.context + 1
     prompts = [[rng.randrange(5, 4000) for _ in range(size)] for _ in range(args.batch)]
-    for i, prompt in enumerate(prompts):
-        request = Request(
-            request_id=f"warm-{i}",
-            prompt_token_ids=prompt,
-            sampling_params=params,
-            pooling_params=None,
-            block_hasher=hasher,
-        )
-        manager.new_step_starts()
-        assert manager.allocate_slots(request, size) is not None
-        manager.take_new_block_ids()
-        manager.free(request)
+    enter_into_prefix_cache(llm, prompts, params)
     for i, prompt in enumerate(prompts):
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
     while len(core.scheduler.running) < args.batch or any(
@@ -201,7 +160,15 @@ def main() -> None:
     variants = args.variants.split(",")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(args, folder)
+        shape = Shape(
+            args.layers,
+            args.hidden,
+            args.intermediate,
+            args.q_heads,
+            args.kv_heads,
+            args.head_dim,
+        )
+        write_model(shape, folder, sink=args.sink, window=args.window)
         processes = {variant: start(args, variant, folder) for variant in variants}
         times: dict[str, list[float]] = {variant: [] for variant in variants}
         for _ in range(args.rounds):

@@ -298,7 +298,8 @@ class SplitCUDAImpl(AttentionImpl[SplitCUDAMetadata]):
         if attn_metadata is None:
             return output.fill_(0)
         assert self._parts, "the head caches are not bound"
-        assert output_scale is None and output_block_scale is None
+        assert output_scale is None
+        assert output_block_scale is None
         steps = step_metadata()
         geometry = self.plan.geometry
         n = attn_metadata.num_actual_tokens
