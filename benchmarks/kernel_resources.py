@@ -102,9 +102,7 @@ def compile_case(
         compiled.append((self.fn.__name__, kernel, kwargs.get("NUM_SPLITS", 1)))
         return kernel
 
-    caches = [
-        torch.empty(4, block_size, 2 * head_dim, dtype=kind) for _ in range(num_heads)
-    ]
+    caches = [torch.empty(4, block_size, 2 * head_dim, dtype=kind) for _ in range(num_heads)]
     cache = LayerCache.of(caches, [h % 2 == 1 for h in range(num_heads)])
     workspace = Workspace.of(
         max_requests=num_requests,
@@ -205,8 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     rows: list[Resources] = []
     print(f"triton {triton.__version__}, torch {torch.__version__}", file=sys.stderr)
-    print("| kernel | sm | dtype | head_dim | group | block | splits | registers | spilled | "
-          "shared | warps | programs per SM |")
+    print(
+        "| kernel | sm | dtype | head_dim | group | block | splits | registers | spilled | "
+        "shared | warps | programs per SM |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for capability in args.capability:
         for head_dim in args.head_dim:
@@ -218,8 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for row in found:
                         if row not in rows:
                             rows.append(row)
-                            print("| " + " | ".join(str(v) for v in asdict(row).values()) + " |",
-                                  flush=True)
+                            print(
+                                "| " + " | ".join(str(v) for v in asdict(row).values()) + " |",
+                                flush=True,
+                            )
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     spilling = [row for row in rows if row.kernel == "decode_kernel" and row.spilled]
