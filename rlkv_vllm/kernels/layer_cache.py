@@ -1,4 +1,4 @@
-"""What the GPU kernels know of a layer's cache: where each KV head's pages lie and of what kind it is."""
+"""What the GPU kernels know of a layer's cache: where each KV head's pages lie, and its kind."""
 
 from __future__ import annotations
 

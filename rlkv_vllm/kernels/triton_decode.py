@@ -69,7 +69,9 @@ def key_range(seq_len, streaming, sink, window):
 
 
 @triton.jit
-def keys_per_split(num_keys, NUM_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr, BLOCK_N: tl.constexpr):
+def keys_per_split(
+    num_keys, NUM_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Keys that one split of a full head takes."""
     tiles = tl.cdiv(tl.cdiv(num_keys, BLOCK_N), NUM_SPLITS)
     return tl.maximum(tiles, MIN_TILES) * BLOCK_N
@@ -142,7 +144,7 @@ def decode_kernel(
     )
     pages = cache + tl.load(head_offsets + head) * OFFSET_UNIT
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
@@ -155,16 +157,16 @@ def decode_kernel(
         v = tl.load(
             pages + at[:, None] + D + d[None, :], mask=in_split[:, None] & in_d[None, :], other=0.0
         )
-        m, l, acc = attend_tile(q, k, v, in_split[None, :], m, l, acc, scale_log2)
+        m, norm, acc = attend_tile(q, k, v, in_split[None, :], m, norm, acc, scale_log2)
 
-    acc = acc / l[:, None]
+    acc = acc / norm[:, None]
     if per_split >= num_keys:
         to = output + row.to(tl.int64) * output_stride_n + heads[:, None] * output_stride_h
         tl.store(to + d[None, :], acc.to(output.dtype.element_ty), mask=rows_mask)
     else:
         at_row = (request * tl.num_programs(1) * GROUP + heads).to(tl.int64) * NUM_SPLITS + split
         tl.store(partial_output + at_row[:, None] * D + d[None, :], acc, mask=rows_mask)
-        tl.store(partial_lse + at_row, m + tl.log2(l), mask=g < GROUP)
+        tl.store(partial_lse + at_row, m + tl.log2(norm), mask=g < GROUP)
 
 
 @triton.jit

@@ -151,7 +151,7 @@ def prefill_kernel(
 
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
 
     # Before the chunk: from the pages.
     pages = cache + tl.load(head_offsets + head) * OFFSET_UNIT
@@ -170,7 +170,7 @@ def prefill_kernel(
         )
         in_window = position[None, :] > q_position[:, None] - window
         visible = exists[None, :] & (in_window | (position < sink)[None, :])
-        m, l, acc = attend_tile(q, k, v, visible, m, l, acc, scale_log2)
+        m, norm, acc = attend_tile(q, k, v, visible, m, norm, acc, scale_log2)
 
     # The chunk itself: from the step's inputs.
     new_sinks = tl.maximum(num_sinks - chunk, 0)
@@ -197,9 +197,9 @@ def prefill_kernel(
         seen = position[None, :] <= q_position[:, None]
         in_window = position[None, :] > q_position[:, None] - window
         visible = exists[None, :] & seen & (in_window | (position < sink)[None, :])
-        m, l, acc = attend_tile(q, k, v, visible, m, l, acc, scale_log2)
+        m, norm, acc = attend_tile(q, k, v, visible, m, norm, acc, scale_log2)
 
-    acc = acc / l[:, None]
+    acc = acc / norm[:, None]
     to = output + rows64 * output_stride_n + heads[:, None] * output_stride_h
     tl.store(to + d[None, :], acc.to(output.dtype.element_ty), mask=row_mask)
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def attend_tile(q, k, v, visible, m, l, acc, scale_log2):
+def attend_tile(q, k, v, visible, m, norm, acc, scale_log2):
     """Online softmax over one more tile of keys.
 
     Args:
@@ -16,12 +16,12 @@ def attend_tile(q, k, v, visible, m, l, acc, scale_log2):
         v: ``[N, D]`` values.
         visible: ``[M, N]``, which query sees which key.
         m: ``[M]`` running maximum of the scores, in units of log2.
-        l: ``[M]`` running sum of ``2 ** (score - m)``.
+        norm: ``[M]`` running sum of ``2 ** (score - m)``.
         acc: ``[M, D]`` running sum of weighted values, not normalised.
         scale_log2: softmax scale times log2(e).
 
     Returns:
-        New ``m``, ``l`` and ``acc``.
+        New ``m``, ``norm`` and ``acc``.
     """
     scores = tl.dot(q, k, input_precision="ieee") * scale_log2
     scores = tl.where(visible, scores, float("-inf"))
@@ -30,9 +30,9 @@ def attend_tile(q, k, v, visible, m, l, acc, scale_log2):
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(scores - m_safe[:, None])
     shrink = tl.exp2(m - m_safe)
-    l_new = l * shrink + tl.sum(p, 1)
+    norm_new = norm * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return m_new, l_new, acc
+    return m_new, norm_new, acc
 
 
 @triton.jit

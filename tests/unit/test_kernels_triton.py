@@ -143,9 +143,7 @@ def test_launches_depend_on_shapes_alone() -> None:
     assert num_splits(64, 4, 528) == 4
     assert num_splits(256, 8, 528) == 1
     for full in range(1, 9):
-        assert all(
-            num_splits(r, full, 528) >= num_splits(r + 1, full, 528) for r in range(1, 300)
-        )
+        assert all(num_splits(r, full, 528) >= num_splits(r + 1, full, 528) for r in range(1, 300))
 
 
 def test_workspace_has_room_for_every_batch() -> None:
