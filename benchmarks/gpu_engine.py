@@ -194,7 +194,7 @@ def parity(job: Job, folder: Path, tiny: bool) -> Iterator[dict[str, Any]]:
         max_model_len=1024,
         max_num_seqs=32,
         max_num_batched_tokens=100,
-        block_size=16,
+        block_size=32 if tiny and job.sparsity is None else 16,  # vLLM's CPU backend wants 32
         num_gpu_blocks_override=300 if job.sparsity is None else 150,
         kv_cache_memory_bytes=64 << 20,
     )
@@ -511,12 +511,14 @@ def run_job(
                 keep({"job": job.name, "turn": turn, **json.loads(line.removeprefix("RESULT "))})
             else:
                 errors.write(line)
+                errors.flush()  # the worker writes to the same file
         status = process.wait()
         timer.cancel()
     if status == 0:
         return ""
-    last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-    return f"exit status {status}: {''.join(last)[:300]} (all of it in {log.name})"
+    lines = log.read_text().splitlines()
+    last = next((line for line in reversed(lines) if "Error:" in line), "killed or ended silently")
+    return f"exit status {status}: {last[:300]} (all of it in {log.name})"
 
 
 def threading_timer(limit: float, process: subprocess.Popen[str]) -> Any:
@@ -608,7 +610,7 @@ def report(results: list[dict[str, Any]]) -> str:
     lines = ["# Split KV cache on the engine", ""]
     if facts["dry_run"]:
         lines += [
-            "**Dry run on a CPU with a toy model: a test of the program, the figures mean nothing.**",
+            "**Dry run on a CPU with a toy model: a test of the program, no figures.**",
             "",
         ]
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v != "none")
