@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from vllm import LLM
+from vllm.config import VllmConfig
+from vllm.platforms.cpu import CpuPlatform
 
 from tests.engines import EngineCache, generate, greedy, pool_is_restored, scheduler
 from tests.integration.conftest import random_prompt
@@ -149,6 +151,46 @@ def test_aborts_in_flight_give_all_blocks_back(
     kept = [name for name in prompts if name in finished]
     assert_exact(model, [prompts[n] for n in kept], [finished[n] for n in kept])
     assert pool_is_restored(llm)
+
+
+def test_two_steps_in_flight(
+    model: Path, profile: Path, engines: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asynchronous scheduling: CUDA's default, which vLLM turns off on the CPU platform."""
+    update = CpuPlatform.check_and_update_config
+
+    def update_but_stay_asynchronous(_: type[CpuPlatform], vllm_config: VllmConfig) -> None:
+        update(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(
+        CpuPlatform, "check_and_update_config", classmethod(update_but_stay_asynchronous)
+    )
+    llm = engines.get(
+        model,
+        profile,
+        block_size=BLOCK,
+        num_gpu_blocks_override=110,
+        enable_prefix_caching=True,
+        max_model_len=512,
+        max_num_batched_tokens=100,
+        seed=1,  # not the engine of another test with the same options
+    )
+    assert llm.llm_engine.vllm_config.max_concurrent_batches == 2
+    shared = random_prompt(300, 9)
+    prompts = [random_prompt(40 + 13 * n, 8) for n in range(12)]
+    prompts += [shared + random_prompt(20 + n, n) for n in range(3)]
+    preempted = []
+    preempt = scheduler(llm)._preempt_request
+    scheduler(llm)._preempt_request = lambda *a, **k: (preempted.append(a), preempt(*a, **k))[1]
+    try:
+        outputs = generate(llm, prompts, 60)
+        assert pool_is_restored(llm)
+    finally:
+        engines.close()
+    assert preempted
+    assert sum(output.num_cached_tokens or 0 for output in outputs) >= 256
+    assert_exact(model, prompts, outputs)
 
 
 def test_all_heads_streaming_holds_a_constant_number_of_blocks(
