@@ -13,6 +13,7 @@ from triton.runtime import interpreter
 
 from rlkv_vllm.kernels.reference import reference_attention
 from rlkv_vllm.kernels.split_attention import LayerCache, Workspace, split_attention, write_cache
+from rlkv_vllm.kernels.triton_decode import INTERPRETER
 
 
 @contextmanager
@@ -148,8 +149,8 @@ class SplitStep:
             num_kv_heads=num_heads,
             head_dim=head_dim,
             device=device,
-            target_programs=target_programs,
-            capability=90 if device == "cpu" else None,
+            target_programs=target_programs if device == "cpu" else None,
+            capability=INTERPRETER,
         )
         self.workspace.output.fill_(float("nan"))
         self.workspace.lse.fill_(float("nan"))
