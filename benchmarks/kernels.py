@@ -34,7 +34,7 @@ import triton
 
 from rlkv_vllm.kernels.reference import reference_attention
 from rlkv_vllm.kernels.split_attention import LayerCache, Workspace, split_attention, write_cache
-from rlkv_vllm.kernels.triton_decode import DecodeConfig
+from rlkv_vllm.kernels.triton_decode import INTERPRETER, DecodeConfig
 from rlkv_vllm.kernels.triton_prefill import PrefillConfig
 
 SINK, WINDOW = 16, 64
@@ -197,7 +197,7 @@ class Layers:
             head_dim=shape.head_dim,
             device=device,
             target_programs=None if on_gpu else 8,
-            capability=None if on_gpu else 90,
+            capability=None if on_gpu else INTERPRETER,
         )
 
     def write(self) -> None:

@@ -7,7 +7,7 @@ from hypothesis import settings
 
 # Triton's library functions are interpreted or compiled as decided when it is first imported,
 # by whichever test comes first. Only here: engines that tests start know nothing of it.
-if importlib.util.find_spec("triton"):
+if importlib.util.find_spec("triton") and os.environ.get("RLKV_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     import triton  # noqa: F401
 

@@ -13,13 +13,14 @@ from triton.runtime import interpreter
 
 from rlkv_vllm.kernels.reference import reference_attention
 from rlkv_vllm.kernels.split_attention import LayerCache, Workspace, split_attention, write_cache
+from rlkv_vllm.kernels.triton_decode import INTERPRETER
 
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Let Triton's interpreter multiply bfloat16: it keeps them as uint16 and multiplies those.
 
-    Products in float32 of bfloat16 values are what tensor cores compute.
+    Products in float32 of bfloat16 values are what tensor cores compute. On a GPU nothing changes.
     """
     builder = interpreter.interpreter_builder
     dot = builder.create_dot
@@ -59,6 +60,7 @@ class SplitStep:
         shared: int = 0,
         target_programs: int = 8,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         g = torch.Generator().manual_seed(seed)
         self.requests, self.full = list(requests), list(full)
@@ -128,15 +130,27 @@ class SplitStep:
         self.query_start_loc = torch.tensor([0, *lengths]).cumsum(0).int()
         self.seq_lens = torch.tensor(total, dtype=torch.int32)
         self.max_query_len = max(lengths)
+        self.device = device
+        for name in (
+            "full_table",
+            "ring_table",
+            "full_slots",
+            "ring_slots",
+            "query_start_loc",
+            "seq_lens",
+        ):
+            setattr(self, name, getattr(self, name).to(device))
+        buffer = buffer.to(device)
+        self.caches = [buffer[places[h]] for h in range(num_heads)]
         self.cache = LayerCache.of(self.caches, [not kind for kind in full])
         self.workspace = Workspace.of(
             max_requests=len(requests),
             num_q_heads=num_heads * group,
             num_kv_heads=num_heads,
             head_dim=head_dim,
-            device="cpu",
-            target_programs=target_programs,
-            capability=90,
+            device=device,
+            target_programs=target_programs if device == "cpu" else None,
+            capability=INTERPRETER,
         )
         self.workspace.output.fill_(float("nan"))
         self.workspace.lse.fill_(float("nan"))
@@ -150,7 +164,7 @@ class SplitStep:
     def _fused(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Q, K and V as views on one projection's output: not contiguous."""
         q, k, v = (self.new_rows(t) for t in (self.q, self.k, self.v))
-        qkv = torch.cat([t.flatten(1) for t in (q, k, v)], dim=1)
+        qkv = torch.cat([t.flatten(1) for t in (q, k, v)], dim=1).to(self.device)
         parts = qkv.split([t[0].numel() for t in (q, k, v)], dim=1)
         q, k, v = (part.view(t.shape) for part, t in zip(parts, (q, k, v), strict=True))
         return q, k, v
@@ -158,7 +172,7 @@ class SplitStep:
     def run(self) -> torch.Tensor:
         """Output of the kernels, ``[N, Q, D]`` without padding; padding must stay untouched."""
         q, k, v = self._fused()
-        out = torch.full(q.shape, float("nan"), dtype=self.dtype)
+        out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
         with bfloat16_products():
             write_cache(k, v, self.cache, self.full_slots, self.ring_slots)
             split_attention(
@@ -178,7 +192,7 @@ class SplitStep:
                 scale=self.scale,
             )
         assert out[-self.padding :].isnan().all(), "rows of padding were written"
-        return out[: -self.padding]
+        return out[: -self.padding].cpu()
 
     def expected(self) -> torch.Tensor:
         """The oracle's output in float32."""

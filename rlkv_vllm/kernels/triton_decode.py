@@ -26,6 +26,8 @@ MIN_TILES_PER_SPLIT = 4
 MAX_SPLITS = 64
 #: Rows of the smallest matrix product that the tensor cores do.
 MIN_ROWS = 16
+#: Compute capability of no device: Triton's interpreter, where fewer and wider tiles are faster.
+INTERPRETER = 0
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class Workspace:
         output: float32, room for ``[R, Q, S, D]`` of any batch.
         lse: float32, room for ``[R, Q, S]``.
         target_programs: programs that a launch aims for.
-        capability: compute capability of the device, e.g. 90.
+        capability: compute capability of the device, e.g. 90; ``INTERPRETER`` without one.
     """
 
     output: torch.Tensor
@@ -262,14 +264,14 @@ class Workspace:
             num_kv_heads: KV heads of a layer on this rank.
             head_dim: head dimension.
             device: of the cache.
-            target_programs: programs that a launch aims for; must be given where the device is
-                no GPU.
-            capability: compute capability; likewise.
+            target_programs: programs that a launch aims for; given together with ``capability``,
+                where the device is no GPU or another one.
+            capability: compute capability.
         """
         if target_programs is None or capability is None:
             properties = torch.cuda.get_device_properties(device)
-            target_programs = target_programs or PROGRAMS_PER_SM * properties.multi_processor_count
-            capability = capability or 10 * properties.major + properties.minor
+            target_programs = PROGRAMS_PER_SM * properties.multi_processor_count
+            capability = 10 * properties.major + properties.minor
         rows = num_q_heads * max(
             requests * num_splits(requests, full, target_programs)
             for requests in range(1, max_requests + 1)

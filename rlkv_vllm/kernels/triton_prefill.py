@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from rlkv_vllm.kernels.layer_cache import OFFSET_UNIT, LayerCache
+from rlkv_vllm.kernels.triton_decode import INTERPRETER
 from rlkv_vllm.kernels.triton_tile import attend_tile, page_rows
 
 
@@ -42,6 +43,10 @@ def prefill_config(head_dim: int, itemsize: int, capability: int) -> PrefillConf
     `benchmarks/kernel_resources.py` shows it: on sm_80 wider tiles spill, on sm_90 they do not.
     """
     row = triton.next_power_of_2(head_dim) * itemsize
+    if capability == INTERPRETER:
+        return PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=2)
+    if itemsize == 4:  # exact products without tensor cores: for checks, not for speed
+        return PrefillConfig(block_m=32, block_n=16, num_warps=8, num_stages=2)
     if row > 256:
         return PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
     return PrefillConfig(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the GPU kernels need triton (Linux)")
+# With RLKV_TEST_DEVICE=cuda the same tests run on a GPU, compiled.
+DEVICE = os.environ.get("RLKV_TEST_DEVICE", "cpu")
 INTERPRET = pytest.MonkeyPatch()
-INTERPRET.setenv("TRITON_INTERPRET", "1")  # read when the kernels are defined, and later
+if DEVICE == "cpu":
+    INTERPRET.setenv("TRITON_INTERPRET", "1")  # read when the kernels are defined, and later
 from tests.split_steps import SplitStep  # noqa: E402
 
 INTERPRET.undo()
@@ -34,18 +38,24 @@ KINDS = ([True] * 3, [False] * 3, [True, False, False], [False, True, False, Tru
 @pytest.fixture(scope="module", autouse=True)
 def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
         yield
+
+
+def make_step(*args: Any, **kwargs: Any) -> SplitStep:
+    return SplitStep(*args, device=DEVICE, **kwargs)
 
 
 def check(step: SplitStep) -> None:
     """Output, pages and all that must not be touched."""
-    before = [cache.clone() for cache in step.caches]
+    before = [cache.cpu().clone() for cache in step.caches]
     out, expected = step.run().float(), step.expected()
     error = (out - expected).norm() / expected.norm()
     assert error < TOLERANCE[step.dtype], f"{error:.2e} for {step.requests} {step.full}"
     k, v = step.new_rows(step.k), step.new_rows(step.v)
-    for h, (cache, old) in enumerate(zip(step.caches, before, strict=True)):
+    after = [cache.cpu() for cache in step.caches]
+    for h, (cache, old) in enumerate(zip(after, before, strict=True)):
         slots = (step.full_slots if step.full[h] else step.ring_slots).tolist()
         written = {slot: row for row, slot in enumerate(slots) if slot >= step.block_size}
         flat, flat_old = cache.flatten(0, 1), old.flatten(0, 1)
@@ -70,7 +80,7 @@ def steps(draw: st.DrawFn) -> SplitStep:
             max_size=4,
         ).filter(lambda found: any(new for _, new in found))
     )
-    return SplitStep(
+    return make_step(
         requests,
         draw(st.sampled_from(KINDS)),
         sink=draw(st.sampled_from([0, 4, 16, 20])),
@@ -86,7 +96,7 @@ def steps(draw: st.DrawFn) -> SplitStep:
 
 
 @given(steps())
-@settings(max_examples=60)
+@settings(max_examples=40 if DEVICE == "cpu" else 300)
 def test_step_is_the_oracle(step: SplitStep) -> None:
     check(step)
 
@@ -95,7 +105,7 @@ def test_step_is_the_oracle(step: SplitStep) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     check(
-        SplitStep(
+        make_step(
             [(70, 1), (0, 40)], [True, False], sink=4, window=33, head_dim=head_dim, dtype=dtype
         )
     )
@@ -103,7 +113,7 @@ def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("group", range(1, 17))
 def test_every_group_size(group: int) -> None:
-    check(SplitStep([(50, 1), (20, 9)], [False, True], sink=4, window=20, group=group))
+    check(make_step([(50, 1), (20, 9)], [False, True], sink=4, window=20, group=group))
 
 
 @pytest.mark.parametrize(
@@ -112,24 +122,24 @@ def test_every_group_size(group: int) -> None:
     ids=str,
 )
 def test_long_and_short(requests: list[tuple[int, int]]) -> None:
-    check(SplitStep(requests, [True, False], sink=16, window=64, group=4))
+    check(make_step(requests, [True, False], sink=16, window=64, group=4))
 
 
 @pytest.mark.parametrize("old", range(58, 72))
 def test_window_crosses_block_borders(old: int) -> None:
-    check(SplitStep([(old, 1), (old, 3)], [False, True], sink=5, window=32))
+    check(make_step([(old, 1), (old, 3)], [False, True], sink=5, window=32))
 
 
 def test_split_kv_is_merged_and_unused_splits_are_not_read() -> None:
     lengths = [(5, 1), (255, 1), (256, 1), (257, 1), (900, 1)]
-    step = SplitStep(lengths, [True, False], sink=4, window=32, target_programs=1000)
+    step = make_step(lengths, [True, False], sink=4, window=32, target_programs=1000)
     check(step)
     assert not step.workspace.lse.isnan().all(), "nothing was split: the test tests nothing"
 
 
 def test_one_request_shares_blocks_that_another_fills_in_the_same_step() -> None:
     # The second request hit the block that the first one writes in this very step.
-    step = SplitStep([(0, 48), (48, 1)], [True, False], sink=4, window=64, shared=0)
+    step = make_step([(0, 48), (48, 1)], [True, False], sink=4, window=64, shared=0)
     step.k[1][:48], step.v[1][:48] = step.k[0], step.v[0]
     for table in (step.full_table, step.ring_table):
         table[1, :3] = table[0, :3]
@@ -204,3 +214,21 @@ def test_compiles_for_gpus_without_spills(tmp_path: Path) -> None:
         assert {row["kernel"] for row in of_it} == kernels
         assert all(row["spilled"] == 0 for row in of_it if row["kernel"] == "decode_kernel")
         assert all(row["programs_per_sm"] >= 1 for row in of_it)
+
+
+def test_benchmark_runs_and_its_outputs_are_the_oracles(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+    done = subprocess.run(
+        [sys.executable, script, "--dry-run", "--output", tmp_path / "kernels"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "kernels.json").read_text())["results"]
+    assert {row["part"] for row in found} == {"copy", "decode", "prefill", "write"}
+    errors = [row["error"] for row in found if row["part"] in ("decode", "prefill")]
+    assert len(errors) == 10
+    assert all(error < 1e-5 for error in errors)
+    assert "| decode | split | 2 | 96 | 0.5 |" in (tmp_path / "kernels.md").read_text()
