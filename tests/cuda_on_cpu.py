@@ -73,7 +73,7 @@ def run_scenarios(scenarios: Sequence[Scenario]) -> list[Result]:
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
         text=True,
         capture_output=True,
-        timeout=400,
+        timeout=600,
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
