@@ -1,8 +1,8 @@
 """Attention on CUDA: one Triton kernel for the full and streaming heads of a layer.
 
 Registered as ``AttentionBackendEnum.CUSTOM``; only for split models. Per layer
-and step: one launch writes the KV of all heads, then one (two, when prompts are
-in the batch) attends, see :mod:`rlkv_vllm.kernels.split_attention`.
+and step one launch writes the KV of all heads, and all heads attend in the same
+launches, see :mod:`rlkv_vllm.kernels.split_attention`.
 
 Nothing here reads a tensor's content: metadata only references vLLM's own
 persistent tensors, and what a launch depends on are shapes and host integers,
@@ -34,7 +34,11 @@ from rlkv_vllm.engine.compat import forget_backend_choice
 from rlkv_vllm.engine.config import split_config, split_plan
 from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads
 from rlkv_vllm.engine.split_layer import StepMetadata, register_layer, step_metadata
-from rlkv_vllm.engine.support import MIN_CUDA_CAPABILITY, check_layer_supported
+from rlkv_vllm.engine.support import (
+    CUDA_HEAD_DIMS,
+    MIN_CUDA_CAPABILITY,
+    check_layer_supported,
+)
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.kernels.split_attention import (
     LayerCache,
@@ -78,7 +82,7 @@ class SplitCUDABackend(AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         """Head dimensions that the kernel is tested with."""
-        return [32, 64, 96, 128, 256]
+        return list(CUDA_HEAD_DIMS)
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:

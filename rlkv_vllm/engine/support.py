@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: Ampere: bfloat16, and the asynchronous copies that Triton's pipelining needs.
 MIN_CUDA_CAPABILITY = (8, 0)
 
+#: Head dimensions that the GPU kernels are tested with.
+CUDA_HEAD_DIMS = (32, 64, 96, 128, 256)
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -43,6 +46,12 @@ def platform_problem() -> str:
         major, minor = MIN_CUDA_CAPABILITY
         return f"GPUs of a compute capability below {major}.{minor}"
     return ""
+
+
+def _head_dim_is_untested(config: VllmConfig) -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and config.model_config.get_head_size() not in CUDA_HEAD_DIMS
 
 
 def _uses_another_backend(config: VllmConfig) -> bool:
@@ -82,6 +91,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "--attention-backend other than CUSTOM, or one per kind",
         _uses_another_backend,
         "remove the flag",
+    ),
+    Refusal(
+        f"head dimensions other than {', '.join(map(str, CUDA_HEAD_DIMS))} on a GPU",
+        _head_dim_is_untested,
+        "serve the model with plain vLLM",
     ),
     Refusal(
         "--enable-dbo, --ubatch-size (micro-batches)",

@@ -358,6 +358,10 @@ class TestChoiceOfBackend:
         with pytest.raises(RlkvError, match="--attention-backend other than CUSTOM"):
             check_supported(configured)
         monkeypatch.setattr(configured.attention_config, "backend", None)
+        with monkeypatch.context() as other:
+            other.setattr(type(configured.model_config), "get_head_size", lambda _: 80)
+            with pytest.raises(RlkvError, match="head dimensions other than 32"):
+                check_supported(configured)
         monkeypatch.setattr(self.gpu, "capability", DeviceCapability(7, 5))
         with pytest.raises(RlkvError, match=r"compute capability 8\.0"):
             check_supported(configured)
