@@ -134,9 +134,10 @@ def _main() -> None:
         AttentionBackendEnum.CPU_ATTN, "rlkv_vllm.engine.cuda_backend.SplitCUDABackend"
     )
     from rlkv_vllm.engine import cuda_backend
+    from rlkv_vllm.kernels.triton_decode import INTERPRETER
 
     cuda_backend._shared_workspace = functools.partial(
-        cuda_backend._shared_workspace, target_programs=8, capability=90
+        cuda_backend._shared_workspace, target_programs=8, capability=INTERPRETER
     )
     results = [_run(Scenario(**fields)) for fields in json.loads(sys.stdin.read())]
     print("RESULT", json.dumps([asdict(result) for result in results]), flush=True)
