@@ -1,0 +1,165 @@
+#!/usr/bin/env bash
+# Builds the CPU image without Docker and uses it: `make image-test` (root, some minutes, 12 GB of disk).
+#
+# debootstrap makes the bare Debian root that the Dockerfile starts from, buildah executes the
+# Dockerfile's own instructions on it in a chroot. Then the image's command is started as its
+# user, asked a question (smoke.sh) and checked with the image's HEALTHCHECK; both must fail for
+# the same image without the plugin.
+#
+# MIRROR=URL        Debian mirror (the one that apt is configured with)
+# TORCH_INDEX=URL   where torch's CPU build is (empty where pip's own configuration knows it)
+# KEEP=1            leave the work folder, to look into the image
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+[ "$(id -u)" = 0 ] || die "chroot needs root: run it as root"
+for tool in debootstrap buildah curl jq python3; do
+    command -v "$tool" >/dev/null || die "$tool is missing: apt-get install debootstrap buildah curl jq python3"
+done
+
+suite=bookworm # that of DEBIAN_IMAGE in the Dockerfile
+# shellcheck disable=SC2016  # apt's own variables
+mirror=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Identifier: Packages' |
+    awk -v suite=$suite '$2 == suite {print $1; exit}')}
+[ -n "$mirror" ] || die "apt knows no mirror of Debian $suite: set MIRROR=URL"
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/rlkv-image.XXXXXX")
+server=
+export STORAGE_DRIVER=overlay BUILDAH_ISOLATION=chroot
+buildah() { command buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+
+stop_server() {
+    [ -n "$server" ] || return 0
+    # buildah hands no signal on: the server is the process below it that has no rlkv parent.
+    local pid
+    pid=$(server_pid) && kill -TERM "$pid"
+    wait "$server" || true
+    server=
+}
+
+cleanup() {
+    stop_server
+    buildah rm --all >/dev/null 2>&1 || true
+    if [ -n "${KEEP:-}" ]; then
+        echo "left: $work (buildah --root $work/storage --runroot $work/run images)"
+    else
+        buildah rmi --all --force >/dev/null 2>&1 || true
+        rm -rf "$work"
+    fi
+}
+trap cleanup EXIT
+
+server_pid() { # the container's first process: the deepest one in a chain of single children
+    local pid=$server child
+    while child=$(pgrep -P "$pid" | head -n 1) && [ -n "$child" ]; do
+        pid=$child
+        [[ $(tr '\0' ' ' <"/proc/$pid/cmdline") == */opt/venv/bin/python* ]] && break
+    done
+    echo "$pid"
+}
+
+say "a bare root: Debian $suite"
+SECONDS=0
+debootstrap --variant=minbase "$suite" "$work/root" "$mirror" >"$work/debootstrap.log" 2>&1 ||
+    die "debootstrap failed: $(tail -n 3 "$work/debootstrap.log")"
+rm -rf "$work/root/var/cache/apt/archives/"*.deb "$work/root/var/lib/apt/lists/"*
+bare=$(buildah from scratch)
+buildah add --quiet "$bare" "$work/root" / >/dev/null
+buildah commit --quiet "$bare" localhost/debian:bare >/dev/null
+buildah rm "$bare" >/dev/null
+rm -rf "$work/root"
+echo "made in ${SECONDS} s"
+
+say "the Dockerfile, target cpu"
+# pip's configuration of this machine is needed there as well: its indexes, and the files they are.
+python3 - "$work" <<'PY'
+import pathlib, re, subprocess, sys
+
+work = pathlib.Path(sys.argv[1])
+listed = subprocess.run(
+    [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+).stdout
+kept = {}
+for line in listed.splitlines():
+    name, _, value = line.partition("=")
+    option = name.rpartition(".")[2]
+    if option in ("index-url", "extra-index-url", "find-links", "trusted-host"):
+        kept[option] = re.sub(r"\\n", " ", value.strip("'\""))
+places = [place for value in kept.values() for place in value.split()]
+# An index links to files beside it.
+indexes = {str(pathlib.Path(p.removeprefix("file://")).parent) for p in places if p[:5] == "file:"}
+volumes = sorted(indexes | {place for place in places if place.startswith("/")})
+kept["cert"] = "/run/host-certificates.crt"
+(work / "pip.conf").write_text(
+    "[global]\n" + "".join(f"{name} = {value}\n" for name, value in kept.items())
+)
+certificates = "/etc/ssl/certs/ca-certificates.crt:/run/host-certificates.crt:ro"
+(work / "volumes").write_text(
+    "".join(f"--volume={v}\n" for v in [certificates, *(f"{p}:{p}:ro" for p in volumes)])
+)
+PY
+mapfile -t volumes <"$work/volumes"
+if [ -z "${TORCH_INDEX+set}" ]; then
+    torch=$(grep '^torch==' deploy/requirements-cpu.txt)
+    if python3 -m pip download --quiet --no-deps --dest "$work/torch" "$torch" >/dev/null 2>&1; then
+        TORCH_INDEX=
+    fi
+    rm -rf "$work/torch"
+fi
+SECONDS=0
+buildah bud --format docker --target cpu --tag localhost/rlkv-vllm:cpu "${volumes[@]}" \
+    --secret "id=pip_conf,src=$work/pip.conf" \
+    --build-arg DEBIAN_IMAGE=localhost/debian:bare \
+    ${TORCH_INDEX+--build-arg "TORCH_INDEX=$TORCH_INDEX"} . 2>&1 | tee "$work/build.log" | grep -E 'STEP|rror' ||
+    die "the build failed: $(tail -n 20 "$work/build.log")"
+built=$SECONDS
+
+config=$(buildah inspect --type image localhost/rlkv-vllm:cpu | jq .Docker.config)
+mapfile -t argv < <(jq -r '.Entrypoint[], .Cmd[]' <<<"$config")
+mapfile -t health < <(jq -r '.Healthcheck.Test[1:][]' <<<"$config")
+user=$(jq -r .User <<<"$config")
+[ "${user%%:*}" -gt 0 ] || die "the image runs as user '$user', not as a numbered non-root user"
+[ "${#health[@]}" -gt 0 ] || die "the image has no HEALTHCHECK"
+container=$(buildah from localhost/rlkv-vllm:cpu)
+root=$(buildah mount "$container")
+echo "built in $built s; the image has $(du -sm "$root" | cut -f1) MB"
+du -sm "$root"/opt/venv/lib/python*/site-packages/* | sort -rn | head -n 5
+for tool in cc gcc g++ pip; do
+    if buildah run "$container" -- sh -c "command -v $tool"; then die "$tool is left in the image"; fi
+done
+[ -z "$(find "$root/root/.cache" "$root/var/lib/apt/lists" -type f 2>/dev/null)" ] || die "caches are left in the image"
+
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+url=http://127.0.0.1:$port
+export VLLM_API_KEY=image-test
+run() { buildah run --env VLLM_API_KEY="$VLLM_API_KEY" --env RLKV_URL="$url" "$@"; }
+
+say "its command: ${argv[*]} --port $port, as user $user, with an API key"
+SECONDS=0
+run "$container" -- "${argv[@]}" --port "$port" >"$work/server.log" 2>&1 &
+server=$!
+deploy/smoke.sh "$url" || die "the image does not answer: $(tail -n 20 "$work/server.log")"
+echo "answered after $SECONDS s"
+run "$container" -- "${health[@]}" || die "HEALTHCHECK fails on a split server"
+echo "HEALTHCHECK passes"
+if VLLM_API_KEY=wrong run "$container" -- "${health[@]}"; then
+    die "HEALTHCHECK passes with a wrong API key"
+fi
+stop_server
+grep -q 'rlkv.*stopped\|ready' "$work/server.log" || die "no end of the server: $(tail "$work/server.log")"
+
+say "the same image without the plugin: HEALTHCHECK and smoke.sh must fail"
+model=$(run "$container" -- python3 -c 'from rlkv_vllm.testbed import model_dir; print(model_dir())')
+run --env VLLM_PLUGINS= "$container" -- python3 -m vllm.entrypoints.launchers.api_server.entry \
+    --model "$model" --served-model-name embedded --dtype float32 --enforce-eager \
+    --kv-cache-memory-bytes 256M --reasoning-parser deepseek_r1 --port "$port" >"$work/plain.log" 2>&1 &
+server=$!
+if deploy/smoke.sh "$url"; then die "smoke.sh passes without the plugin"; fi
+curl --silent --fail "$url/health" || die "vLLM without the plugin did not start: $(tail -n 20 "$work/plain.log")"
+if run "$container" -- "${health[@]}"; then die "HEALTHCHECK passes without the plugin"; fi
+stop_server
+
+say "passed"
