@@ -40,6 +40,7 @@ _NOISE = (
     "Found ulimit of",
     "Inductor compilation was disabled",
     "Model Runner V2 requires Triton",
+    "Using custom scheduler class",  # ours, made for this version of vLLM
     "Triton is",  # not installed, or without a CPU backend
     "doesn't allow to use `torch.set_num_threads`",
     "is not found in LD_PRELOAD",
