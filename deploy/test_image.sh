@@ -113,7 +113,7 @@ SECONDS=0
 buildah bud --format docker --target cpu --tag localhost/rlkv-vllm:cpu "${volumes[@]}" \
     --secret "id=pip_conf,src=$work/pip.conf" \
     --build-arg DEBIAN_IMAGE=localhost/debian:bare \
-    ${TORCH_INDEX+--build-arg "TORCH_INDEX=$TORCH_INDEX"} . 2>&1 | tee "$work/build.log" | grep -E 'STEP|rror' ||
+    ${TORCH_INDEX+--build-arg "TORCH_INDEX=$TORCH_INDEX"} . 2>&1 | tee "$work/build.log" | grep --line-buffered -E "STEP|rror" ||
     die "the build failed: $(tail -n 20 "$work/build.log")"
 built=$SECONDS
 

@@ -40,7 +40,11 @@ class Server:
     """``rlkv serve`` with its output in a file; a context manager that leaves nothing behind."""
 
     def __init__(
-        self, arguments: Sequence[str], log: Path, command: Sequence[str] = (*RLKV, "serve")
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        command: Sequence[str] = (*RLKV, "serve"),
+        **variables: str,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -50,7 +54,7 @@ class Server:
                 [*command, *arguments, "--host", "127.0.0.1", "--port", str(self.port)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=environment(**variables),
                 start_new_session=True,
             )
 
