@@ -1,4 +1,4 @@
-"""vLLM endpoint plugin: proves at start that the KV cache is split, or refuses to serve; then shows it.
+"""vLLM endpoint plugin: proves at start that the KV cache is split, and shows the split.
 
 A general plugin that fails to load is only logged by vLLM, and the server would
 go on with whole caches. So the workers are asked what they really built.
@@ -82,9 +82,9 @@ class RlkvEndpoint:
 
 
 @router.get("/rlkv", include_in_schema=False)
-def show_page() -> Response:
+def show_page(request: Request) -> Response:
     """The page; it asks the JSON routes for all that it shows."""
-    return page()
+    return page(_needs_key(request.app.state.args))
 
 
 @router.get("/v1/rlkv")
@@ -123,6 +123,12 @@ def _served(request: Request) -> ServedSplit:
             "in --additional-config",
         )
     return served
+
+
+def _needs_key(args: Namespace) -> bool:
+    import vllm.envs as envs
+
+    return any(args.api_key or [envs.VLLM_API_KEY])
 
 
 def _stat_logger(engine_client: Any) -> Any:

@@ -13,9 +13,13 @@ from fastapi import Response
 _FILE = Path(__file__).with_name("page.html")
 
 
-def page() -> Response:
-    """The page, with headers that let it run its own script and style and nothing else."""
-    html, policy = _page()
+def page(needs_key: bool) -> Response:
+    """The page, with headers that let it run its own script and style and nothing else.
+
+    Args:
+        needs_key: whether the JSON routes need an API key, so that the page asks for it first.
+    """
+    html, policy = _page(needs_key)
     return Response(
         html,
         media_type="text/html; charset=utf-8",
@@ -29,8 +33,10 @@ def page() -> Response:
 
 
 @functools.cache
-def _page() -> tuple[bytes, str]:
+def _page(needs_key: bool) -> tuple[bytes, str]:
     html = _FILE.read_text(encoding="utf-8")
+    if needs_key:
+        html = html.replace('data-key="open"', 'data-key="needed"')
     policy = {
         "default-src": "'none'",
         "script-src": _hashes(html, "script"),
