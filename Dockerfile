@@ -14,13 +14,13 @@ FROM ${DEBIAN_IMAGE} AS python
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates libnuma1 python3 \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 
 FROM python AS pip
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3-venv \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 
 FROM pip AS wheel
@@ -40,9 +40,12 @@ COPY deploy/requirements-cpu.txt /src/deploy/
 # torch's CPU build is not on PyPI.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # No dependencies but those of the list: it leaves out what serving text on a CPU does without.
+# torch's own tests are 120 MB of programs.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     PIP_EXTRA_INDEX_URL="${TORCH_INDEX}" \
-    pip install --no-cache-dir --no-deps -r /src/deploy/requirements-cpu.txt
+    pip install --no-cache-dir --no-deps -r /src/deploy/requirements-cpu.txt \
+    && find /opt/venv/lib -path '*/torch/test/*' -delete \
+       -o -path '*/torch/bin/*' -type f ! -name torch_shm_manager -delete
 
 FROM packages AS cpu-packages
 COPY --from=wheel /dist /dist

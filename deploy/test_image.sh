@@ -31,17 +31,24 @@ server=
 export STORAGE_DRIVER=overlay BUILDAH_ISOLATION=chroot
 buildah() { command buildah --root "$work/storage" --runroot "$work/run" "$@"; }
 
-stop_server() {
-    [ -n "$server" ] || return 0
-    # buildah hands no signal on: the server is the process below it that has no rlkv parent.
-    local pid
-    pid=$(server_pid) && kill -TERM "$pid"
-    wait "$server" || true
+# buildah hands no signal on: it goes to the container's first process, the first Python below it.
+first_process() {
+    local pid=$1 child
+    while child=$(pgrep -P "$pid" | head -n 1) && [ -n "$child" ]; do
+        pid=$child
+        [[ $(readlink "/proc/$pid/exe") == *python* ]] && break
+    done
+    echo "$pid"
+}
+
+stop_server() { # with the status it ends with
+    local buildah=$server
     server=
+    [ -z "$buildah" ] || { kill -TERM "$(first_process "$buildah")" && wait "$buildah"; }
 }
 
 cleanup() {
-    stop_server
+    stop_server || true
     buildah rm --all >/dev/null 2>&1 || true
     if [ -n "${KEEP:-}" ]; then
         echo "left: $work (buildah --root $work/storage --runroot $work/run images)"
@@ -51,15 +58,6 @@ cleanup() {
     fi
 }
 trap cleanup EXIT
-
-server_pid() { # the container's first process: the deepest one in a chain of single children
-    local pid=$server child
-    while child=$(pgrep -P "$pid" | head -n 1) && [ -n "$child" ]; do
-        pid=$child
-        [[ $(tr '\0' ' ' <"/proc/$pid/cmdline") == */opt/venv/bin/python* ]] && break
-    done
-    echo "$pid"
-}
 
 say "a bare root: Debian $suite"
 SECONDS=0
@@ -126,30 +124,43 @@ user=$(jq -r .User <<<"$config")
 container=$(buildah from localhost/rlkv-vllm:cpu)
 root=$(buildah mount "$container")
 echo "built in $built s; the image has $(du -sm "$root" | cut -f1) MB"
-du -sm "$root"/opt/venv/lib/python*/site-packages/* | sort -rn | head -n 5
-for tool in cc gcc g++ pip; do
-    if buildah run "$container" -- sh -c "command -v $tool"; then die "$tool is left in the image"; fi
-done
-[ -z "$(find "$root/root/.cache" "$root/var/lib/apt/lists" -type f 2>/dev/null)" ] || die "caches are left in the image"
+(cd "$root" && du -sm opt/venv/lib/python*/site-packages/* | sort -rn | sed -n 1,5p)
+left=$(find "$root"/usr/bin "$root"/usr/local/bin "$root"/opt/venv/bin -name pip -o -name cc -o -name 'g++*' -o -name 'gcc*')
+[ -z "$left" ] || die "tools are left in the image: $left"
+left=$(find "$root/root/.cache" "$root/var/lib/apt/lists" "$root/var/cache/apt" -type f 2>/dev/null || true)
+[ -z "$left" ] || die "caches are left in the image: $left"
+# As compose.yaml mounts it: nothing but these can be written.
+chown 0:0 "$root/home/vllm"
 
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 url=http://127.0.0.1:$port
 export VLLM_API_KEY=image-test
 run() { buildah run --env VLLM_API_KEY="$VLLM_API_KEY" --env RLKV_URL="$url" "$@"; }
 
+await() { # the server, or its end
+    local log=$1 tries
+    for ((tries = 0; tries < 300; tries++)); do
+        curl --silent --fail --max-time 5 --output /dev/null "$url/health" && return
+        kill -0 "$server" 2>/dev/null || die "the server ended: $(tail -n 20 "$log")"
+        sleep 1
+    done
+    die "the server is not ready after 300 s: $(tail -n 20 "$log")"
+}
+
 say "its command: ${argv[*]} --port $port, as user $user, with an API key"
 SECONDS=0
 run "$container" -- "${argv[@]}" --port "$port" >"$work/server.log" 2>&1 &
 server=$!
+await "$work/server.log"
+echo "ready after $SECONDS s"
 deploy/smoke.sh "$url" || die "the image does not answer: $(tail -n 20 "$work/server.log")"
-echo "answered after $SECONDS s"
 run "$container" -- "${health[@]}" || die "HEALTHCHECK fails on a split server"
 echo "HEALTHCHECK passes"
 if VLLM_API_KEY=wrong run "$container" -- "${health[@]}"; then
     die "HEALTHCHECK passes with a wrong API key"
 fi
-stop_server
-grep -q 'rlkv.*stopped\|ready' "$work/server.log" || die "no end of the server: $(tail "$work/server.log")"
+stop_server || die "the server does not stop with status 0: $(tail -n 20 "$work/server.log")"
+echo "stopped by SIGTERM"
 
 say "the same image without the plugin: HEALTHCHECK and smoke.sh must fail"
 model=$(run "$container" -- python3 -c 'from rlkv_vllm.testbed import model_dir; print(model_dir())')
@@ -157,9 +168,9 @@ run --env VLLM_PLUGINS= "$container" -- python3 -m vllm.entrypoints.launchers.ap
     --model "$model" --served-model-name embedded --dtype float32 --enforce-eager \
     --kv-cache-memory-bytes 256M --reasoning-parser deepseek_r1 --port "$port" >"$work/plain.log" 2>&1 &
 server=$!
+await "$work/plain.log"
 if deploy/smoke.sh "$url"; then die "smoke.sh passes without the plugin"; fi
-curl --silent --fail "$url/health" || die "vLLM without the plugin did not start: $(tail -n 20 "$work/plain.log")"
 if run "$container" -- "${health[@]}"; then die "HEALTHCHECK passes without the plugin"; fi
-stop_server
+stop_server || true
 
 say "passed"
