@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 import rlkv_vllm
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving import healthcheck
-from rlkv_vllm.serving.arguments import parse
+from rlkv_vllm.serving.arguments import SCHEDULER, WORKER_EXTENSION, parse
 from rlkv_vllm.testbed import example_question
 from rlkv_vllm.testbed.problems import make_problems
 from tests.deploy import ALERTS, DASHBOARD, DEPLOY, ROOT, metric_names, panels
@@ -305,3 +305,26 @@ def test_without_a_server_both_say_so() -> None:
     )
     assert result.returncode == 1
     assert f"{url}/health does not answer after 1 s" in result.stderr
+
+
+# --- Kubernetes
+
+
+def test_values_for_the_helm_chart_name_the_split_as_vllm_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    values = yaml.safe_load((DEPLOY / "kubernetes/production-stack-values.yaml").read_text())
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    # What the chart's schema asks for.
+    assert {
+        "name", "repository", "tag", "modelURL", "replicaCount", "requestCPU", "requestMemory",
+        "requestGPU", "pvcStorage",
+    } <= model.keys()  # fmt: skip
+    args = parse([model["modelURL"], *model["vllmConfig"]["extraArgs"]])
+    assert args.worker_extension_cls == WORKER_EXTENSION
+    assert args.scheduler_cls == SCHEDULER
+    folder = model["extraVolumeMounts"][0]["mountPath"]
+    assert Path(args.additional_config["rlkv"]["profile"]).parent == Path(folder)
+    assert args.additional_config["rlkv"].keys() <= {"profile", "sparsity"}
+    assert "lmcacheConfig" not in model
