@@ -117,7 +117,7 @@ LABEL org.opencontainers.image.title="rlkv_vllm" \
 WORKDIR /home/vllm
 USER 2000:0
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=10s --start-period=15m \
+HEALTHCHECK --interval=10s --timeout=10s --start-period=15m \
     CMD ["python3", "-m", "rlkv_vllm.serving.healthcheck"]
 ENTRYPOINT ["rlkv"]
 CMD ["serve"]
@@ -135,6 +135,6 @@ FROM runtime AS cpu
 COPY --from=cpu-packages /opt/venv /opt/venv
 EXPOSE 8000
 # Fails when the server does not answer and when its cache is not split.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=5m \
+HEALTHCHECK --interval=10s --timeout=10s --start-period=5m \
     CMD ["python3", "-m", "rlkv_vllm.serving.healthcheck"]
 CMD ["serve"]
