@@ -151,7 +151,7 @@ class RlkvStatLogger(AggregateStatLoggerBase):
 
 def cache_use(figures: CacheFigures) -> CacheUse | None:
     """The cache now, of all engines of this server; None if no scheduler reports it."""
-    used = {kind: 0.0 for kind in _KINDS}
+    used = dict.fromkeys(_KINDS, 0.0)
     full_cache = running = 0.0
     reported = False
     for sample in _samples(_USED, _FULL_CACHE, _RUNNING):
