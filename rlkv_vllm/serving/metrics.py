@@ -48,7 +48,7 @@ class RlkvStatLogger(AggregateStatLoggerBase):
             "active", "1 if the split was proven at start, 0 if this server has whole caches."
         )
         for labels in self._engines.values():
-            self._active.labels(*labels)
+            self._active.labels(*labels).set(0)
         self._profile = _gauge(
             "profile_info",
             "Head profile and split that are served; always 1.",
@@ -102,16 +102,16 @@ class RlkvStatLogger(AggregateStatLoggerBase):
             self._capacity.labels(*labels).set(figures.capacity_bytes)
             self._possible.labels(*labels, "split").set(possible.split)
             self._possible.labels(*labels, "full").set(possible.full)
-            # Children without a value show 0 until the first step; another API process
-            # that already has one is newer.
-            self._running.labels(*labels)
+            # So that the series exist before the first step. A step that another API process
+            # has seen already is overwritten, until the next one.
+            self._running.labels(*labels).set(0)
             self._preemptions.labels(*labels)
             if self._reports_use:
-                self._full_cache.labels(*labels)
-                self._saved.labels(*labels)
+                self._full_cache.labels(*labels).set(0)
+                self._saved.labels(*labels).set(0)
                 self._evictions.labels(*labels)
                 for kind in _KINDS:
-                    self._used.labels(*labels, kind)
+                    self._used.labels(*labels, kind).set(0)
                     self._hits.labels(*labels, kind)
 
     def record(
@@ -151,7 +151,7 @@ class RlkvStatLogger(AggregateStatLoggerBase):
 
 def cache_use(figures: CacheFigures) -> CacheUse | None:
     """The cache now, of all engines of this server; None if no scheduler reports it."""
-    used = {kind: 0.0 for kind in _KINDS}
+    used = dict.fromkeys(_KINDS, 0.0)
     full_cache = running = 0.0
     reported = False
     for sample in _samples(_USED, _FULL_CACHE, _RUNNING):

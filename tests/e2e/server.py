@@ -20,6 +20,9 @@ import psutil
 #: Engine start on two busy cores, and the end of its processes (seconds).
 START_TIMEOUT_S, STOP_TIMEOUT_S = 300, 60
 
+#: API key of the shared server.
+KEY = "secret"
+
 RLKV = (sys.executable, "-m", "rlkv_vllm")
 
 
