@@ -4,7 +4,8 @@
 # debootstrap makes the bare Debian root that the Dockerfile starts from, buildah executes the
 # Dockerfile's own instructions on it in a chroot. Then the image's command is started as its
 # user, asked a question (smoke.sh) and checked with the image's HEALTHCHECK; both must fail for
-# the same image without the plugin.
+# the same image without the plugin. Where podman can run containers, compose.yaml is started too:
+# read-only, without capabilities, behind its port.
 #
 # MIRROR=URL        Debian mirror (the one that apt is configured with)
 # TORCH_INDEX=URL   where torch's CPU build is (empty where pip's own configuration knows it)
@@ -19,6 +20,8 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 for tool in debootstrap buildah curl jq python3; do
     command -v "$tool" >/dev/null || die "$tool is missing: apt-get install debootstrap buildah curl jq python3"
 done
+# Optional: apt-get install podman crun runc catatonit, pip install podman-compose
+compose=$(command -v podman-compose || command -v .venv/bin/podman-compose || true)
 
 suite=bookworm # that of DEBIAN_IMAGE in the Dockerfile
 # shellcheck disable=SC2016  # apt's own variables
@@ -28,8 +31,18 @@ mirror=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Iden
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/rlkv-image.XXXXXX")
 server=
-export STORAGE_DRIVER=overlay BUILDAH_ISOLATION=chroot
-buildah() { command buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+composed=
+export BUILDAH_ISOLATION=chroot
+# Storage of its own; limits that may not be raised stay as they are.
+export CONTAINERS_STORAGE_CONF=$work/storage.conf CONTAINERS_CONF=$work/containers.conf
+printf '[storage]\ndriver = "overlay"\ngraphroot = "%s"\nrunroot = "%s"\n' \
+    "$work/storage" "$work/run" >"$CONTAINERS_STORAGE_CONF"
+configure_podman() {
+    printf '[engine]\nruntime = "%s"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n' "$1"
+    printf '[containers]\ndefault_ulimits = ["nofile=%s:%s", "nproc=%s:%s"]\n' \
+        "$(ulimit -Hn)" "$(ulimit -Hn)" "$(ulimit -Hu)" "$(ulimit -Hu)"
+} >"$CONTAINERS_CONF"
+configure_podman crun
 
 # buildah hands no signal on: it goes to the container's first process, the first Python below it.
 first_process() {
@@ -49,9 +62,10 @@ stop_server() { # with the status it ends with
 
 cleanup() {
     stop_server || true
+    [ -z "$composed" ] || compose down --volumes >/dev/null 2>&1 || true
     buildah rm --all >/dev/null 2>&1 || true
     if [ -n "${KEEP:-}" ]; then
-        echo "left: $work (buildah --root $work/storage --runroot $work/run images)"
+        echo "left: $work (CONTAINERS_STORAGE_CONF=$CONTAINERS_STORAGE_CONF buildah images)"
     else
         buildah rmi --all --force >/dev/null 2>&1 || true
         rm -rf "$work"
@@ -172,5 +186,29 @@ await "$work/plain.log"
 if deploy/smoke.sh "$url"; then die "smoke.sh passes without the plugin"; fi
 if run "$container" -- "${health[@]}"; then die "HEALTHCHECK passes without the plugin"; fi
 stop_server || true
+
+say "compose.yaml, started by podman"
+compose() {
+    RLKV_IMAGE=localhost/rlkv-vllm:cpu RLKV_PORT=$port "$compose" -f deploy/compose.yaml "$@"
+}
+for runtime in crun runc; do
+    configure_podman "$runtime"
+    if podman run --rm --init --entrypoint true localhost/rlkv-vllm:cpu >"$work/podman.log" 2>&1; then
+        composed=$runtime
+        break
+    fi
+done
+if [ -z "$compose" ] || [ -z "$composed" ]; then
+    echo "left out: no podman-compose, or podman cannot run containers here" \
+        "($(tail -n 1 "$work/podman.log" 2>/dev/null))"
+else
+    compose up -d >"$work/compose.log" 2>&1 || die "compose up: $(tail -n 5 "$work/compose.log")"
+    deploy/smoke.sh "$url" || die "the service does not answer: $(compose logs 2>&1 | tail -n 20)"
+    podman healthcheck run rlkv_serve_1 || die "the service is unhealthy"
+    podman inspect rlkv_serve_1 | jq -e '.[0].HostConfig.ReadonlyRootfs and .[0].EffectiveCaps == null' \
+        >/dev/null || die "the service may write its root or has capabilities"
+    compose down --volumes >/dev/null 2>&1
+    composed=
+fi
 
 say "passed"
