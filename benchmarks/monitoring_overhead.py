@@ -47,12 +47,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=64, help="in a round")
     parser.add_argument("--at-once", type=int, default=16, help="requests in flight")
     parser.add_argument("--steps", type=int, default=2000, help="calls of the timed statistics")
+    parser.add_argument("--port", type=int, help="of a running `rlkv serve` (embedded, no key)")
+    parser.add_argument("--part", choices=("server", "step"), help="one part only")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     return parser.parse_args()
 
 
 class Server:
-    def __init__(self) -> None:
+    """A server of its own, or the one that listens on `port`."""
+
+    def __init__(self, port: int | None) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        if port is not None:
+            self.url = f"http://127.0.0.1:{port}"
+            listening = (c for c in psutil.net_connections("tcp") if c.status == "LISTEN")
+            self.pid = next(c.pid for c in listening if c.laddr.port == port)
+            return
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -61,6 +71,12 @@ class Server:
         # Every round must compute the same: no prefix cache, no log lines of requests.
         flags = ["--port", str(port), "--no-enable-prefix-caching", "--uvicorn-log-level", "error"]
         self.process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL)
+        self.pid = self.process.pid
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
 
     def wait(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -69,10 +85,12 @@ class Server:
                 httpx.get(f"{self.url}/health").raise_for_status()
                 break
             except httpx.HTTPError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
+                if (
+                    self.process and self.process.poll() is not None
+                ) or time.monotonic() > deadline:
                     sys.exit("the server did not start")
                 time.sleep(0.5)
-        root = psutil.Process(self.process.pid)
+        root = psutil.Process(self.pid)
         self.processes = [root, *root.children(recursive=True)]
 
     def cpu(self) -> float:
@@ -245,14 +263,16 @@ def time_of_a_step(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     args = parse_args()
-    server = Server()
-    try:
-        server.wait()
-        figures = asyncio.run(measure(args, server))
-    finally:
-        server.process.terminate()
-        server.process.wait()
-    figures["step"] = time_of_a_step(args)
+    figures: dict[str, Any] = {}
+    if args.part != "step":
+        server = Server(args.port)
+        try:
+            server.wait()
+            figures |= asyncio.run(measure(args, server))
+        finally:
+            server.stop()
+    if args.part != "server":
+        figures["step"] = time_of_a_step(args)
     figures["machine"] = {
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
