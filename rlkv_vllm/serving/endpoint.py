@@ -82,13 +82,13 @@ class RlkvEndpoint:
 
 
 @router.get("/rlkv", include_in_schema=False)
-def show_page(request: Request) -> Response:
+async def show_page(request: Request) -> Response:
     """The page; it asks the JSON routes for all that it shows."""
     return page(_needs_key(request.app.state.args))
 
 
 @router.get("/v1/rlkv")
-def show_status(request: Request) -> SplitStatus:
+async def show_status(request: Request) -> SplitStatus:
     """The split cache of this server: heads, capacity, and what requests hold now."""
     from rlkv_vllm.serving.metrics import cache_use
 
@@ -97,7 +97,7 @@ def show_status(request: Request) -> SplitStatus:
 
 
 @router.get("/v1/rlkv/forecast")
-def show_forecast(
+async def show_forecast(
     request: Request,
     tokens: Annotated[
         int | None,

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,19 @@ class StartUpFilter(logging.Filter):
                 record.msg, record.args = phase, None
                 return True
         return record.levelno >= logging.WARNING and not any(noise in message for noise in _NOISE)
+
+
+class PollFilter(logging.Filter):
+    """Leaves out what programs ask every second or so, as long as it is answered."""
+
+    _POLLED = ("/health", "/metrics", "/v1/rlkv")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to print `record`, a line of uvicorn's access log."""
+        match record.args:
+            case (_, "GET", str(path), _, HTTPStatus.OK):
+                return path.split("?")[0] not in self._POLLED
+        return True
 
 
 class LineFormatter(logging.Formatter):
