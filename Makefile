@@ -21,15 +21,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SERVE_STAMP := $(VENV)/.installed-serve
 DEV_STAMP := $(VENV)/.installed-dev
 
+LOCK := build/lock
+# Without what serving text on a CPU does without: triton alone is a GPU compiler of 1 GB.
+freeze := bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude triton \
+	--exclude torchvision --exclude torchaudio --exclude torchcodec
+lock_head := echo "\# Written by make lock: the versions in the images (deploy/README.md)."
+
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # One thread each: the tests share the machine with the engines that they start.
 TEST_ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup serve check lint types contracts unit test doctor wheel clean
+.PHONY: help setup serve check lint types contracts unit test doctor wheel lock image image-test clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 setup: $(DEV_STAMP)  ## build .venv with all that serving, checks and tests need
 
@@ -60,6 +66,24 @@ doctor: $(SERVE_STAMP)  ## what serving needs, one line each
 
 wheel: $(DEV_STAMP)  ## wheel and sdist into dist/
 	$(BIN)/python -m build
+
+lock:  ## write deploy/requirements-*.txt, what the images install: the versions pip chooses today
+	rm -rf $(LOCK)
+	@$(MAKE) VENV=$(LOCK) $(LOCK)/.installed-serve
+	@($(lock_head); $(LOCK)/$(freeze)) > deploy/requirements-cpu.txt
+	@$(LOCK)/bin/python -m pip --disable-pip-version-check install -e ".[train]"
+	@($(lock_head); $(LOCK)/$(freeze) | grep -vxFf deploy/requirements-cpu.txt) > deploy/requirements-train.txt
+	@(echo "# Written by make lock: what builds the wheel in the images."; \
+		$(LOCK)/bin/python -m pip --disable-pip-version-check install --quiet --dry-run --ignore-installed \
+			--report - "hatchling>=1.26" | $(LOCK)/bin/python -c "import json, sys; \
+		[print('{name}=={version}'.format(**i['metadata'])) for i in json.load(sys.stdin)['install']]" \
+		| LC_ALL=C sort) > deploy/requirements-build.txt
+
+image:  ## build the CPU image with Docker
+	docker build --target cpu --tag rlkv-vllm:cpu .
+
+image-test:  ## build the CPU image in a bare Debian root, without Docker, and ask it (root, ~10 minutes)
+	deploy/test_image.sh
 
 clean:  ## remove .venv and what tools leave behind
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -19,11 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
 from rlkv_vllm.profile.schema import HeadProfile, Provenance
+from rlkv_vllm.serving.arguments import SCHEDULER
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 GREEDY_TOKENS = 100
 
@@ -65,6 +67,7 @@ def engine(model: Path, profile: Path | None = None, **options: Any) -> Iterator
     } | options
     if profile is not None:
         options["additional_config"] = {"rlkv": {"profile": str(profile)}}
+        options["scheduler_cls"] = SCHEDULER  # as `rlkv serve` does
     llm = LLM(str(model), **options)
     try:
         yield llm
@@ -107,6 +110,17 @@ def scheduler(llm: LLM) -> Scheduler:
 def block_pool(llm: LLM) -> BlockPool:
     """The block pool of an in-process engine."""
     return scheduler(llm).kv_cache_manager.block_pool
+
+
+def blocks_in_use(pool: BlockPool) -> int:
+    """Blocks of the pool that something holds, counted one by one."""
+    return sum(block.ref_cnt > 0 and not block.is_null for block in pool.blocks)
+
+
+def blocks_in_tables(managers: Iterable[SingleTypeKVCacheManager]) -> int:
+    """Blocks in the tables of these groups, shared ones once, counted one by one."""
+    tables = (table for manager in managers for table in manager.req_to_blocks.values())
+    return len({block.block_id for table in tables for block in table if not block.is_null})
 
 
 def pool_is_restored(llm: LLM) -> bool:

@@ -1,7 +1,11 @@
 """Split plans made for tests, without an engine."""
 
+from types import SimpleNamespace
+from typing import Any
+
 from rlkv_vllm.allocation import CacheGeometry, Forecast, allocate, pack, ring_blocks
 from rlkv_vllm.engine.config import SplitConfig, SplitPlan
+from rlkv_vllm.serving.arguments import SCHEDULER
 from tests.profiles import make_profile
 
 BLOCK, LENGTH, BLOCKS = 16, 512, 200
@@ -32,4 +36,12 @@ def make_plan(tp_size: int = 1) -> SplitPlan:
         forecast=Forecast(geometry, groups),
         retention_interval=256,
         max_model_len=LENGTH,
+    )
+
+
+def vllm_config(**changes: Any) -> Any:
+    """What the serving layer reads of vLLM's configuration."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(served_model_name="m"),
+        scheduler_config=SimpleNamespace(**({"scheduler_cls": SCHEDULER} | changes)),
     )

@@ -8,6 +8,7 @@ from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.metrics.stats import SchedulerStats
 
 SUPPORTED_VLLM = "0.32"
 
@@ -74,3 +75,29 @@ def attention_layer_name(vllm_config: VllmConfig, impl: object) -> str:
         if getattr(layer, "impl", None) is impl:
             return str(name)
     raise AssertionError("attention impl is not in the static forward context")
+
+
+_FIGURE = "rlkv:"
+
+
+def attach_figures(stats: SchedulerStats, figures: dict[str, int]) -> None:
+    """Send counts from the engine's process to the stat loggers with a step's statistics.
+
+    ``SchedulerStats`` has no place for the figures of a plugin and drops what it
+    does not know on its way between the processes. ``num_kv_fetch_reqs_by_stage``
+    is a plain dict from which vLLM reads its own keys by name; only KV connectors,
+    which are refused, fill it. Goes when vLLM carries a plugin's figures.
+    """
+    stats.num_kv_fetch_reqs_by_stage |= {_FIGURE + name: n for name, n in figures.items()}
+
+
+def detach_figures(stats: SchedulerStats) -> dict[str, int]:
+    """Take the counts of :func:`attach_figures` out again.
+
+    Plugins' stat loggers run before vLLM's, which then never see them.
+    """
+    stages = stats.num_kv_fetch_reqs_by_stage
+    return {
+        name.removeprefix(_FIGURE): stages.pop(name)
+        for name in [name for name in stages if name.startswith(_FIGURE)]
+    }

@@ -20,7 +20,8 @@ in a step. At worst a waiting request is admitted one step later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -48,6 +49,30 @@ class RingManager(SlidingWindowManager):
         self._swept: dict[str, int] = {}
         # Block indices that are given back when the running step is scheduled.
         self._tails: dict[str, list[int]] = {}
+        # How many block tables hold a block: one block may be shared by several requests.
+        self._holders: Counter[int] = Counter()
+        #: Blocks that left the window and were given back, since the engine started.
+        self.num_evicted = 0
+        #: Blocks taken from the prefix cache, since the engine started.
+        self.num_hit = 0
+
+    # ---- figures
+
+    @property
+    def num_held(self) -> int:
+        """Blocks of the pool that this group's block tables hold, shared ones once."""
+        return len(self._holders)
+
+    def _hold(self, blocks: Iterable[KVCacheBlock]) -> None:
+        for block in blocks:
+            self._holders[block.block_id] += 1
+
+    def _drop(self, blocks: Iterable[KVCacheBlock]) -> None:
+        for block in blocks:
+            if self._holders[block.block_id] == 1:
+                del self._holders[block.block_id]
+            else:
+                self._holders[block.block_id] -= 1
 
     # ---- allocation
 
@@ -97,7 +122,9 @@ class RingManager(SlidingWindowManager):
         if first >= end:
             return []
         window_start = self._window_start(num_tokens)
-        real = iter(self.block_pool.get_new_blocks(self._num_real_blocks(first, num_tokens)))
+        taken = self.block_pool.get_new_blocks(self._num_real_blocks(first, num_tokens))
+        self._hold(taken)
+        real = iter(taken)
         new_blocks = [
             next(real) if i < self.num_sink_blocks or i >= window_start else self._null_block
             for i in range(first, end)
@@ -130,7 +157,9 @@ class RingManager(SlidingWindowManager):
         )
         if self.block_pool.get_num_free_blocks() - len(tails) < reserve:
             return
-        for i, block in zip(tails, self.block_pool.get_new_blocks(len(tails)), strict=True):
+        taken = self.block_pool.get_new_blocks(len(tails))
+        self._hold(taken)
+        for i, block in zip(tails, taken, strict=True):
             new_blocks[i - first] = block
         self._tails[request_id] = tails
 
@@ -152,6 +181,7 @@ class RingManager(SlidingWindowManager):
             freed = [table[i] for i in reversed(tails)]
             for i in tails:
                 table[i] = self._null_block
+            self._drop(freed)
             self.block_pool.free_blocks(freed)
         self._tails.clear()
 
@@ -205,13 +235,17 @@ class RingManager(SlidingWindowManager):
             )
         table[first:last] = [self._null_block] * (last - first)
         self._swept[request_id] = last
+        self.num_evicted += len(freed)
+        self._drop(freed)
         self.block_pool.free_blocks(reversed(freed))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks, its bookkeeping forgotten."""
         self._swept.pop(request_id, None)
         self._tails.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+        blocks = super().pop_blocks_for_free(request_id)
+        self._drop(block for block in blocks if not block.is_null)
+        return blocks
 
     # ---- prefix cache
 
@@ -236,7 +270,10 @@ class RingManager(SlidingWindowManager):
         table = self.req_to_blocks[request_id]
         assert not table
         kept = self._kept_of_hit(new_computed_blocks, num_local_computed_tokens)
-        self.block_pool.touch([block for block in kept if not block.is_null])
+        hit = [block for block in kept if not block.is_null]
+        self.num_hit += len(hit)
+        self._hold(hit)
+        self.block_pool.touch(hit)
         table.extend(kept)
         self.num_cached_block[request_id] = len(table)
 

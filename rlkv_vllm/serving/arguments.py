@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 WORKER_EXTENSION = "rlkv_vllm.engine.worker_extension.RlkvWorkerExtension"
+SCHEDULER = "rlkv_vllm.engine.scheduler.SplitScheduler"
 
 #: How the embedded reasoner is served where the user says nothing: in the
 #: precision it was measured in (vLLM's "auto" makes bfloat16 of float32), and
@@ -153,7 +154,8 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
     """Put the split configuration where vLLM hands it to every process.
 
     Args:
-        args: parsed flags; ``additional_config`` and ``worker_extension_cls`` are set.
+        args: parsed flags; ``additional_config``, ``worker_extension_cls`` and
+            ``scheduler_cls`` are set.
         split: ``additional_config["rlkv"]``.
 
     Raises:
@@ -170,10 +172,13 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
             "--additional-config already has an entry 'rlkv': with `rlkv serve` say it with "
             "--profile, --sparsity, --sink and --window, and remove the entry"
         )
-    if args.worker_extension_cls not in ("", None, WORKER_EXTENSION):
-        raise RlkvError(
-            f"--worker-extension-cls {args.worker_extension_cls}: the split cache needs this "
-            f"place for {WORKER_EXTENSION}: remove the flag"
-        )
+    ours = {"worker_extension_cls": WORKER_EXTENSION, "scheduler_cls": SCHEDULER}
+    for name, value in ours.items():
+        given = getattr(args, name)
+        if given not in ("", None, value):
+            raise RlkvError(
+                f"--{name.replace('_', '-')} {given}: the split cache needs this place for "
+                f"{value}: remove the flag"
+            )
+        setattr(args, name, value)
     args.additional_config = {**additional, "rlkv": split}
-    args.worker_extension_cls = WORKER_EXTENSION

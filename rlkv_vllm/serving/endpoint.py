@@ -1,4 +1,4 @@
-"""vLLM endpoint plugin: proves at start that the KV cache is split, or refuses to serve.
+"""vLLM endpoint plugin: proves at start that the KV cache is split, and shows the split.
 
 A general plugin that fails to load is only logged by vLLM, and the server would
 go on with whole caches. So the workers are asked what they really built.
@@ -9,12 +9,18 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
-from rlkv_vllm.serving.summary import summary
+from rlkv_vllm.serving.page import page
+from rlkv_vllm.serving.status import CacheFigures, SplitForecast, SplitStatus, split_status
+from rlkv_vllm.serving.summary import example_question, served_names, summary
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -26,7 +32,19 @@ if TYPE_CHECKING:
 REPORT_METHOD = "rlkv_split_report"
 _REPORT_TIMEOUT_S = 60.0
 
+#: More requests than any server runs; keeps the figures small enough for a JSON reader.
+_MOST_REQUESTS = 1_000_000
+
 logger = logging.getLogger("vllm.rlkv")
+router = APIRouter(tags=["rlkv"])
+
+
+@dataclass(frozen=True)
+class ServedSplit:
+    """What the routes need of a proven split; kept on the app's state."""
+
+    figures: CacheFigures
+    status: SplitStatus
 
 
 class RlkvEndpoint:
@@ -36,15 +54,16 @@ class RlkvEndpoint:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """This plugin has no routes."""
+        """Add the page and the JSON routes."""
+        app.include_router(router)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Prove the split before the server listens; keep the reports on ``state``.
+        """Prove the split before the server listens, and show it.
 
         Raises:
-            RlkvError: the cache is not split as configured.
+            RlkvError: the cache is not split as configured, or its metrics are missing.
         """
         if engine_client is None:  # vLLM's render server has no engine
             return
@@ -53,8 +72,80 @@ class RlkvEndpoint:
         plan = split_plan(engine_client.vllm_config)
         if plan is None:
             return
-        state.rlkv_reports = await prove_split(engine_client, plan)
-        logger.info("%s", summary(state.rlkv_reports, args))
+        reports = await prove_split(engine_client, plan)
+        figures = CacheFigures(plan, min(report.num_blocks for report in reports))
+        _stat_logger(engine_client).show_split(figures)
+        names = served_names(args)
+        state.rlkv = ServedSplit(figures, split_status(figures, names, example_question(names[0])))
+        if _is_first_api_process(engine_client):
+            logger.info("%s", summary(reports, args))
+
+
+@router.get("/rlkv", include_in_schema=False)
+async def show_page(request: Request) -> Response:
+    """The page; it asks the JSON routes for all that it shows."""
+    return page(_needs_key(request.app.state.args))
+
+
+@router.get("/v1/rlkv")
+async def show_status(request: Request) -> SplitStatus:
+    """The split cache of this server: heads, capacity, and what requests hold now."""
+    from rlkv_vllm.serving.metrics import cache_use
+
+    served = _served(request)
+    return served.status.model_copy(update={"use": cache_use(served.figures)})
+
+
+@router.get("/v1/rlkv/forecast")
+async def show_forecast(
+    request: Request,
+    tokens: Annotated[
+        int | None,
+        Query(ge=1, description="Length of each request, prompt and answer; default: the longest."),
+    ] = None,
+    requests: Annotated[
+        int, Query(ge=1, le=_MOST_REQUESTS, description="How many requests at once.")
+    ] = 1,
+) -> SplitForecast:
+    """What so many requests of one length need, split and with a full cache."""
+    try:
+        return _served(request).figures.forecast(tokens, requests)
+    except RlkvError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from error
+
+
+def _served(request: Request) -> ServedSplit:
+    served: ServedSplit | None = getattr(request.app.state, "rlkv", None)
+    if served is None:
+        raise HTTPException(
+            HTTPStatus.NOT_FOUND,
+            "this server has no split cache: start it with `rlkv serve`, or with an entry 'rlkv' "
+            "in --additional-config",
+        )
+    return served
+
+
+def _needs_key(args: Namespace) -> bool:
+    import vllm.envs as envs
+
+    return any(args.api_key or [envs.VLLM_API_KEY])
+
+
+def _stat_logger(engine_client: Any) -> Any:
+    from rlkv_vllm.serving.metrics import RlkvStatLogger
+
+    manager = engine_client.logger_manager
+    for stat_logger in manager.stat_loggers if manager else ():
+        if isinstance(stat_logger, RlkvStatLogger):
+            return stat_logger
+    raise RlkvError(
+        "plugin rlkv of vllm.stat_logger_plugins was not loaded, so the metrics would be missing: "
+        "run `rlkv doctor`, and see that nothing removes 'rlkv' from VLLM_PLUGINS"
+    )
+
+
+def _is_first_api_process(engine_client: Any) -> bool:
+    return not getattr(engine_client.engine_core, "client_index", 0)
 
 
 async def prove_split(engine_client: EngineClient, plan: SplitPlan) -> list[SplitReport]:

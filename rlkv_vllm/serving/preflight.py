@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 PLUGIN_NAME = "rlkv"
 GENERAL_PLUGINS = "vllm.general_plugins"
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
+STAT_LOGGER_PLUGINS = "vllm.stat_logger_plugins"
 _OTHER_PLUGIN_GROUPS = (
     GENERAL_PLUGINS,
     "vllm.platform_plugins",
     "vllm.io_processor_plugins",
-    "vllm.stat_logger_plugins",
+    STAT_LOGGER_PLUGINS,
 )
 
 
@@ -162,6 +163,7 @@ def check_plugin() -> None:
     for group, value in (
         (GENERAL_PLUGINS, "rlkv_vllm.plugin:register"),
         (ENDPOINT_PLUGINS, "rlkv_vllm.serving.endpoint:RlkvEndpoint"),
+        (STAT_LOGGER_PLUGINS, "rlkv_vllm.serving.metrics:RlkvStatLogger"),
     ):
         found = [entry for entry in entry_points(group=group) if entry.name == PLUGIN_NAME]
         if [entry.value for entry in found] != [value]:
@@ -170,6 +172,8 @@ def check_plugin() -> None:
                 f"plugin {PLUGIN_NAME} of {group}: vLLM finds {shown}, expected {value}: install "
                 "rlkv-vllm again (pip install --force-reinstall --no-deps rlkv-vllm)"
             )
+        if group == STAT_LOGGER_PLUGINS:  # imports vLLM; the endpoint plugin finds it missing
+            continue
         try:
             found[0].load()
         except Exception as error:  # any import error leaves the cache unsplit

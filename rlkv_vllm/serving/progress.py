@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _NOISE = (
     "Found ulimit of",
     "Inductor compilation was disabled",
     "Model Runner V2 requires Triton",
+    "Using custom scheduler class",  # ours, made for this version of vLLM
     "Triton is",  # not installed, or without a CPU backend
     "doesn't allow to use `torch.set_num_threads`",
     "is not found in LD_PRELOAD",
@@ -73,6 +75,19 @@ class StartUpFilter(logging.Filter):
                 record.msg, record.args = phase, None
                 return True
         return record.levelno >= logging.WARNING and not any(noise in message for noise in _NOISE)
+
+
+class PollFilter(logging.Filter):
+    """Leaves out what programs ask every second or so, as long as it is answered."""
+
+    _POLLED = ("/health", "/metrics", "/v1/rlkv")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to print `record`, a line of uvicorn's access log."""
+        match record.args:
+            case (_, "GET", str(path), _, HTTPStatus.OK):
+                return path.split("?")[0] not in self._POLLED
+        return True
 
 
 class LineFormatter(logging.Formatter):

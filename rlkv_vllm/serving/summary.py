@@ -35,10 +35,15 @@ def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
     )
 
 
-def _request(args: Namespace) -> list[str]:
+def served_names(args: Namespace) -> list[str]:
+    """Names under which the model is served, the one shown first."""
     names = args.served_model_name or [args.model]
-    model = names if isinstance(names, str) else names[0]
-    body = {"model": model, "messages": [{"role": "user", "content": _question(model)}]}
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _request(args: Namespace) -> list[str]:
+    model = served_names(args)[0]
+    body = {"model": model, "messages": [{"role": "user", "content": example_question(model)}]}
     quoted = json.dumps(body).replace("'", "'\\''")
     lines = [
         f"curl {_where(args)}/v1/chat/completions -H 'Content-Type: application/json'",
@@ -60,7 +65,8 @@ def _where(args: Namespace) -> str:
     return f"{scheme}://{host}:{args.port}{args.root_path or ''}"
 
 
-def _question(model: str) -> str:
+def example_question(model: str) -> str:
+    """A question that the model of this name may be asked first."""
     if model == testbed.MODEL_NAME:
         return testbed.example_question()
     return "A train leaves at 9:40 and arrives at 13:05. How long does it travel?"

@@ -20,6 +20,9 @@ import psutil
 #: Engine start on two busy cores, and the end of its processes (seconds).
 START_TIMEOUT_S, STOP_TIMEOUT_S = 300, 60
 
+#: API key of the shared server.
+KEY = "secret"
+
 RLKV = (sys.executable, "-m", "rlkv_vllm")
 
 
@@ -40,7 +43,11 @@ class Server:
     """``rlkv serve`` with its output in a file; a context manager that leaves nothing behind."""
 
     def __init__(
-        self, arguments: Sequence[str], log: Path, command: Sequence[str] = (*RLKV, "serve")
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        command: Sequence[str] = (*RLKV, "serve"),
+        **variables: str,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -50,7 +57,7 @@ class Server:
                 [*command, *arguments, "--host", "127.0.0.1", "--port", str(self.port)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=environment(**variables),
                 start_new_session=True,
             )
 

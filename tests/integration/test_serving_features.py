@@ -10,6 +10,7 @@ from vllm import LLM
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
 
+from rlkv_vllm.engine.scheduler import BlockUse
 from tests.engines import EngineCache, generate, greedy, pool_is_restored, scheduler
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import ALL_STREAMING, PROMPT_LENGTHS, UNEVEN
@@ -197,7 +198,7 @@ def test_all_heads_streaming_holds_a_constant_number_of_blocks(
     model: Path, profile_of: Callable[..., Path], engines: EngineCache
 ) -> None:
     profile = profile_of(model, ALL_STREAMING, sink=SINK, window=WINDOW)
-    llm = engines.get(model, profile, block_size=BLOCK)
+    llm = engines.get(model, profile, block_size=BLOCK, disable_log_stats=False)
     core = llm.llm_engine
     core.add_request("a", {"prompt_token_ids": random_prompt(1500, 9)}, greedy(100))
     pool = scheduler(llm).kv_cache_manager.block_pool
@@ -206,5 +207,10 @@ def test_all_heads_streaming_holds_a_constant_number_of_blocks(
     while core.has_unfinished_requests():
         core.step()
         held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        use = BlockUse.taken_from(scheduler(llm).make_stats())
+        assert use is not None
+        request = next(iter(scheduler(llm).requests.values()), None)
+        tokens = request.num_computed_tokens if request else 0
+        assert (use.full, use.streaming, use.full_cache) == (0, held[-1], -(-tokens // BLOCK))
     assert max(held) <= groups * (1 + WINDOW // BLOCK + 1)
     assert pool_is_restored(llm)

@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 from rlkv_vllm.engine.ring_manager import RingManager
 from rlkv_vllm.engine.specs import RingSpec
 from rlkv_vllm.plugin import register
+from tests.engines import blocks_in_tables, blocks_in_use
 
 register()
 init_none_hash(sha256)
@@ -92,6 +93,14 @@ class Steps:
         self.hit_blocks = blocks
         return hit
 
+    def assert_counts(self) -> None:
+        """What the rings say they hold is what their tables hold."""
+        for ring in self.manager.coordinator.single_type_managers[1:]:
+            assert isinstance(ring, RingManager)
+            assert ring.num_held == blocks_in_tables([ring])
+        groups = self.manager.coordinator.single_type_managers
+        assert blocks_in_use(self.manager.block_pool) == sum(blocks_in_tables([g]) for g in groups)
+
     def step(self, request: Request, new: int, hit: int = 0) -> bool:
         self.manager.new_step_starts()
         blocks = self.manager.allocate_slots(
@@ -101,6 +110,7 @@ class Steps:
             new_computed_blocks=self.hit_blocks if hit else None,
         )
         self.manager.take_new_block_ids()
+        self.assert_counts()
         if blocks is None:
             return False
         request.num_computed_tokens += hit + new
@@ -262,6 +272,30 @@ def test_admission_covers_the_peak(steps_in_flight: int) -> None:
     assert max(peaks) <= cap
     # Tight: a cap for fewer steps in flight would not do.
     assert max(peaks) > cap - spec.window_blocks
+
+
+def test_evictions_hits_and_shared_blocks_are_counted() -> None:
+    manager = make_manager()
+    ring = ring_of(manager)
+    steps = Steps(manager)
+    first, second = (make_request(name, list(range(1000))) for name in "ab")
+    steps.prefill(first, chunk=200)
+    assert ring.num_hit == 0
+    alone = ring.num_held
+    hit = steps.prefill(second)
+    assert hit > 0
+    assert ring.num_hit == sum(
+        not block.is_null for block in steps.hit_blocks.blocks[1][: hit // BLOCK]
+    )
+    assert alone < ring.num_held < 2 * alone  # the sink at least is shared
+    steps.decode(first, 1)  # the window before the last chunk goes
+    before = ring.num_evicted
+    steps.decode(first, 10 * BLOCK)
+    assert ring.num_evicted - before == 10
+    manager.free(first)
+    steps.assert_counts()
+    manager.free(second)
+    assert ring.num_held == 0
 
 
 def test_specs_of_different_groups_do_not_merge() -> None:

@@ -7,6 +7,7 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving import arguments as arguments_module
 from rlkv_vllm.serving.arguments import (
     EMBEDDED_DEFAULTS,
+    SCHEDULER,
     WORKER_EXTENSION,
     add_split,
     own_options,
@@ -100,6 +101,14 @@ def test_the_split_joins_the_users_additional_config() -> None:
     add_split(args, SPLIT)
     assert args.additional_config == {"mine": 1, "rlkv": SPLIT}
     assert args.worker_extension_cls == WORKER_EXTENSION
+    assert args.scheduler_cls == SCHEDULER
+
+
+def test_the_classes_exist() -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    for name in (WORKER_EXTENSION, SCHEDULER):
+        assert isinstance(resolve_obj_by_qualname(name), type)
 
 
 def test_the_split_alone() -> None:
@@ -112,6 +121,7 @@ def test_places_that_are_taken_are_named() -> None:
     for flag, value in (
         ("--additional-config", '{"rlkv": {}}'),
         ("--worker-extension-cls", "my.Extension"),
+        ("--scheduler-cls", "my.Scheduler"),
     ):
         args = parse(["m", flag, value])
         with pytest.raises(RlkvError) as caught:

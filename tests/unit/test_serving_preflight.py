@@ -201,7 +201,10 @@ def test_installed_plugin_passes() -> None:
     preflight.check_plugin()
 
 
-@pytest.mark.parametrize("group", [preflight.GENERAL_PLUGINS, preflight.ENDPOINT_PLUGINS])
+@pytest.mark.parametrize(
+    "group",
+    [preflight.GENERAL_PLUGINS, preflight.ENDPOINT_PLUGINS, preflight.STAT_LOGGER_PLUGINS],
+)
 @pytest.mark.parametrize("value", [None, "somebody.elses:register"])
 def test_a_plugin_that_vllm_would_not_find(
     monkeypatch: pytest.MonkeyPatch, group: str, value: str | None

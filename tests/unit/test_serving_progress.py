@@ -35,6 +35,28 @@ def test_warnings_pass_except_noise() -> None:
     assert not passes(record("Triton is not installed.", logging.WARNING))
 
 
+@pytest.mark.parametrize(
+    ("path", "status", "is_shown"),
+    [
+        ("/v1/rlkv", 200, False),
+        ("/metrics?name[]=up", 200, False),
+        ("/health", 200, False),
+        ("/health", 503, True),
+        ("/v1/rlkv", 401, True),
+        ("/v1/rlkv/forecast?tokens=5", 200, True),
+        ("/v1/chat/completions", 200, True),
+    ],
+)
+def test_of_requests_only_answered_polls_are_left_out(
+    path: str, status: int, is_shown: bool
+) -> None:
+    access = record('%s - "%s %s HTTP/%s" %d', name="uvicorn.access")
+    access.args = ("127.0.0.1:1", "GET", path, "1.1", status)
+    assert progress.PollFilter().filter(access) is is_shown
+    access.args = ("127.0.0.1:1", "POST", path, "1.1", status)
+    assert progress.PollFilter().filter(access)
+
+
 def test_own_messages_always_pass() -> None:
     assert progress.StartUpFilter().filter(record("any", name="vllm.rlkv"))
 

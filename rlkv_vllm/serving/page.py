@@ -1,0 +1,57 @@
+"""The page at ``/rlkv``: one HTML file with its style and its script inside."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+from pathlib import Path
+
+from fastapi import Response
+
+_FILE = Path(__file__).with_name("page.html")
+
+
+def page(needs_key: bool) -> Response:
+    """The page, with headers that let it run its own script and style and nothing else.
+
+    Args:
+        needs_key: whether the JSON routes need an API key, so that the page asks for it first.
+    """
+    html, policy = _page(needs_key)
+    return Response(
+        html,
+        media_type="text/html; charset=utf-8",
+        headers={
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        },
+    )
+
+
+@functools.cache
+def _page(needs_key: bool) -> tuple[bytes, str]:
+    html = _FILE.read_text(encoding="utf-8")
+    if needs_key:
+        html = html.replace('data-key="open"', 'data-key="needed"')
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hashes(html, "script"),
+        "style-src": _hashes(html, "style"),
+        "img-src": "data:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return html.encode(), "; ".join(f"{name} {value}" for name, value in policy.items())
+
+
+def _hashes(html: str, tag: str) -> str:
+    """CSP sources of the inline elements of that tag."""
+    bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digests = (hashlib.sha256(body.encode()).digest() for body in bodies)
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)

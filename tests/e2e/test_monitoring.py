@@ -1,0 +1,208 @@
+"""Routes and metrics of a running server, under load, and a real Prometheus that scrapes it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from rlkv_vllm.serving.status import SplitForecast, SplitStatus
+from tests.e2e.asking import ask, problems
+from tests.e2e.server import KEY, Server, free_port
+
+METRICS = (
+    "active",
+    "profile_info",
+    "heads",
+    "cache_used_bytes",
+    "cache_capacity_bytes",
+    "full_cache_bytes",
+    "cache_saved_bytes",
+    "requests_running",
+    "requests_possible",
+    "ring_evictions_total",
+    "preemptions_total",
+    "prefix_cache_hit_blocks_total",
+)
+
+
+def get(url: str, key: str | None = KEY) -> str:
+    request = urllib.request.Request(url)
+    if key:
+        request.add_header("Authorization", f"Bearer {key}")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def refusal(url: str, key: str | None = KEY) -> tuple[int, str]:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        get(url, key)
+    return caught.value.code, caught.value.read().decode()
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Sums over the labels."""
+    sums: dict[str, float] = {}
+    for line in get(f"{server.url}/metrics", None).splitlines():
+        if match := re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line):
+            sums[match[1]] = sums.get(match[1], 0) + float(match[2])
+    return sums
+
+
+def test_the_json_routes_need_the_key_and_the_page_does_not(server: Server) -> None:
+    for route in ("/v1/rlkv", "/v1/rlkv/forecast"):
+        for key in (None, "wrong"):
+            assert refusal(server.url + route, key)[0] == 401
+    page = get(f"{server.url}/rlkv", None)
+    assert 'data-key="needed"' in page
+    assert KEY not in page
+
+
+def test_status_and_forecast_are_typed(server: Server) -> None:
+    status = SplitStatus.model_validate_json(get(f"{server.url}/v1/rlkv"), strict=True)
+    assert status.active
+    assert status.models == ["embedded"]
+    assert status.use is not None
+    most = status.capacity.requests.split
+    for requests, fits in ((most, True), (most + 1, False)):
+        answer = get(f"{server.url}/v1/rlkv/forecast?requests={requests}")
+        assert SplitForecast.model_validate_json(answer, strict=True).fits is fits
+    described = json.loads(get(f"{server.url}/openapi.json"))
+    for route, schema in (("/v1/rlkv", "SplitStatus"), ("/v1/rlkv/forecast", "SplitForecast")):
+        content = described["paths"][route]["get"]["responses"]["200"]["content"]
+        assert content["application/json"]["schema"]["$ref"].endswith(f"/{schema}")
+        assert schema in described["components"]["schemas"]
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("tokens=0", "greater than or equal to 1"),
+        ("tokens=many", "valid integer"),
+        ("tokens=999999", "longest request is 2048 tokens"),
+        ("requests=0", "greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_query_is_refused_with_the_reason(server: Server, query: str, reason: str) -> None:
+    code, text = refusal(f"{server.url}/v1/rlkv/forecast?{query}")
+    assert code == 400
+    assert reason in json.loads(text)["error"]["message"]
+
+
+def test_metrics_agree_with_vllms_own_pool_under_load(
+    server: Server, client: openai.OpenAI
+) -> None:
+    capacity = metrics(server)["rlkv:cache_capacity_bytes"]
+    asked = problems(per_family=8)
+    seen = set()
+    with ThreadPoolExecutor(16) as pool:
+        replies = [pool.submit(ask, client, problem) for problem in asked]
+        while not all(reply.done() for reply in replies):
+            now = metrics(server)
+            used = now["rlkv:cache_used_bytes"]
+            assert used == pytest.approx(now["vllm:kv_cache_usage_perc"] * capacity, abs=1)
+            assert now["rlkv:requests_running"] == now["vllm:num_requests_running"]
+            assert now["rlkv:cache_saved_bytes"] == now["rlkv:full_cache_bytes"] - used
+            seen.add(used)
+    assert len(seen) > 5
+    for reply in replies:
+        reply.result()
+    deadline = time.monotonic() + 10
+    while (now := metrics(server))["rlkv:cache_used_bytes"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert now["rlkv:cache_used_bytes"] == now["rlkv:requests_running"] == 0
+    assert now["rlkv:preemptions_total"] == now["vllm:num_preemptions_total"]
+    assert now["rlkv:ring_evictions_total"] > 0
+    assert now["rlkv:active"] == 1
+    use = json.loads(get(f"{server.url}/v1/rlkv"))["use"]
+    assert use["blocks"] == {"full": 0, "streaming": 0}
+
+
+def need(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        pytest.skip(f"{program} is not installed (Debian package prometheus)")
+    return path
+
+
+def test_promtool_finds_nothing_but_the_colon(server: Server) -> None:
+    """vLLM's prefix has one too; promtool would have it left to recording rules."""
+    result = subprocess.run(
+        [need("promtool"), "check", "metrics"],
+        input=get(f"{server.url}/metrics", None),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    told = [line for line in (result.stdout + result.stderr).splitlines() if "rlkv:" in line]
+    assert len(told) >= len(METRICS)
+    assert {line.split(" ", 1)[1] for line in told} == {"metric names should not contain ':'"}
+
+
+@pytest.fixture
+def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
+    """A Prometheus that scrapes the server; its address."""
+    program = need("prometheus")
+    config = tmp_path / "prometheus.yml"
+    target = server.url.removeprefix("http://")
+    config.write_text(
+        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
+        f"scrape_configs: [{{job_name: rlkv, static_configs: [{{targets: ['{target}']}}]}}]\n"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    with (tmp_path / "prometheus.log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                program,
+                f"--config.file={config}",
+                f"--storage.tsdb.path={tmp_path / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    yield f"http://{address}"
+    process.terminate()
+    process.wait(30)
+
+
+def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
+    quoted = urllib.parse.quote(expression)
+    try:
+        answer = json.loads(get(f"{prometheus}/api/v1/query?query={quoted}", None))
+    except urllib.error.URLError:  # it is still starting
+        return []
+    result: list[dict[str, Any]] = answer["data"]["result"]
+    return result
+
+
+def test_a_real_prometheus_scrapes_every_metric(server: Server, prometheus: str) -> None:
+    deadline = time.monotonic() + 60
+    while not query(prometheus, "rlkv:active == 1"):
+        assert time.monotonic() < deadline, "nothing was scraped"
+        time.sleep(0.5)
+    for name in METRICS:
+        series = query(prometheus, f"rlkv:{name}")
+        assert series, name
+        for labels in (entry["metric"] for entry in series):
+            assert (labels["model_name"], labels["engine"]) == ("embedded", "0")
+    status = json.loads(get(f"{server.url}/v1/rlkv"))
+    (capacity,) = query(prometheus, "rlkv:cache_capacity_bytes")
+    assert float(capacity["value"][1]) == status["capacity"]["bytes"]
+    heads = {
+        entry["metric"]["kind"]: int(entry["value"][1]) for entry in query(prometheus, "rlkv:heads")
+    }
+    assert heads == {kind: status["heads"][kind] for kind in ("full", "streaming")}

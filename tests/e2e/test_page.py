@@ -1,0 +1,178 @@
+"""The page in a real browser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.e2e.asking import is_right, problems
+from tests.e2e.server import KEY, Server
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+PATIENCE_S = 30
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,1000",
+)
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="no Chromium (Debian packages chromium and chromium-driver)",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The page as a user sees it."""
+
+    def __init__(self, browser: WebDriver, server: Server) -> None:
+        self.browser = browser
+        browser.get_log("browser")  # of the last page
+        browser.get(f"{server.url}/rlkv")
+
+    def get(self, name: str) -> WebElement:
+        return self.browser.find_element(By.ID, name)
+
+    def wait_for(self, what: str, is_there: object) -> None:
+        WebDriverWait(self.browser, PATIENCE_S, poll_frequency=0.05).until(
+            lambda _: is_there(),  # type: ignore[operator]
+            f"{what}: {self.browser.find_element(By.TAG_NAME, 'body').text}",
+        )
+
+    def unlock(self, key: str = KEY) -> None:
+        self.wait_for("key field", self.get("key").is_displayed)
+        self.get("key").send_keys(key, Keys.ENTER)
+
+    def errors(self) -> list[str]:
+        return [entry["message"] for entry in self.browser.get_log("browser")]
+
+    def watch_meter(self) -> None:
+        """Keep the largest figure that the meter ever shows."""
+        self.browser.execute_script(
+            """window.most = 0;
+            new MutationObserver(() => {
+              const now = +document.getElementById("held-meter").getAttribute("aria-valuenow");
+              window.most = Math.max(window.most, now);
+            }).observe(document.getElementById("held-meter"), { attributes: true });"""
+        )
+
+
+@pytest.fixture
+def page(browser: WebDriver, server: Server) -> Page:
+    return Page(browser, server)
+
+
+def test_ask_and_see_reasoning_answer_and_the_meter_move(page: Page) -> None:
+    page.unlock()
+    page.wait_for("state", lambda: page.get("state").text == "split active")
+    assert page.get("model").text == "embedded"
+    page.watch_meter()
+    problem = problems(per_family=1)[0]
+    page.get("question").clear()
+    page.get("question").send_keys(problem.prompt)
+    page.get("temperature").send_keys("0")
+    page.get("question").send_keys(Keys.CONTROL, Keys.ENTER)
+    page.wait_for("answer", lambda: "tokens in" in page.get("answer-note").text)
+    assert is_right(page.get("answer").text, problem)
+    assert len(page.get("thought").text.split()) > 20
+    page.wait_for("meter", lambda: page.browser.execute_script("return window.most") > 0)
+    page.wait_for("idle again", lambda: page.get("held").text == "0 B")
+    assert page.errors() == []
+
+
+def test_head_map_tells_kind_and_gate_to_mouse_and_keyboard(page: Page) -> None:
+    page.unlock()
+    page.wait_for("map", lambda: page.browser.find_elements(By.CSS_SELECTOR, "#map .cell"))
+    cells = page.browser.find_elements(By.CSS_SELECTOR, "#map .cell")
+    assert len(cells) == 20
+    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#map .cell.streaming")) == 4
+    page.browser.execute_script("arguments[0].focus()", cells[0])
+    assert page.get("readout").text == "Layer 0, KV head 0: full head, gate 0.959"
+    page.browser.switch_to.active_element.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.END)
+    assert page.get("readout").text == "Layer 2, KV head 3: streaming head, gate 0.000"
+    assert page.browser.switch_to.active_element.get_attribute("aria-label").startswith("Layer 2")
+    webdriver.ActionChains(page.browser).move_to_element(cells[5]).perform()
+    assert page.get("readout").text.startswith("Layer 1, KV head 1: full head")
+    assert page.errors() == []
+
+
+def test_capacity_slider_asks_the_server(page: Page) -> None:
+    page.unlock()
+    page.wait_for("forecast", lambda: page.get("verdict").text.startswith("Fits."))
+    slider = page.get("requests-range")
+    slider.send_keys(Keys.END)
+    page.wait_for("too many", lambda: page.get("verdict").text.startswith("Does not fit."))
+    slider.send_keys(Keys.HOME)
+    page.wait_for("one", lambda: page.get("verdict").text.startswith("Fits."))
+    assert page.get("requests").get_property("value") == "1"
+    assert page.errors() == []
+    page.get("tokens").clear()
+    page.get("tokens").send_keys("99999")
+    page.wait_for("reason", lambda: "longest request is 2048" in page.get("forecast-error").text)
+
+
+def test_a_wrong_key_is_refused_and_asked_for_again(page: Page) -> None:
+    page.unlock("wrong")
+    page.wait_for("refusal", lambda: "refuses this key" in page.get("key-error").text)
+    page.unlock()
+    page.wait_for("state", lambda: page.get("state").text == "split active")
+    stored = page.browser.execute_script(
+        "return [localStorage.length, sessionStorage.length, document.cookie]"
+    )
+    assert stored == [0, 0, ""]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_and_nothing_overflows_a_phone(page: Page, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.unlock()
+    page.wait_for("state", lambda: page.get("state").text == "split active")
+    assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    for name in ("state", "use-note", "map-note", "verdict", "ask"):
+        assert page.browser.execute_script(CONTRAST, page.get(name)) >= 4.5, name
+    page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+#: WCAG contrast of an element's text against the first background behind it.
+CONTRAST = """
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+  .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+let behind = arguments[0];
+const isClear = (element) => parse(getComputedStyle(element).backgroundColor)[3] === 0;
+while (isClear(behind)) behind = behind.parentElement;
+const a = light(parse(getComputedStyle(arguments[0]).color));
+const b = light(parse(getComputedStyle(behind).backgroundColor));
+return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+"""
