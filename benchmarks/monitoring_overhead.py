@@ -80,18 +80,19 @@ class Server:
 
     def wait(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                httpx.get(f"{self.url}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                if (
-                    self.process and self.process.poll() is not None
-                ) or time.monotonic() > deadline:
-                    sys.exit("the server did not start")
-                time.sleep(0.5)
+        while not self._is_healthy():
+            is_gone = self.process is not None and self.process.poll() is not None
+            if is_gone or time.monotonic() > deadline:
+                sys.exit("the server did not start")
+            time.sleep(0.5)
         root = psutil.Process(self.pid)
         self.processes = [root, *root.children(recursive=True)]
+
+    def _is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health").is_success
+        except httpx.HTTPError:
+            return False
 
     def cpu(self) -> float:
         times = [process.cpu_times() for process in self.processes]
