@@ -13,7 +13,7 @@ cycle turns, so that a machine whose speed drifts is unfair to none:
     all     GET /v1/rlkv and the whole of /metrics, in turn
 
 CPU time is that of all processes of the server, so it also sees what two cores hide.
-Then an engine in this process tells what the counts add to the statistics of a step.
+Then vLLM's block managers, without a model, tell what the counts add to a step.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ import asyncio
 import json
 import os
 import platform
+import random
 import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -46,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12, help="of each variant")
     parser.add_argument("--questions", type=int, default=64, help="in a round")
     parser.add_argument("--at-once", type=int, default=16, help="requests in flight")
+    parser.add_argument("--running", type=int, default=64, help="requests of the timed statistics")
     parser.add_argument("--steps", type=int, default=2000, help="calls of the timed statistics")
     parser.add_argument("--port", type=int, help="of a running `rlkv serve` (embedded, no key)")
     parser.add_argument("--part", choices=("server", "step"), help="one part only")
@@ -80,18 +84,19 @@ class Server:
 
     def wait(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                httpx.get(f"{self.url}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                if (
-                    self.process and self.process.poll() is not None
-                ) or time.monotonic() > deadline:
-                    sys.exit("the server did not start")
-                time.sleep(0.5)
+        while not self._is_healthy():
+            is_gone = self.process is not None and self.process.poll() is not None
+            if is_gone or time.monotonic() > deadline:
+                sys.exit("the server did not start")
+            time.sleep(0.5)
         root = psutil.Process(self.pid)
         self.processes = [root, *root.children(recursive=True)]
+
+    def _is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health").is_success
+        except httpx.HTTPError:
+            return False
 
     def cpu(self) -> float:
         times = [process.cpu_times() for process in self.processes]
@@ -198,66 +203,106 @@ async def measure(args: argparse.Namespace, server: Server) -> dict[str, Any]:
 
 
 def time_of_a_step(args: argparse.Namespace) -> dict[str, float]:
-    """What counting, sending and exporting add to a step, 32 requests running (microseconds)."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import msgspec
-    from vllm import LLM, SamplingParams
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine import EngineCoreOutputs
+    """What counting, sending and exporting add to a step (microseconds of CPU time).
 
-    from rlkv_vllm import testbed
-    from rlkv_vllm.engine.config import split_plan
+    vLLM's block managers hold requests of a model of 36 layers x 8 KV heads, half of them
+    streaming; the same statistics without our counts are subtracted.
+    """
+    import msgspec
+    import torch
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.request import Request
+
+    from rlkv_vllm.allocation import CacheGeometry
+    from rlkv_vllm.allocation.forecast import forecast_split
+    from rlkv_vllm.engine.compat import attach_figures
+    from rlkv_vllm.engine.ring_manager import RingManager
+    from rlkv_vllm.engine.scheduler import SplitScheduler
+    from rlkv_vllm.engine.specs import RingSpec
+    from rlkv_vllm.plugin import register
     from rlkv_vllm.serving.arguments import SCHEDULER
     from rlkv_vllm.serving.metrics import RlkvStatLogger
     from rlkv_vllm.serving.status import CacheFigures
 
-    llm = LLM(
-        str(testbed.model_dir()),
-        dtype="float32",
-        enforce_eager=True,
-        kv_cache_memory_bytes=64 << 20,
-        additional_config={"rlkv": {"profile": "embedded"}},
-        scheduler_cls=SCHEDULER,
-        disable_log_stats=False,
+    register()
+    block, sink, window, num_blocks = 16, 16, 64, 20_000
+    rng = random.Random(0)
+    gates = [[rng.random() for _ in range(8)] for _ in range(36)]
+    geometry = CacheGeometry(36, 8, 128, 2, block, sink, window)
+    forecast = forecast_split(gates, 0.5, geometry)
+    rings = forecast.groups.num_ring_groups
+    shape = {"block_size": block, "num_kv_heads": 1, "head_size": 128, "dtype": torch.bfloat16}
+    ring = RingSpec(**shape, sliding_window=window, sink=sink, num_groups=rings + 1)
+    groups = [KVCacheGroupSpec(["full"], FullAttentionSpec(**shape))]
+    groups += [KVCacheGroupSpec([f"ring{n}"], ring) for n in range(rings)]
+    manager = KVCacheManager(
+        KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+        max_model_len=32768,
+        scheduler_block_size=block,
+        hash_block_size=block,
+        max_in_flight_tokens=4096,
+        enable_caching=False,
     )
-    core = llm.llm_engine
-    for n, prompt in enumerate(questions(32)):
-        core.add_request(str(n), prompt, SamplingParams(max_tokens=400, ignore_eos=True))
-    durations = []
-    for _ in range(40):
-        start = time.perf_counter()
-        core.step()
-        durations.append(time.perf_counter() - start)
-    scheduler = core.engine_core.engine_core.scheduler
-    num_blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks
-    figures = CacheFigures(split_plan(core.vllm_config), num_blocks)
-    stat_logger = RlkvStatLogger(core.vllm_config, [0])
-    stat_logger.show_split(figures)
-    decoder = msgspec.msgpack.Decoder(EngineCoreOutputs)
+    for n in range(args.running):
+        request = Request(str(n), list(range(2000)), SamplingParams(max_tokens=10), None)
+        manager.new_step_starts()
+        if manager.allocate_slots(request, 2000) is None:
+            sys.exit(f"--running {args.running}: does not fit")
 
-    def base() -> None:
-        stats = Scheduler.make_stats(scheduler)
-        decoder.decode(msgspec.msgpack.encode(EngineCoreOutputs(scheduler_stats=stats)))
+    class Counting(SplitScheduler):
+        def __init__(self) -> None:  # vLLM's needs a whole engine
+            self.kv_cache_manager, self.block_size = manager, block
+            managers = manager.coordinator.single_type_managers
+            self._rings = [m for m in managers if isinstance(m, RingManager)]
+            self._has_full_group = True
+            self._evicted = self._hit = 0
+
+    plan = SimpleNamespace(
+        forecast=forecast,
+        groups=forecast.groups,
+        geometry=geometry,
+        profile=SimpleNamespace(sha256=lambda: ""),
+        profile_id="p",
+        sparsity=0.5,
+        max_model_len=32768,
+    )
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(served_model_name="m"),
+        scheduler_config=SimpleNamespace(scheduler_cls=SCHEDULER),
+    )
+    stat_logger = RlkvStatLogger(config, [0])
+    stat_logger.show_split(CacheFigures(plan, num_blocks))
+    scheduler = Counting()
+    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(EngineCoreOutputs)
+
+    def send(stats: SchedulerStats) -> SchedulerStats:
+        wire = encoder.encode(EngineCoreOutputs(scheduler_stats=stats))
+        return decoder.decode(wire).scheduler_stats
+
+    def without() -> None:
+        send(SchedulerStats(num_running_reqs=args.running))
 
     def ours() -> None:
-        stats = scheduler.make_stats()
-        wire = msgspec.msgpack.encode(EngineCoreOutputs(scheduler_stats=stats))
-        stat_logger.record(decoder.decode(wire).scheduler_stats, None)
+        stats = SchedulerStats(num_running_reqs=args.running)
+        attach_figures(stats, asdict(scheduler._block_use(stats)))
+        stat_logger.record(send(stats), None)
 
-    times = {}
-    for name, function in (("vllm", base), ("ours", ours)):
-        blocks = []
-        for _ in range(20):
+    times: dict[str, list[float]] = {"without": [], "ours": []}
+    for _ in range(20):
+        for name, function in (("without", without), ("ours", ours)):
             start = time.process_time()
             for _ in range(args.steps // 20):
                 function()
-            blocks.append((time.process_time() - start) / (args.steps // 20))
-        times[name] = 1e6 * statistics.median(blocks)
+            times[name].append((time.process_time() - start) / (args.steps // 20))
+    median = {name: 1e6 * statistics.median(values) for name, values in times.items()}
     return {
-        "statistics_of_vllm_us": times["vllm"],
-        "added_us": times["ours"] - times["vllm"],
-        "step_us": 1e6 * statistics.median(durations),
-        "requests_running": len(scheduler.running),
+        "requests_running": args.running,
+        "ring_groups": rings,
+        "added_us": median["ours"] - median["without"],
     }
 
 
