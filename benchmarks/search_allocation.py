@@ -1,4 +1,4 @@
-"""The best allocation that a search finds: a ceiling for scorers on a small model.
+"""The best allocation that a swap search finds, beside what scorers find; for a small model.
 
     python benchmarks/search_allocation.py embedded --start head_profiles/embedded.json \
         --sparsity .4 --output best-40.json
