@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.allocation.heads import allocate, check_sparsity
+from rlkv_vllm.allocation.heads import allocate, read_sparsities
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.compare import Outcome, compare, markdown, rank_agreement
 from rlkv_vllm.evaluation.measurement import Measurement
@@ -93,9 +93,7 @@ def measure(
     from rlkv_vllm.tasks import get_task
     from rlkv_vllm.training.loading import load_model, set_threads
 
-    sparsities = sorted({float(part) for part in args.sparsity.split(",")} - {0.0, 1.0})
-    for sparsity in sparsities:
-        check_sparsity(sparsity)
+    sparsities = sorted(set(read_sparsities(args.sparsity, "--sparsity")) - {0.0, 1.0})
     profiles = [_labelled(text) for text in args.profiles]
     _check_seeds(profiles, args)
     spans = {(p.sink, p.window) for _, p in profiles} if None in (args.sink, args.window) else set()

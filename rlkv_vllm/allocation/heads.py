@@ -146,6 +146,23 @@ def allocate(gates: Sequence[Sequence[float]], sparsity: float, tp_size: int = 1
     return Allocation(num_kv_heads, tp_size, tuple(tuple(sorted(heads)) for heads in full))
 
 
+def read_sparsities(text: str, flag: str) -> list[float]:
+    """Sparsities separated by commas, as a flag gives them.
+
+    Raises:
+        RlkvError: if one of them is no number in [0, 1].
+    """
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RlkvError(
+            f"{flag} {text!r}: give numbers from 0 to 1 separated by commas, e.g. 0,.4,.5"
+        ) from None
+    for share in shares:
+        check_sparsity(share)
+    return shares
+
+
 def check_sparsity(sparsity: float) -> None:
     """Refuse a sparsity that is no number in [0, 1].
 

@@ -87,6 +87,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Solve fresh problems with really split caches: accuracy, length and time per sparsity."""
+    from rlkv_vllm.allocation.heads import read_sparsities
     from rlkv_vllm.errors import RlkvError
     from rlkv_vllm.evaluation import sweep
     from rlkv_vllm.evaluation.record import Record, output_format
@@ -99,7 +100,7 @@ def evaluate(
     from rlkv_vllm.testbed import MODEL_NAME, model_source
 
     # All that can be wrong with what was given is found here, before an engine starts.
-    shares = _sparsities(sparsity)
+    shares = read_sparsities(sparsity, "--sparsity")
     if not 0 < top_p <= 1:
         raise RlkvError(f"--top-p {top_p:g}: must be above 0 and at most 1")
     options: dict[str, Any] = {
@@ -187,21 +188,6 @@ def evaluate(
         sweep.write_rows(candidates, rows, task=chosen.name, seed=seed, sampling=sampling)
         for candidate in candidates:
             typer.echo(f"wrote rows into {candidate.path}")
-
-
-def _sparsities(text: str) -> list[float]:
-    from rlkv_vllm.allocation.heads import check_sparsity
-    from rlkv_vllm.errors import RlkvError
-
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise RlkvError(
-            f"--sparsity {text!r}: give numbers from 0 to 1 separated by commas, e.g. 0,.4,.5"
-        ) from None
-    for share in shares:
-        check_sparsity(share)
-    return shares
 
 
 def _bytes(memory: str) -> int:

@@ -56,7 +56,9 @@ def score(
 
     The model answers problems; the scorer works on its correct answers.
     """
-    shares = _sparsities(sparsities)
+    from rlkv_vllm.allocation.heads import read_sparsities
+
+    shares = tuple(read_sparsities(sparsities, "--sparsities"))
     _refuse_folder(output)
 
     from rlkv_vllm.cli.progress import StageProgress
@@ -82,21 +84,6 @@ def score(
         profile = make_profile(config, progress.report, progress.say)
     save_profile(profile, output)
     _print(profile, output)
-
-
-def _sparsities(text: str) -> tuple[float, ...]:
-    from rlkv_vllm.allocation.heads import check_sparsity
-    from rlkv_vllm.errors import RlkvError
-
-    try:
-        shares = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise RlkvError(
-            f"--sparsities {text}: must be numbers in [0, 1] separated by commas, e.g. 0,.4,.5"
-        ) from error
-    for share in shares:
-        check_sparsity(share)
-    return shares
 
 
 def _settings(overrides: list[str]) -> dict[str, str]:

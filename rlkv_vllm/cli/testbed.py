@@ -23,6 +23,10 @@ def train(
         typer.Option(help="Train on this family alone; audit has long chains of thought."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and data.")] = 0,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Start from the weights of this model: `embedded`, or a folder."),
+    ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Stop here at the latest.")] = 6000,
     checkpoint_steps: Annotated[int, typer.Option(min=1, help="Save the state this often.")] = 200,
     measure: Annotated[int, typer.Option(min=1, help="Problems to measure accuracy with.")] = 300,
@@ -45,7 +49,7 @@ def train(
     if family is not None:
         _check_task("--family", family, (*FAMILIES, *LONG_FAMILIES))
     config = training.TrainingConfig.of(
-        family, seed=seed, max_steps=max_steps, checkpoint_steps=checkpoint_steps
+        family, seed=seed, init=init, max_steps=max_steps, checkpoint_steps=checkpoint_steps
     )
     console = Console()
     with Progress(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlkv_vllm.evaluation.statistics import percentile_95
-from rlkv_vllm.tasks import is_solved, whole_output
+from rlkv_vllm.tasks import is_solved, output_text
 from rlkv_vllm.training.gated_attention import attach_gates
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Answer:
     Attributes:
         prompt_ids: the problem as the chat template renders it.
         output_ids: generated tokens; the end token is the last one if there is one.
-        text: the decoded output, without special tokens.
+        text: the output as the task scores it.
         is_correct: whether the task accepts it.
         hit_cap: whether the token limit cut it off.
     """
@@ -152,16 +152,12 @@ def solve(
                     model, tokenizer, [prompts[i] for i in batch], max_new_tokens, choose
                 )
                 for i, (ids, ended) in zip(batch, outputs, strict=True):
-                    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+                    text = output_text(tokenizer, str(tokenizer.decode(prompts[i])), ids)
                     answers[i] = Answer(
                         prompt_ids=prompts[i],
                         output_ids=ids,
                         text=text,
-                        is_correct=is_solved(
-                            task,
-                            whole_output(str(tokenizer.decode(prompts[i])), text),
-                            problems[i],
-                        ),
+                        is_correct=is_solved(task, text, problems[i]),
                         hit_cap=not ended,
                     )
                 report(len(batch))

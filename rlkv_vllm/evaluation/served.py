@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
-from rlkv_vllm.tasks import Problem, Task, is_solved, whole_output
+from rlkv_vllm.tasks import Problem, Task, is_solved, output_text
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -87,9 +87,14 @@ def answer(
     finally:
         llm.llm_engine.engine_core.shutdown()
     completions = [output.outputs[0] for output in outputs]
+    tokenizer = llm.get_tokenizer()
     return Measurement(
         correct=tuple(
-            is_solved(task, whole_output(output.prompt or "", output.outputs[0].text), problem)
+            is_solved(
+                task,
+                output_text(tokenizer, output.prompt or "", list(output.outputs[0].token_ids)),
+                problem,
+            )
             for output, problem in zip(outputs, problems, strict=True)
         ),
         output_tokens=tuple(len(completion.token_ids) for completion in completions),

@@ -7,14 +7,14 @@ from pathlib import Path
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
 from rlkv_vllm.tasks import dataset, gym
-from rlkv_vllm.tasks.answers import whole_output
+from rlkv_vllm.tasks.answers import output_text
 from rlkv_vllm.tasks.files import read_file_task
 from rlkv_vllm.tasks.reward import RewardedTask
 from rlkv_vllm.tasks.rows import Columns
 from rlkv_vllm.tasks.task import Problem, Task, is_solved, skip_note
 from rlkv_vllm.tasks.testbed import NAMES, TestbedTask
 
-__all__ = ["Problem", "Task", "get_task", "is_solved", "skip_note", "whole_output"]
+__all__ = ["Problem", "Task", "get_task", "is_solved", "output_text", "skip_note"]
 
 
 def get_task(

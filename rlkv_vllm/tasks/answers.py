@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from importlib.util import find_spec
+from typing import Any
 
 from rlkv_vllm.testbed.problems import END_THINK, THINK
 
 #: What math-verify sees at most of an output and of an answer (characters).
 MAX_SAID, MAX_GOLD = 4000, 400
 
+#: What answers are found by; some models have tokens of their own for them.
+_TAGS = (THINK, END_THINK, "<answer>", "</answer>")
 _MARKS = "$*`\"' \n"
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"\banswer\b(?:\s+is\b)?[\s:=*]*([^\n]*)", re.IGNORECASE)
@@ -93,16 +97,34 @@ def gold_answer(text: str) -> str:
     return (text if boxed is None else boxed).strip()
 
 
-def whole_output(prompt: str, output: str) -> str:
-    """An output with its chain of thought opened, where the chat template did that.
+def output_text(tokenizer: Any, prompt: str, output_ids: Sequence[int]) -> str:
+    """An output as tasks score it, in training, by mask and served alike.
 
-    Without it a chain of thought that never ended would look like an answer.
+    Special tokens are left out, as for clients of a server, but not the tags that answers are
+    found by. The chain of thought is opened where the chat template did that: without it one that
+    never ended would look like an answer.
 
     Args:
+        tokenizer: of the model.
         prompt: the problem as the chat template renders it.
-        output: what the model said to it.
+        output_ids: what the model said to it, end token included or not.
     """
-    return THINK + output if prompt.rstrip().endswith(THINK) else output
+    tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in _TAGS}
+    vanishing = {
+        token: tag
+        for token, tag in tags.items()
+        if token is not None
+        and tokenizer.convert_ids_to_tokens([token]) == [tag]  # not the unknown token
+        and not tokenizer.decode([token], skip_special_tokens=True)
+    }
+    text = THINK if prompt.rstrip().endswith(THINK) else ""
+    start = 0
+    for place, token in enumerate(output_ids):
+        if token in vanishing:
+            text += tokenizer.decode(output_ids[start:place], skip_special_tokens=True)
+            text += vanishing[token]
+            start = place + 1
+    return text + str(tokenizer.decode(output_ids[start:], skip_special_tokens=True))
 
 
 def last_boxed(text: str) -> str | None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import write_bytes_atomic
+from rlkv_vllm.profile.io import one_line, write_bytes_atomic
+from rlkv_vllm.testbed import model_source
 from rlkv_vllm.testbed.export import MODEL_FILE, export
 from rlkv_vllm.testbed.model import MAX_LENGTH, build_model
 from rlkv_vllm.testbed.muon import Muon
@@ -52,6 +53,7 @@ class TrainingConfig:
         decay_steps: length of the linear decay to zero, the end of the run.
         checkpoint_steps: how often the state is saved.
         family: the one family to train on; None is the mix that the shipped model knows.
+        init: model to start from, `embedded` or a folder of this command; None: random weights.
     """
 
     seed: int = 0
@@ -67,6 +69,7 @@ class TrainingConfig:
     decay_steps: int = 500
     checkpoint_steps: int = 200
     family: str | None = None
+    init: str | None = None
 
     @classmethod
     def of(cls, family: str | None, **options: Any) -> TrainingConfig:
@@ -148,6 +151,8 @@ class TestbedTrainer:
         self.model: Qwen3ForCausalLM = build_model(
             len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         )
+        if config.init is not None:
+            start_from(config.init, self.model, self.tokenizer)
         self.model.train()
         hidden: list[torch.nn.Parameter] = []
         rest: list[torch.nn.Parameter] = []
@@ -282,6 +287,53 @@ class TestbedTrainer:
                 _, index, key = rest.split(".")
                 entries.setdefault(int(index), {})[key] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+
+
+def start_from(source: str, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Copy the weights of a finished model of this command into `model`.
+
+    Words that only `model` knows come last in its vocabulary and keep their random embeddings.
+
+    Args:
+        source: `embedded` or the folder of the model.
+        model: changed in place.
+        tokenizer: of `model`.
+
+    Raises:
+        RlkvError: if the folder holds no such model, or one of another shape or vocabulary.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(model_source(source))
+    words_file = folder / "tokenizer.json"
+    try:
+        weights = load_file(folder / MODEL_FILE)
+        theirs = json.loads(words_file.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RlkvError(
+            f"--init {source}: no model of `rlkv testbed train` ({one_line(error)}): give "
+            "`embedded` or the folder of a finished run"
+        ) from error
+    ours = tokenizer.get_vocab()
+    moved = [word for word, number in theirs.items() if ours.get(word) != number]
+    if moved:
+        raise RlkvError(
+            f"--init {source}: its vocabulary is another one ({moved[0]} is word "
+            f"{theirs[moved[0]]} there): start from a model of the same --family or from `embedded`"
+        )
+    embeddings = model.get_input_embeddings().weight
+    for name, weight in model.named_parameters():
+        given = weights.get(name)
+        n = len(theirs) if weight is embeddings else weight.shape[0]
+        if given is None or given.shape != weight[:n].shape:
+            shape = "missing" if given is None else f"of shape {tuple(given.shape)}"
+            raise RlkvError(
+                f"--init {source}: {name} is {shape}, this model needs {tuple(weight[:n].shape)}: "
+                "start from a model of this command"
+            )
+        with torch.no_grad():
+            weight[:n].copy_(given)
 
 
 def _loss_and_accuracy(

@@ -91,7 +91,7 @@ def make_curriculum(
         output: folder of `curriculum.jsonl` (kept problems) and `curriculum.json` (figures).
         settings: all that decides the result, plain values; what is on disk must match.
         n: problems to try.
-        keep: stop as soon as so many are solved; None tries all.
+        keep: stop as soon as all processes together have solved so many; None tries all.
         seed: of problems and sampling.
         draw: how tokens are drawn; None is greedy.
         max_new_tokens: where an answer is cut off.
@@ -112,13 +112,21 @@ def make_curriculum(
     partial = output / PARTIAL_FILE.format(rank=share.rank)
     done = _read_partial(partial, wanted | {"world": share.world})
     left = [(i, problem) for i, problem in mine if i not in done]
-    solved = sum(row["solved"] for row in done.values())
-    enough = None if keep is None else -(-keep // share.world)
+
+    def is_enough() -> bool:
+        """Whether all processes together need no more batches; alike on all of them."""
+        if keep is None:
+            return not left
+        share.wait()
+        rows = [row for rank in range(share.world) for row in _rows(output, rank)]
+        share.wait()  # nobody may write before all have read
+        return len(rows) == len(problems) or sum(row["solved"] for row in rows) >= keep
+
     with partial.open("a", encoding="utf-8") as file:
-        for start in range(0, len(left), batch_size):
-            if enough is not None and solved >= enough:
-                break
-            batch = left[start : start + batch_size]
+        while not is_enough():
+            batch, left = left[:batch_size], left[batch_size:]
+            if not batch:  # others still have some
+                continue
             result = solve(
                 model,
                 tokenizer,
@@ -139,9 +147,8 @@ def make_curriculum(
                     "capped": answer.hit_cap,
                 }
                 file.write(json.dumps(row) + "\n")
-                solved += answer.is_correct
             file.flush()
-            report(len(mine) - len(left) + start + len(batch), len(mine))
+            report(len(mine) - len(left), len(mine))
     share.wait()
     if share.rank == 0:
         rows: dict[int, dict[str, Any]] = {}
@@ -229,6 +236,12 @@ def _read_partial(path: Path, settings: Mapping[str, Any]) -> dict[int, dict[str
         ) from error
     write_text_atomic(path, "".join(line + "\n" for line in lines[:-1]))
     return {row["index"]: row for row in rows}
+
+
+def _rows(output: Path, rank: int) -> list[dict[str, Any]]:
+    """Rows of the unfinished part of a process, which may be another one."""
+    path = output / PARTIAL_FILE.format(rank=rank)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
 
 
 def _require_same(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -79,11 +80,27 @@ def run(
     """
     try:
         return _run(config, resume, listener)
-    except OSError as error:
+    except (OSError, RuntimeError, RlkvError) as error:
+        reason = _failed_file(error)
+        if reason is None:
+            raise
         raise RlkvError(
-            f"--output {config.output}: cannot be written or read ({one_line(error)}): mend that "
+            f"--output {config.output}: cannot be written or read ({one_line(reason)}): mend that "
             "(free space?) and continue with --resume"
         ) from error
+
+
+def _failed_file(error: BaseException) -> str | None:
+    """What went wrong with a file, if that is what `error` is about."""
+    if isinstance(error, OSError):
+        return str(error)
+    if isinstance(error, RlkvError):  # of our own writing; others say how to mend themselves
+        cause = error.__cause__
+        is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        return str(cause) if is_full else None
+    # `torch.save` has no type of its own for it.
+    is_save = any(part in str(error) for part in ("inline_container", "PytorchStreamWriter"))
+    return f"a checkpoint is cut off: {error}" if is_save else None
 
 
 def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile | None:

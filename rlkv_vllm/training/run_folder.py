@@ -99,11 +99,14 @@ def _read_profile(path: Path, missing: list[str]) -> HeadProfile | None:
         return None
 
 
-def _read_lines(path: Path, what: str, missing: list[str]) -> dict[int, dict[str, Any]]:
-    """JSON objects by their step, in order; of steps that were done again the last one."""
+def step_rows(text: str) -> tuple[dict[int, dict[str, Any]], int]:
+    """The rows of a log by their step, in order, and the number of lines that cannot be read.
+
+    Of steps that were done again it is the last row; a kill or a full disk may cut off a line.
+    """
     rows: dict[int, dict[str, Any]] = {}
     damaged = 0
-    for line in _read_text(path, what, missing).split("\n"):
+    for line in text.split("\n"):
         if not line.strip():
             continue
         try:
@@ -111,9 +114,14 @@ def _read_lines(path: Path, what: str, missing: list[str]) -> dict[int, dict[str
             rows[int(row["step"])] = row
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             damaged += 1
+    return dict(sorted(rows.items())), damaged
+
+
+def _read_lines(path: Path, what: str, missing: list[str]) -> dict[int, dict[str, Any]]:
+    rows, damaged = step_rows(_read_text(path, what, missing))
     if damaged:
         missing.append(f"{damaged} lines of {path.name} that cannot be read")
-    return dict(sorted(rows.items()))
+    return rows
 
 
 def _read_metrics(path: Path, missing: list[str]) -> list[dict[str, Any]]:

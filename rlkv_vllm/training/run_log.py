@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import write_text_atomic
 from rlkv_vllm.training.gated_attention import GatedAttention
+from rlkv_vllm.training.run_folder import step_rows
 
 METRICS_FILE, GATES_LOG_FILE = "metrics.jsonl", "gates.jsonl"
 #: Steps over which the reward is averaged before it is compared with tau.
@@ -154,10 +155,10 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log; a last line that a kill cut off is left out."""
+    """Rows of a log, in the order of their steps."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return list(step_rows(path.read_text(encoding="utf-8"))[0].values())
 
 
 def _cut(path: Path, step: int) -> list[dict[str, Any]]:

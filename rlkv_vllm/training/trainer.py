@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import write_bytes_atomic, write_text_atomic
-from rlkv_vllm.tasks import Problem, Task, whole_output
+from rlkv_vllm.tasks import Problem, Task, output_text
 from rlkv_vllm.training.gated_attention import GatedAttention
 from rlkv_vllm.training.penalty import penalty_weight
 
@@ -205,8 +205,6 @@ def _dataset(problems: Sequence[Problem]) -> Dataset:
 
 
 def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-
     def correctness(
         prompts: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
@@ -217,11 +215,10 @@ def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable
         rewards = []
         for prompt, ids, gold, more in zip(prompts, completion_ids, answer, extra, strict=True):
             # TRL's own text lacks special tokens; for some models `<think>` is one.
-            said = [token for token in ids if token not in ends]
             asked = tokenizer.apply_chat_template(
                 list(prompt), tokenize=False, add_generation_prompt=True
             )
-            text = whole_output(str(asked), str(tokenizer.decode(said)))
+            text = output_text(tokenizer, str(asked), ids)
             fields: Mapping[str, Any] = json.loads(more)
             rewards.append(float(task.score(text, Problem(list(prompt), gold, fields))))
         return rewards

@@ -1,6 +1,8 @@
 """Profile jobs on the embedded model: a few tiny steps each."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +127,51 @@ def test_a_killed_run_resumes_on_the_same_curve(whole: Path, tmp_path: Path) -> 
     assert rows(output, "gates.jsonl") == rows(whole, "gates.jsonl")
     ours = [row["reward"] for row in rows(output, "metrics.jsonl")]
     assert ours == [row["reward"] for row in rows(whole, "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("full_at", ["optimizer.pt", "gates.safetensors", "metrics.jsonl"])
+def test_a_full_disk_stops_a_run_that_resumes(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    """Simulated where the three ways of writing end: torch's, ours, and a log."""
+    output = tmp_path / "run"
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def is_full(path: Any) -> bool:
+        return Path(path).name.endswith(full_at) and last_checkpoint(output) is not None
+
+    plain_save, plain_open, plain_fdopen = torch.save, Path.open, os.open
+
+    def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if is_full(file):
+            Path(file).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+        plain_save(content, file, *args, **kwargs)
+
+    def open_log(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "a" and is_full(self):
+            with plain_open(self, mode, *args, **kwargs) as file:
+                file.write('{"step": 3, "rew')
+            raise full
+        return plain_open(self, mode, *args, **kwargs)
+
+    def open_file(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_EXCL and is_full(str(path)[: -len(".0123456789ab.tmp")]):
+            raise full
+        return plain_fdopen(path, flags, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", save)
+        patched.setattr(Path, "open", open_log)
+        patched.setattr(os, "open", open_file)
+        with pytest.raises(
+            RlkvError, match=r"--output .*free space\?\) and continue with --resume"
+        ):
+            run(config(output))
+    assert last_checkpoint(output) == output / "checkpoint-2"
+    assert not list(output.rglob("*.tmp"))
+    run(config(output), resume=True)
+    assert rows(output, "gates.jsonl") == rows(whole, "gates.jsonl")
 
 
 def test_two_processes_share_a_run(tmp_path: Path) -> None:

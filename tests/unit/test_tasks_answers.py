@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.tasks import answers, whole_output
+from rlkv_vllm.tasks import answers, output_text
 from rlkv_vllm.tasks.answers import (
     final_answer,
     gold_answer,
@@ -19,6 +21,7 @@ from rlkv_vllm.tasks.answers import (
     is_formula,
 )
 from rlkv_vllm.tasks.checker import CHECKER, Checker
+from rlkv_vllm.testbed.problems import END_THINK, THINK
 
 
 @pytest.mark.parametrize(
@@ -54,10 +57,40 @@ def test_final_answer_of_an_unfinished_thought_is_none() -> None:
 
 
 def test_the_template_may_open_the_thought() -> None:
-    cut = "it is 7"
-    assert final_answer(whole_output("<|user|>2+5?<|assistant|><think>\n", cut)) is None
-    assert final_answer(whole_output("<|user|>what is <think>?<|assistant|>", cut)) == cut
-    assert final_answer(whole_output("... <think>\n\n</think>\n\n", cut)) == cut
+    tokenizer, cut = word_tokenizer(), "it is 7"
+    ids = tokenizer(cut)["input_ids"]
+
+    def found(prompt: str) -> str | None:
+        return final_answer(output_text(tokenizer, prompt, ids))
+
+    assert found("<|user|>2+5?<|assistant|><think>\n") is None
+    assert found("<|user|>what is <think>?<|assistant|>") == cut
+    assert found("... <think>\n\n</think>\n\n") == cut
+
+
+def word_tokenizer(special: tuple[str, ...] = ("<end>",)) -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<end>", "<role>", "[UNK]", THINK, END_THINK, "it", "is", "answer", "7", "8"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken(word, special=True) for word in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end>", pad_token="<pad>", unk_token="[UNK]"
+    )
+
+
+@pytest.mark.parametrize(
+    "special",
+    [("<end>", "<role>"), ("<end>", "<role>", "<think>", "</think>"), ("<role>", "</think>")],
+)
+def test_tags_are_seen_though_they_may_be_special_tokens(special: tuple[str, ...]) -> None:
+    tokenizer = word_tokenizer(special)
+    said = "<think> it is answer 8 </think> <role> answer 7 <end>"
+    text = output_text(tokenizer, "it is", tokenizer.convert_tokens_to_ids(said.split()))
+    assert final_answer(text) == "7"
+    assert text.endswith("answer 7")
+    cut = "<think> it is answer 8"
+    ids = tokenizer.convert_tokens_to_ids(cut.split())
+    assert final_answer(output_text(tokenizer, "it is", ids)) is None
 
 
 # --- parsing, on whatever models write --------------------------------------------------

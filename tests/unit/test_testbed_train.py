@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -21,7 +21,9 @@ from rlkv_vllm.profile.io import load_model_fingerprint
 from rlkv_vllm.tasks import get_task
 from rlkv_vllm.testbed.export import MAX_COMPLETION, measure
 from rlkv_vllm.testbed.muon import orthogonalize
+from rlkv_vllm.testbed.tokenizer import build_tokenizer
 from rlkv_vllm.testbed.train import CHECKPOINT, TestbedTrainer, TrainingConfig, TrainingState, run
+from tests.profiles import assert_one_line
 
 # Every size is mastered at once, so that few steps pass through the whole curriculum.
 TINY = TrainingConfig(
@@ -167,6 +169,35 @@ def test_the_train_command_writes_a_model(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, RlkvError)
     assert "holds a finished model" in str(again.exception)
+
+
+def test_a_run_may_start_from_a_finished_model(tmp_path: Path) -> None:
+    shipped = load_file(testbed.model_dir() / "model.safetensors")
+    random = TestbedTrainer(TrainingConfig.of("audit"))
+    started = TestbedTrainer(TrainingConfig.of("audit", init="embedded"))
+    n = len(shipped["model.embed_tokens.weight"])
+    before = dict(random.model.named_parameters())
+    for name, weight in started.model.named_parameters():
+        assert torch.equal(weight[: len(shipped[name])], shipped[name].float())
+        if "embed" in name:
+            assert len(weight) == n + 1  # the word `audit`
+            assert torch.equal(weight[n:], before[name][n:])
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    def refuse(*parts: str) -> None:
+        with pytest.raises(RlkvError) as error:
+            TestbedTrainer(TrainingConfig(init=str(tmp_path)))
+        assert_one_line(error.value, f"--init {tmp_path}", *parts)
+
+    refuse("no model of `rlkv testbed train`", "finished run")
+    build_tokenizer(2048).save_pretrained(tmp_path)
+    weights = load_file(testbed.model_dir() / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name][:7].clone()}, tmp_path / "model.safetensors")
+    refuse(f"{name} is of shape (7, 128), this model needs (384, 128)")
+    build_tokenizer(2048, "audit").save_pretrained(tmp_path)
+    refuse("its vocabulary is another one (audit is word")
 
 
 def test_the_train_command_refuses_an_unknown_family(tmp_path: Path) -> None:

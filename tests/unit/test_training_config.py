@@ -9,6 +9,7 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.training.config import load_config, make_config, save_run
 
 SHIPPED = sorted((Path(__file__).parents[2] / "head_profiles" / "runs").glob("*.yaml"))
+EMBEDDED = next(path for path in SHIPPED if path.stem == "embedded")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -21,6 +22,7 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
 
 def test_there_are_shipped_configurations() -> None:
     assert [path.stem for path in SHIPPED] == [
+        "audit",
         "deepseek-r1-distill-llama-8b",
         "embedded",
         "qwen3-4b-thinking",
@@ -28,7 +30,7 @@ def test_there_are_shipped_configurations() -> None:
 
 
 def test_run_file_round_trips(tmp_path: Path) -> None:
-    config = load_config(SHIPPED[1], ["seed=3", "trainer.reg=0.5", "task.name=hops"])
+    config = load_config(EMBEDDED, ["seed=3", "trainer.reg=0.5", "task.name=hops"])
     save_run(config, tmp_path / "run.yaml")
     assert load_config(tmp_path / "run.yaml") == config
     assert (config.seed, config.trainer["reg"], config.task.name) == (3, 0.5, "hops")
@@ -52,12 +54,12 @@ def test_run_file_round_trips(tmp_path: Path) -> None:
 )
 def test_bad_values_are_named(change: str, message: str) -> None:
     with pytest.raises(RlkvError) as error:
-        load_config(SHIPPED[1], [change])
+        load_config(EMBEDDED, [change])
     assert message in str(error.value)
 
 
 def test_numbers_may_be_written_with_an_exponent() -> None:
-    assert load_config(SHIPPED[1], ["trainer.reg=1e-3"]).trainer["reg"] == 1e-3
+    assert load_config(EMBEDDED, ["trainer.reg=1e-3"]).trainer["reg"] == 1e-3
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

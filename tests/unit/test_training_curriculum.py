@@ -1,4 +1,6 @@
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,39 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     made = make(tmp_path, monkeypatch, solvers[0], share=Share(0, 2))
     assert sorted(solvers[0].asked + solvers[1].asked) == list(range(20))
     assert [int(problem.answer) for problem in made.problems] == list(range(0, 20, 2))
+
+
+@pytest.mark.parametrize("keep", [4, 7, 99])
+def test_processes_keep_together_what_one_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    # Problem i goes to process i % 2, and only process 0 solves any.
+    solver = Model()
+    (tmp_path / "one").mkdir()
+    alone = make(tmp_path / "one", monkeypatch, solver, keep=keep)
+    (tmp_path / "two").mkdir()
+    barrier = threading.Barrier(2, timeout=30)
+
+    def wait() -> None:
+        barrier.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(
+            pool.map(
+                lambda rank: make(
+                    tmp_path / "two",
+                    monkeypatch,
+                    solver,
+                    keep=keep,
+                    batch_size=2,
+                    share=Share(rank, 2, wait),
+                ),
+                range(2),
+            )
+        )
+    assert both[0] == both[1]
+    assert both[0].problems == alone.problems
+    assert both[0].tried == alone.tried
 
 
 def test_nothing_solved_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
