@@ -74,3 +74,15 @@ def attention_layer_name(vllm_config: VllmConfig, impl: object) -> str:
         if getattr(layer, "impl", None) is impl:
             return str(name)
     raise AssertionError("attention impl is not in the static forward context")
+
+
+def failed_engine(engine_client: object) -> str | None:
+    """Name of the engine process that ended by itself, or None.
+
+    vLLM's server stops when its engine dies, but exits as if a user had stopped
+    it. Goes when vLLM's exit status tells the two apart.
+    """
+    resources = getattr(getattr(engine_client, "engine_core", None), "resources", None)
+    manager = getattr(resources, "engine_manager", None)
+    name: str | None = getattr(manager, "failed_proc_name", None)
+    return name

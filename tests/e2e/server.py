@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +19,9 @@ import psutil
 
 #: Engine start on two busy cores, and the end of its processes (seconds).
 START_TIMEOUT_S, STOP_TIMEOUT_S = 300, 60
+
+#: API key of the shared server.
+KEY = "secret"
 
 RLKV = (sys.executable, "-m", "rlkv_vllm")
 
@@ -97,3 +100,18 @@ class Server:
             return
         finally:
             self.process.wait(STOP_TIMEOUT_S)
+
+
+def metric(server: Server, name: str) -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+def wait_for(what: Callable[[], bool], seconds: float = STOP_TIMEOUT_S) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if what():
+            return True
+        time.sleep(0.2)
+    return what()

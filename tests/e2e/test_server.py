@@ -1,51 +1,20 @@
-"""The embedded reasoner over HTTP, through the official client. One engine for all tests."""
+"""The embedded reasoner over HTTP, through the official client.
+
+The shared server ends in the last test of this module: modules that use it sort before.
+"""
 
 from __future__ import annotations
 
 import signal
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import openai
 import pytest
 
-from rlkv_vllm.testbed.problems import ANSWER, FAMILIES, ReasonedProblem, make_problems
-from tests.e2e.server import Server
-
-KEY = "secret"
-SEED = 20261123  # not a seed of the training data
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    with Server(["--api-key", KEY], log) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
-
-
-def problems(per_family: int) -> list[ReasonedProblem]:
-    return [p for family in FAMILIES for p in make_problems(family, per_family, seed=SEED)]
-
-
-def ask(client: openai.OpenAI, problem: ReasonedProblem, **options: Any) -> Any:
-    return client.chat.completions.create(
-        model="embedded",
-        messages=[{"role": "user", "content": problem.prompt}],
-        temperature=0,
-        **options,
-    )
-
-
-def is_right(content: str | None, problem: ReasonedProblem) -> bool:
-    return content is not None and content.split() == [ANSWER, problem.answer]
+from tests.e2e.asking import ask, is_right, problems
+from tests.e2e.server import KEY, Server, metric, wait_for
 
 
 def test_right_answers_with_the_reasoning_separated(client: openai.OpenAI) -> None:
@@ -151,6 +120,12 @@ def test_start_up_told_phases_savings_and_an_example(server: Server) -> None:
     assert KEY not in output
 
 
-def test_sigterm_ends_everything_with_status_0(server: Server) -> None:
-    assert server.stop(signal.SIGTERM) == (0, [])
+def test_sigterm_lets_requests_finish_and_ends_everything_with_status_0(
+    server: Server, client: openai.OpenAI
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(ask, client, p, max_tokens=40) for p in problems(per_family=1)[:4]]
+        assert wait_for(lambda: metric(server, "vllm:num_requests_running") >= 1)
+        assert server.stop(signal.SIGTERM) == (0, [])
+        assert all(future.result().usage.completion_tokens for future in running)
     assert "Traceback" not in server.output()

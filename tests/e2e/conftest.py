@@ -1,0 +1,25 @@
+"""One server for all end-to-end tests that need no other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.e2e.server import KEY, Server
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # its price list would come from the network
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(["--api-key", KEY], log) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
