@@ -101,3 +101,15 @@ def detach_figures(stats: SchedulerStats) -> dict[str, int]:
         name.removeprefix(_FIGURE): stages.pop(name)
         for name in [name for name in stages if name.startswith(_FIGURE)]
     }
+
+
+def failed_engine(engine_client: object) -> str | None:
+    """Name of the engine process that ended by itself, or None.
+
+    vLLM's server stops when its engine dies, but exits as if a user had stopped
+    it. Goes when vLLM's exit status tells the two apart.
+    """
+    resources = getattr(getattr(engine_client, "engine_core", None), "resources", None)
+    manager = getattr(resources, "engine_manager", None)
+    name: str | None = getattr(manager, "failed_proc_name", None)
+    return name

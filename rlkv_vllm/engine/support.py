@@ -178,6 +178,16 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+#: Properties of an attention layer, by the argument of :func:`check_layer_supported`.
+LAYER_REFUSALS: dict[str, str] = {
+    "alibi_slopes": "ALiBi slopes",
+    "sliding_window": "a sliding window of its own",
+    "logits_soft_cap": "a logits soft-cap",
+    "sinks": "learned attention sinks",
+    "kv_sharing_target": "a KV cache shared with another layer",
+}
+
+
 def check_supported(vllm_config: VllmConfig) -> None:
     """Refuse a configuration that the split cache cannot serve exactly.
 
@@ -214,12 +224,12 @@ def check_layer_supported(
         RlkvError: names the property.
     """
     problems = {
-        "ALiBi slopes": alibi_slopes is not None,
-        "a sliding window of its own": sliding_window is not None,
-        "a logits soft-cap": bool(logits_soft_cap),
+        LAYER_REFUSALS["alibi_slopes"]: alibi_slopes is not None,
+        LAYER_REFUSALS["sliding_window"]: sliding_window is not None,
+        LAYER_REFUSALS["logits_soft_cap"]: bool(logits_soft_cap),
         f"attention type {attn_type}": attn_type != "decoder",
-        "learned attention sinks": sinks is not None,
-        "a KV cache shared with another layer": kv_sharing_target is not None,
+        LAYER_REFUSALS["sinks"]: sinks is not None,
+        LAYER_REFUSALS["kv_sharing_target"]: kv_sharing_target is not None,
         f"options of their own ({other})": bool(other),
     }
     for what, present in problems.items():

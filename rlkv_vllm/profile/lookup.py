@@ -84,6 +84,13 @@ def _from_hub(
             f"profile {one_line(name)}: #sha256= needs 64 hexadecimal digits: copy them from "
             "`sha256sum`"
         )
+    for given in filter(None, (revision, file)):
+        # Names of hub files and revisions become paths in the cache.
+        if given.startswith("/") or "\\" in given or ".." in given.split("/"):
+            raise RlkvError(
+                f"profile {one_line(name)}: {one_line(given)} leads out of the repository: name a "
+                "file or revision inside it"
+            )
     file = file or HUB_FILE
     path, commit = hub.download(repo, file, revision, what="profile")
     actual = hashlib.sha256(read_bytes(path)).hexdigest()

@@ -52,6 +52,8 @@ class RlkvEndpoint:
 
     name = "rlkv"
     required_tasks = None
+    #: Of this process's server, for :func:`rlkv_vllm.serving.serve.serve` to look at when it ends.
+    engine_client: EngineClient | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the page and the JSON routes."""
@@ -67,6 +69,7 @@ class RlkvEndpoint:
         """
         if engine_client is None:  # vLLM's render server has no engine
             return
+        type(self).engine_client = engine_client
         from rlkv_vllm.engine.config import split_plan
 
         plan = split_plan(engine_client.vllm_config)

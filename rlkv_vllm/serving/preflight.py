@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import socket
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,22 +75,31 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _uses_rust_frontend(_: argparse.Namespace) -> bool:
+    return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+
+
+#: Ways of serving in which nothing could prove that the split is active.
+SERVER_REFUSALS: dict[str, Callable[[argparse.Namespace], bool]] = {
+    "--headless": lambda args: args.headless,
+    "--grpc": lambda args: args.grpc,
+    "--grpc-port": lambda args: args.grpc_port is not None,
+    "--data-parallel-size > 1": lambda args: args.data_parallel_size > 1,
+    "--data-parallel-multi-port-external-lb": lambda args: (
+        args.data_parallel_multi_port_external_lb
+    ),
+    "VLLM_USE_RUST_FRONTEND": _uses_rust_frontend,
+}
+
+
 def check_server_mode(args: argparse.Namespace) -> None:
-    """Refuse ways of serving in which nothing could prove that the split is active.
+    """Refuse every one of :data:`SERVER_REFUSALS`.
 
     Raises:
         RlkvError: naming the flag or variable.
     """
-    unproven = {
-        "--headless": args.headless,
-        "--grpc": args.grpc,
-        "--grpc-port": args.grpc_port is not None,
-        "--data-parallel-size > 1": args.data_parallel_size > 1,
-        "--data-parallel-multi-port-external-lb": args.data_parallel_multi_port_external_lb,
-        "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
-    }
-    for flag, used in unproven.items():
-        if used:
+    for flag, used in SERVER_REFUSALS.items():
+        if used(args):
             raise RlkvError(
                 f"{flag}: `rlkv serve` cannot prove there that the split cache is active: "
                 "remove it and run one HTTP server per engine"

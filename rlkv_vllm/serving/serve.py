@@ -21,6 +21,8 @@ from rlkv_vllm.serving.messages import reason
 
 #: The user stopped the server: that is how a server ends.
 STOPPED = 0
+#: The engine's process is gone, and with it the server.
+ENGINE_DIED = 1
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -56,7 +58,18 @@ def serve(arguments: Sequence[str]) -> int:
         _run(args)
     except KeyboardInterrupt:
         progress.say("stopped")
-    return STOPPED
+    return _status_at_the_end()
+
+
+def _status_at_the_end() -> int:
+    from rlkv_vllm.engine.compat import failed_engine
+    from rlkv_vllm.serving.endpoint import RlkvEndpoint
+
+    dead = failed_engine(RlkvEndpoint.engine_client)
+    if dead is None:
+        return STOPPED
+    progress.say(f"error: the engine process {dead} ended by itself, so the server ends too")
+    return ENGINE_DIED
 
 
 def _shown_name(args: argparse.Namespace) -> str:

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from tests.e2e.asking import ask, is_right, problems
-from tests.e2e.server import KEY, Server
+from tests.e2e.server import KEY, Server, metric, wait_for
 
 
 def test_right_answers_with_the_reasoning_separated(client: openai.OpenAI) -> None:
@@ -120,6 +120,12 @@ def test_start_up_told_phases_savings_and_an_example(server: Server) -> None:
     assert KEY not in output
 
 
-def test_sigterm_ends_everything_with_status_0(server: Server) -> None:
-    assert server.stop(signal.SIGTERM) == (0, [])
+def test_sigterm_lets_requests_finish_and_ends_everything_with_status_0(
+    server: Server, client: openai.OpenAI
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(ask, client, p, max_tokens=40) for p in problems(per_family=1)[:4]]
+        assert wait_for(lambda: metric(server, "vllm:num_requests_running") >= 1)
+        assert server.stop(signal.SIGTERM) == (0, [])
+        assert all(future.result().usage.completion_tokens for future in running)
     assert "Traceback" not in server.output()

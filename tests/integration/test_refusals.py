@@ -80,6 +80,7 @@ def test_sink_window_and_sparsity_override_the_profile(model: Path, profile: Pat
         ({"block_size": 24}, "--block-size 24"),
         ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"kv_offloading_size": 1}, "--kv-transfer-config"),
     ],
 )
 def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, profile: Path) -> None:
@@ -137,6 +138,26 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
     )
     with pytest.raises(RlkvError, match=what):
         check_supported(fake)
+
+
+def test_unsupported_platforms(model: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_config = config(model, {"profile": str(profile)})
+    monkeypatch.setattr("rlkv_vllm.engine.support.platform_problem", lambda: "platform xpu")
+    with pytest.raises(RlkvError, match="this platform"):
+        split_plan(vllm_config)
+
+
+def test_sleep_mode_is_vllms_to_refuse(model: Path, profile: Path) -> None:
+    with pytest.raises(ValueError, match=r"[Ss]leep mode"):
+        config(model, {"profile": str(profile)}, enable_sleep_mode=True)
+
+
+def test_vllms_retention_interval_wins(model: Path, profile: Path) -> None:
+    split = {"profile": str(profile), "retention_interval": 128}
+    for options, expected in (({}, 128), ({"prefix_cache_retention_interval": 512}, 512)):
+        plan = split_plan(config(model, split, **options))
+        assert plan is not None
+        assert plan.retention_interval == expected
 
 
 def test_every_refusal_names_the_mend() -> None:

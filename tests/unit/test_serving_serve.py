@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import save_profile
 from rlkv_vllm.serving import progress
 from rlkv_vllm.serving import serve as serve_module
+from rlkv_vllm.serving.endpoint import RlkvEndpoint
 from rlkv_vllm.serving.messages import reason
 from rlkv_vllm.serving.serve import serve
 from tests.profiles import assert_one_line, make_model_dir, make_profile
@@ -89,6 +91,20 @@ def test_a_stop_while_starting_is_no_error(
 
     monkeypatch.setattr(serve_module, "_run", stop)
     assert serve(fitting) == 0
+
+
+def test_a_dead_engine_is_no_stop(
+    fitting: list[str], served: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = SimpleNamespace(failed_proc_name=None)
+    client = SimpleNamespace(
+        engine_core=SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+    )
+    monkeypatch.setattr(RlkvEndpoint, "engine_client", client)
+    assert serve(fitting) == 0
+    manager.failed_proc_name = "EngineCore_0"
+    assert serve(fitting) == 1
+    assert len(served) == 2
 
 
 def test_an_invalid_profile_is_told_without_importing_vllm(
