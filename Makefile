@@ -13,6 +13,7 @@ PORT ?= 8000
 # Empty: the profile and the sparsity of the embedded model.
 PROFILE ?=
 SPARSITY ?=
+SOAK ?=
 # More flags: of `rlkv serve` for `make serve`, of pytest for `make test`.
 ARGS ?=
 
@@ -32,7 +33,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # One thread each: the tests share the machine with the engines that they start.
 TEST_ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup serve check lint types contracts unit test doctor wheel lock image image-test clean
+.PHONY: help setup serve check lint types contracts unit test doctor soak audit docs wheel lock image image-test clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -63,6 +64,17 @@ unit: $(DEV_STAMP)  ## the fast tests
 
 doctor: $(SERVE_STAMP)  ## what serving needs, one line each
 	@$(BIN)/python -m rlkv_vllm doctor --port $(PORT)
+
+soak: $(DEV_STAMP)  ## random requests for hours: SOAK="--requests 1000 --seeds 1,2,3"
+	$(TEST_ENV) $(BIN)/python -m tests.soak $(SOAK)
+
+audit: $(DEV_STAMP)  ## report: known vulnerabilities and licences of what is installed; never fails
+	@$(PIP) install --quiet -e ".[audit]"
+	-@$(BIN)/pip-audit --local --skip-editable --progress-spinner off
+	-@$(BIN)/pip-licenses --order license --summary
+
+docs: $(SERVE_STAMP)  ## pages that are made from code
+	$(BIN)/python -m rlkv_vllm.engine.features docs/features.md
 
 wheel: $(DEV_STAMP)  ## wheel and sdist into dist/
 	$(BIN)/python -m build

@@ -1,0 +1,1 @@
+"""Long runs that CI has no time for: ``make soak``."""
