@@ -84,7 +84,14 @@ class Resources:
 
 
 #: Shared memory per multiprocessor in bytes (CUDA C programming guide, compute capabilities).
-SHARED_PER_SM = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10}
+SHARED_PER_SM = {
+    80: 164 << 10,
+    86: 100 << 10,
+    89: 100 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+    120: 100 << 10,
+}
 
 
 def compile_case(

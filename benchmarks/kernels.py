@@ -16,6 +16,7 @@ Writes OUTPUT.json after every case, and OUTPUT.md and OUTPUT.png at the end.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -97,6 +98,7 @@ class Timer:
         graphs = {}
         for name, (run, _) in runs.items():
             stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run()  # compiles
             stream.synchronize()
@@ -108,6 +110,8 @@ class Timer:
         for i in range(self.rounds + 1):
             for name, graph in graphs.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                # The GPU waits while the host launches the graph, so that this is not timed.
+                torch.cuda._sleep(1_000_000)
                 start.record()
                 graph.replay()
                 end.record()
@@ -289,7 +293,9 @@ def dense_kernels(layers: Layers) -> dict[str, Callable[[], None]]:
         num_q = shape.num_kv_heads * shape.group
         rows = max(layers.batch, 1)
         make = {"dtype": torch.float32, "device": device}
-        segm_out = torch.empty(rows, num_q, segments, shape.head_dim, **make)
+        segm_out = torch.empty(
+            rows, num_q, segments, triton.next_power_of_2(shape.head_dim), **make
+        )
         segm_max, segm_sum = (torch.empty(rows, num_q, segments, **make) for _ in range(2))
 
         def unified() -> None:
@@ -320,7 +326,7 @@ def dense_kernels(layers: Layers) -> dict[str, Callable[[], None]]:
 
         found["vLLM Triton unified"] = unified
     try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
+        from vllm.vllm_flash_attn import flash_attn_varlen_func, is_fa_version_supported
     except ImportError:
         pass
     else:
@@ -339,7 +345,7 @@ def dense_kernels(layers: Layers) -> dict[str, Callable[[], None]]:
                     causal=True,
                     block_table=layers.full_table,
                     out=out,
-                    fa_version=3 if torch.cuda.get_device_capability(device)[0] == 9 else 2,
+                    fa_version=3 if is_fa_version_supported(3) else 2,
                 )
 
         found["FlashAttention"] = partial(flash, pages)
@@ -427,12 +433,17 @@ class Bench:
         *,
         new: int = 1,
         dense: bool = False,
-        configs: Sequence[DecodeConfig | PrefillConfig] = (),
+        config: DecodeConfig | PrefillConfig | None = None,
     ) -> None:
-        """Time one case, ours and, for the first sparsity, dense kernels."""
+        """Time one case: ours and, if asked, dense kernels beside it."""
         if self.over():
             return
+        if self.device.type == "cuda":  # what the last case held counts as used until then
+            gc.collect()
+            torch.cuda.empty_cache()
         name = "cache write" if part == "write" else "split"
+        if config is not None:
+            name = ",".join(str(value) for value in asdict(config).values())
         result = Result(part, name, batch, length, sparsity)
         try:
             layers = Layers(
@@ -444,33 +455,25 @@ class Bench:
                 new=new,
                 least_bytes=self._least_bytes,
             )
-            runs: dict[str, tuple[Callable[[], None], int]] = {}
             if part == "write":
-                runs[name] = (layers.write, layers.num_layers)
-            elif configs:
-                for config in configs:
-                    key = "decode" if isinstance(config, DecodeConfig) else "prefill"
-                    label = ",".join(str(value) for value in asdict(config).values())
-                    runs[label] = (_with(layers, key, config), layers.num_layers)
+                run = layers.write
             else:
                 layers.write()
-                runs[name] = (layers.attend, layers.num_layers)
-                if dense:
-                    for other, run in dense_kernels(layers).items():
-                        runs[other] = (run, layers.num_layers)
-            times = self.timer(runs)
+                key = "decode" if isinstance(config, DecodeConfig) else "prefill"
+                run = partial(layers.attend, **({key: config} if config else {}))
+            times = self.timer({name: (run, layers.num_layers)})
+            if part != "write":
+                self._check(result, layers)
+            if dense:
+                times |= self._time_dense(layers, run)
             q_bytes = 2 * layers.q.numel() * layers.q.element_size()
             new_bytes = 2 * 2 * layers.k.numel() * layers.k.element_size()
             for kernel, measured in times.items():
-                row = Result(part, kernel, batch, length, sparsity)
+                row = result if kernel == name else Result(part, kernel, batch, length, sparsity)
                 moved = new_bytes if part == "write" else layers.kv_bytes + q_bytes
                 if part != "prefill":
                     row.gbytes = moved / 1e9
                 _fill(row, measured)
-                if kernel == name and part != "write":
-                    row.error = layers.error()
-                    if not row.error < TOLERANCE[self.shape.dtype]:
-                        row.note = "WRONG"
                 row.extra = {"new": new, "layers": layers.num_layers}
                 self.add(row)
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
@@ -479,10 +482,32 @@ class Bench:
         except triton.runtime.errors.OutOfResources as error:
             result.note = f"does not fit: {error}"
             self.add(result)
-        finally:
-            layers = None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+
+    def _check(self, result: Result, layers: Layers) -> None:
+        """Compare the output with the oracle, which holds all scores of a request at once."""
+        try:
+            result.error = layers.error()
+        except torch.cuda.OutOfMemoryError:
+            result.note = "not checked: no memory for the oracle"
+            return
+        if not result.error < TOLERANCE[self.shape.dtype]:
+            result.note = "WRONG"
+
+    def _time_dense(self, layers: Layers, ours: Callable[[], None]) -> dict[str, list[float]]:
+        """Dense kernels, each interleaved with ours; one that does not run is left out."""
+        times: dict[str, list[float]] = {}
+        try:
+            kernels = dense_kernels(layers)
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"no dense kernels beside it: {error}".split("\n")[0], file=sys.stderr)
+            return times
+        for name, run in kernels.items():
+            try:
+                both = {"ours": (ours, layers.num_layers), name: (run, layers.num_layers)}
+                times[name] = self.timer(both)[name]
+            except (RuntimeError, AttributeError, TypeError) as error:
+                print(f"{name} does not run: {error}".split("\n")[0], file=sys.stderr)
+        return times
 
     def save(self) -> None:
         self.args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -498,10 +523,6 @@ class Bench:
         temporary = path.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(data, indent=1) + "\n")
         os.replace(temporary, path)
-
-
-def _with(layers: Layers, key: str, config: Any) -> Callable[[], None]:
-    return lambda: layers.attend(**{key: config})
 
 
 def _fill(result: Result, times: Sequence[float]) -> None:
@@ -635,12 +656,12 @@ def run_tuning(bench: Bench, batches: Sequence[int], lengths: Sequence[int]) -> 
             (64, 128), (32, 64, 128), (4, 8), (2, 3)
         )
     ]
+    new = min(4096, max(lengths))
+    for config in prefill:
+        bench.case("prefill", 1, new, 0.5, new=new, config=config)
     for batch, length in itertools.product(batches, lengths):
         for config in decode:
-            bench.case("decode", batch, length, 0.5, configs=[config])
-    for config in prefill:
-        new = min(4096, max(lengths))
-        bench.case("prefill", 1, new, 0.5, new=new, configs=[config])
+            bench.case("decode", batch, length, 0.5, config=config)
 
 
 def run_cases(bench: Bench, quick: bool, dry: bool) -> None:

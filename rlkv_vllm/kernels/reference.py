@@ -85,6 +85,7 @@ def reference_attention(
     k_QSD = k_SHD.to(compute).permute(1, 0, 2).repeat_interleave(group, 0)
     v_QSD = v_SHD.to(compute).permute(1, 0, 2).repeat_interleave(group, 0)
     scores_QTS = torch.matmul(q_TQD.to(compute).permute(1, 0, 2), k_QSD.transpose(1, 2)) * scale
-    mask_HTS = head_mask(torch.arange(S - T, S), torch.arange(S), H, full_heads, sink, window)
+    positions = torch.arange(S, device=q_TQD.device)
+    mask_HTS = head_mask(positions[S - T :], positions, H, full_heads, sink, window)
     scores_QTS = scores_QTS.masked_fill(~mask_HTS.repeat_interleave(group, 0), float("-inf"))
     return torch.matmul(scores_QTS.softmax(-1), v_QSD).permute(1, 0, 2).to(q_TQD.dtype)

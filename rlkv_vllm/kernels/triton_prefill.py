@@ -40,8 +40,10 @@ class PrefillConfig:
 def prefill_config(head_dim: int, itemsize: int, capability: int) -> PrefillConfig:
     """Launch parameters that keep the accumulators in registers, by the bytes of a row.
 
-    `benchmarks/kernel_resources.py` shows it: on sm_80 wider tiles spill, on sm_90 they do not.
+    `benchmarks/kernel_resources.py` shows it: wider tiles spill, but for the data center GPUs from
+    sm_90 on, whose matrix instructions read from shared memory.
     """
+    is_wide = 90 <= capability < 120
     row = triton.next_power_of_2(head_dim) * itemsize
     if capability == INTERPRETER:
         return PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=2)
@@ -49,9 +51,7 @@ def prefill_config(head_dim: int, itemsize: int, capability: int) -> PrefillConf
         return PrefillConfig(block_m=32, block_n=16, num_warps=8, num_stages=2)
     if row > 256:
         return PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
-    return PrefillConfig(
-        block_m=128, block_n=64 if capability >= 90 else 32, num_warps=8, num_stages=2
-    )
+    return PrefillConfig(block_m=128, block_n=64 if is_wide else 32, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -72,7 +72,8 @@ def find_request(query_start, tile, num_requests, BLOCK_Q: tl.constexpr):
     return low - 1
 
 
-@triton.jit
+# Any number of requests is one kernel: nothing may be compiled while serving.
+@triton.jit(do_not_specialize=["num_requests"])
 def prefill_kernel(
     query,
     key,

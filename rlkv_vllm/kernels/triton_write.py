@@ -14,7 +14,8 @@ from rlkv_vllm.kernels.layer_cache import OFFSET_UNIT, LayerCache
 _TOKENS_PER_PROGRAM = 16
 
 
-@triton.jit
+# Any number of tokens is one kernel: nothing may be compiled while serving.
+@triton.jit(do_not_specialize=["num_tokens"])
 def write_kernel(
     key,
     value,
