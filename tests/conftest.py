@@ -5,11 +5,12 @@ import os
 
 from hypothesis import settings
 
-# Triton's library functions are interpreted or compiled as decided when it is first imported,
-# by whichever test comes first. Only here: engines that tests start know nothing of it.
+# Triton's library functions and our kernels are interpreted or compiled as decided when they are
+# first imported, by whichever test comes first. Only here: engines that tests start know nothing
+# of it.
 if importlib.util.find_spec("triton") and os.environ.get("RLKV_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton  # noqa: F401
+    import rlkv_vllm.kernels.split_attention  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

@@ -145,6 +145,13 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         ),
         _unmeasured("`--scheduling-policy priority`", "preempts by the same path as above"),
         _refused(
+            "head dimensions other than 32, 64, 96, 128, 256 on a GPU",
+            "head dimensions other than 32, 64, 96, 128, 256 on a GPU",
+            (
+                "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::test_the_configuration_is_refused_before_weights_load",
+            ),
+        ),
+        _refused(
             "`--enable-dbo`, `--ubatch-size`", "--enable-dbo, --ubatch-size (micro-batches)", _MODE
         ),
         _refused("`--kv-sharing-fast-prefill`", "--kv-sharing-fast-prefill", _FLAG),

@@ -170,6 +170,7 @@ def _embedded_model() -> str:
         window=None,
         additional_config=None,
         worker_extension_cls="",
+        scheduler_cls=None,
     )
     add_split(wanted, preflight.split_options(wanted))
     config = AsyncEngineArgs(

@@ -7,6 +7,7 @@ go on with whole caches. So the workers are asked what they really built.
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,9 +132,7 @@ def _served(request: Request) -> ServedSplit:
 
 
 def _needs_key(args: Namespace) -> bool:
-    import vllm.envs as envs
-
-    return any(args.api_key or [envs.VLLM_API_KEY])
+    return any(args.api_key or [os.environ.get("VLLM_API_KEY")])
 
 
 def _stat_logger(engine_client: Any) -> Any:

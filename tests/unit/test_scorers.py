@@ -383,7 +383,7 @@ def test_score_needs_one_correct_answer(
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["--sparsities", "0,x"], ["--sparsities 0,x"]),
+        (["--sparsities", "0,x"], ["--sparsities", "0,x", "from 0 to 1"]),
         (["--sparsities", "0,1.5"], ["1.5", "[0, 1]"]),
         (["--n", "0"], ["--n 0", "at least 1"]),
         (["--window", "0"], ["--window 0", "at least 1"]),
