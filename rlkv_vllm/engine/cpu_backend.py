@@ -1,17 +1,15 @@
 """Attention on the CPU with full and streaming heads in one layer.
 
-Full heads go through vLLM's own C++ paged attention, streaming heads through
+Full heads go through vLLM's own C++ paged attention. So do streaming heads, over the short block
+tables of :mod:`rlkv_vllm.kernels.ring_tiles`, or, where those do not serve the sink, through
 :mod:`rlkv_vllm.kernels.streaming`. Without a split plan everything is vLLM's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm import _custom_ops as ops
-from vllm import envs
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionLayer, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
@@ -24,10 +22,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from rlkv_vllm.allocation.forecast import BLOCK_SIZE_MULTIPLE
 from rlkv_vllm.engine.config import split_config, split_plan
+from rlkv_vllm.engine.cpu_heads import FullHeads, Heads, RingHeads, SplitMetadata, StreamingHeads
 from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads
 from rlkv_vllm.engine.split_layer import StepMetadata, register_layer, step_metadata
 from rlkv_vllm.engine.support import check_layer_supported
-from rlkv_vllm.kernels.streaming import StepPlan, plan_step, streaming_attention
+from rlkv_vllm.kernels.ring_tiles import serves
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,14 +59,6 @@ class SplitCPUBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[SplitCPUMetadataBuilder]:
         """The metadata builder."""
         return SplitCPUMetadataBuilder
-
-
-@dataclass
-class SplitMetadata(StepMetadata):
-    """One step as one block table sees it; derived parts are made once and shared by layers."""
-
-    full_schedules: dict[int, torch.Tensor] = field(default_factory=dict)
-    streaming_plan: StepPlan | None = None
 
 
 class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -145,27 +136,42 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
                 kv_sharing_target=kv_sharing_target_layer_name,
             )
         self.heads: LayerHeads | None = None
-        self._views: list[torch.Tensor] | None = None
+        self._bound: list[Heads] | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Register the layer's head caches: the only hook before vLLM collects cache specs."""
         super().process_weights_after_loading(act_dtype)
         if self.plan is None or self.heads is not None:
             return
-        self._isa = _get_attn_isa(act_dtype, self.plan.geometry.block_size, self.head_size)
-        self.heads = register_layer(self, self.plan, self._vllm_config, act_dtype, self._drop_views)
-        self._head_index = [self._indices(group) for group in self.heads.groups]
+        self.heads = register_layer(self, self.plan, self._vllm_config, act_dtype, self._unbind)
+        self.prepare(act_dtype)
 
-    def _indices(self, group: HeadGroup) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def prepare(self, act_dtype: torch.dtype) -> None:
+        """Derive from the layer's heads what every step needs."""
+        assert self.plan is not None
+        assert self.heads is not None
+        self._isa = _get_attn_isa(act_dtype, self.plan.geometry.block_size, self.head_size)
+        self._parts = [self._part(group.kv_heads) for group in self.heads.groups]
+
+    def _part(self, kv_heads: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """KV heads and query heads of a group, or None when it is the whole layer."""
-        if len(group.kv_heads) == self.num_kv_heads:
+        if len(kv_heads) == self.num_kv_heads:
             return None
         g = self.num_queries_per_kv
-        query_heads = [h * g + i for h in group.kv_heads for i in range(g)]
-        return torch.tensor(group.kv_heads), torch.tensor(query_heads)
+        query_heads = [h * g + i for h in kv_heads for i in range(g)]
+        return torch.tensor(kv_heads), torch.tensor(query_heads)
 
-    def _drop_views(self) -> None:
-        self._views = None
+    def _bind(self, group: HeadGroup) -> Heads:
+        assert self.heads is not None
+        assert self.plan is not None
+        geometry = self.plan.geometry
+        if group is self.heads.full:
+            return FullHeads(group.view(), self._isa, self.scale)
+        kind = RingHeads if serves(geometry.sink, geometry.window) else StreamingHeads
+        return kind(group.view(), geometry, self.scale)
+
+    def _unbind(self) -> None:
+        self._bound = None
 
     def forward(
         self,
@@ -209,113 +215,24 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )
         assert self.heads is not None
+        if self._bound is None:
+            self._bound = [self._bind(group) for group in self.heads.groups]
         metadata = step_metadata()
-        if self._views is None:
-            self._views = [group.view() for group in self.heads.groups]
         n = attn_metadata.num_actual_tokens
-        for group, view, index in zip(
-            self.heads.groups, self._views, self._head_index, strict=True
-        ):
-            q, k, v, out = query[:n], key[:n], value[:n], output[:n]
-            if index is not None:
-                kv_heads, query_heads = index
-                q = q.index_select(1, query_heads)
-                k, v = k.index_select(1, kv_heads), v.index_select(1, kv_heads)
-                out = torch.empty_like(q)
-            attend = self._full if group is self.heads.full else self._streaming
-            attend(metadata[group.metadata_name], view, q, k, v, out)
-            if index is not None:
-                output[:n].index_copy_(1, query_heads, out)
+        query, key, value = query[:n], key[:n], value[:n]
+        for group, heads, part in zip(self.heads.groups, self._bound, self._parts, strict=True):
+            step = metadata[group.metadata_name]
+            if part is None:
+                heads.attend(step, query, key, value, output[:n])
+                continue
+            kv_heads, query_heads = part
+            q = query.index_select(1, query_heads)
+            k, v = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
+            out = torch.empty_like(q)
+            heads.attend(step, q, k, v, out)
+            output[:n].index_copy_(1, query_heads, out)
         return output
 
     @staticmethod
     def _shares_cache(layer: AttentionLayer) -> bool:
         return getattr(layer, "kv_sharing_target_layer_name", None) is not None
-
-    def _full(
-        self,
-        step: SplitMetadata,
-        cache: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        num_blocks, num_heads, block_size, _ = cache.shape
-        key_cache, value_cache = cache.view(
-            num_blocks, num_heads, block_size * 2, self.head_size
-        ).chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(
-            key, value, key_cache, value_cache, step.slot_mapping, self._isa
-        )
-        schedule = step.full_schedules.get(num_heads)
-        if schedule is None:
-            schedule = ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=step.seq_lens.shape[0],
-                num_heads=num_heads * self.num_queries_per_kv,
-                num_kv_heads=num_heads,
-                head_dim=self.head_size,
-                seq_lens=step.seq_lens,
-                dtype=query.dtype,
-                query_start_loc=step.query_start_loc,
-                causal=True,
-                sliding_window_size=-1,
-                isa=self._isa,
-                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            )
-            step.full_schedules[num_heads] = schedule
-        ops.cpu_attention_with_kv_cache(
-            query=query,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            output=output,
-            query_start_loc=step.query_start_loc,
-            seq_lens=step.seq_lens,
-            scale=self.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=step.block_table,
-            softcap=0,
-            scheduler_metadata=schedule,
-            s_aux=None,
-        )
-
-    def _streaming(
-        self,
-        step: SplitMetadata,
-        cache: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        assert self.plan is not None
-        n, num_heads, d = key.shape
-        _, _, block_size, content = cache.shape
-        if step.streaming_plan is None:
-            step.streaming_plan = plan_step(
-                step.block_table,
-                step.seq_lens,
-                step.query_start_loc,
-                step.slot_mapping[:n],
-                block_size=block_size,
-                sink=self.plan.geometry.sink,
-                window=self.plan.geometry.window,
-            )
-        # [heads, slots, 2 * head_dim]: a head's blocks are dense, so slots are rows.
-        slots = cache.as_strided(
-            (num_heads, cache.shape[0] * block_size, content),
-            (cache.stride(1), content, 1),
-            cache.storage_offset(),
-        )
-        group = self.num_queries_per_kv
-        streaming_attention(
-            step.streaming_plan,
-            slots,
-            query.view(n, num_heads, group, d),
-            key,
-            value,
-            output.view(n, num_heads, group, d),
-            self.scale,
-        )
