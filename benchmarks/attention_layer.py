@@ -13,6 +13,7 @@ Prints a table of medians per layer, writes JSON with --output.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -104,9 +105,16 @@ class Table:
         self.slots = (block * block_size + position % block_size).flatten()
 
 
+@functools.cache
+def empty_config() -> VllmConfig:
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(dtype=torch.bfloat16)  # all that is asked of it
+    return config
+
+
 def empty_impl(args: argparse.Namespace) -> SplitCPUImpl:
     """The backend's implementation; without a plan it is vLLM's own."""
-    with set_current_vllm_config(VllmConfig()):
+    with set_current_vllm_config(empty_config()):
         scale = args.head_dim**-0.5
         return SplitCPUImpl(args.q_heads, args.head_dim, scale, args.kv_heads, None, None, "auto")
 
@@ -297,11 +305,11 @@ def main() -> None:
     print(
         f"{args.kv_heads} KV heads x {args.head_dim}, {args.q_heads} query heads, sparsity "
         f"{args.sparsity}, sink {args.sink}, window {args.window}, blocks {STOCK_BLOCK} and "
-        f"{args.block_size}, {torch.get_num_threads()} threads, {args.clock} time, {date.today()}, vLLM "
-        f"{vllm.__version__}, torch {torch.__version__}, CPU"
+        f"{args.block_size}, {torch.get_num_threads()} threads, {args.clock} time, {date.today()}, "
+        f"vLLM {vllm.__version__}, torch {torch.__version__}, CPU"
     )
     print(
-        "| step | type | batch | context | layers | stock ms | split ms | ratio | roofline | of it |"
+        "| step | type | batch | context | layers | stock ms | split ms | ratio | bytes | of it |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []

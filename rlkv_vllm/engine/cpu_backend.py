@@ -7,6 +7,7 @@ tables of :mod:`rlkv_vllm.kernels.ring_tiles`, or, where those do not serve the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,6 +93,29 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return SplitMetadata(**StepMetadata.fields_of(common_attn_metadata))
 
 
+@dataclass(frozen=True)
+class _HeadIndex:
+    """Which heads of a layer each group has.
+
+    Attributes:
+        heads: KV heads and query heads of each group.
+        order: where each query head of the layer is found in the groups' side by side.
+    """
+
+    heads: list[tuple[torch.Tensor, torch.Tensor]]
+    order: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: LayerHeads, queries_per_kv: int) -> _HeadIndex | None:
+        """The index of a layer, or None when one group has all its heads."""
+        if len(layer.groups) == 1:
+            return None
+        kv_heads = [torch.tensor(group.kv_heads) for group in layer.groups]
+        each = torch.arange(queries_per_kv)
+        query_heads = [(heads[:, None] * queries_per_kv + each).flatten() for heads in kv_heads]
+        return cls(list(zip(kv_heads, query_heads, strict=True)), torch.cat(query_heads).argsort())
+
+
 class SplitCPUImpl(CPUAttentionBackendImpl):
     """Attention of one layer; vLLM's own when there is no split plan."""
 
@@ -151,15 +175,8 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         assert self.plan is not None
         assert self.heads is not None
         self._isa = _get_attn_isa(act_dtype, self.plan.geometry.block_size, self.head_size)
-        self._parts = [self._part(group.kv_heads) for group in self.heads.groups]
-
-    def _part(self, kv_heads: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """KV heads and query heads of a group, or None when it is the whole layer."""
-        if len(kv_heads) == self.num_kv_heads:
-            return None
-        g = self.num_queries_per_kv
-        query_heads = [h * g + i for h in kv_heads for i in range(g)]
-        return torch.tensor(kv_heads), torch.tensor(query_heads)
+        self._names = [group.metadata_name for group in self.heads.groups]
+        self._split = _HeadIndex.of(self.heads, self.num_queries_per_kv)
 
     def _bind(self, group: HeadGroup) -> Heads:
         assert self.heads is not None
@@ -219,18 +236,21 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             self._bound = [self._bind(group) for group in self.heads.groups]
         metadata = step_metadata()
         n = attn_metadata.num_actual_tokens
-        query, key, value = query[:n], key[:n], value[:n]
-        for group, heads, part in zip(self.heads.groups, self._bound, self._parts, strict=True):
-            step = metadata[group.metadata_name]
-            if part is None:
-                heads.attend(step, query, key, value, output[:n])
-                continue
-            kv_heads, query_heads = part
+        answer = output
+        if len(query) != n:  # padded; at one token a slice costs as much as a head's attention
+            query, key, value, answer = query[:n], key[:n], value[:n], output[:n]
+        if self._split is None:
+            self._bound[0].attend(metadata[self._names[0]], query, key, value, answer)
+            return output
+        parts = []
+        for heads, name, (kv_heads, query_heads) in zip(
+            self._bound, self._names, self._split.heads, strict=True
+        ):
             q = query.index_select(1, query_heads)
             k, v = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
-            out = torch.empty_like(q)
-            heads.attend(step, q, k, v, out)
-            output[:n].index_copy_(1, query_heads, out)
+            parts.append(torch.empty_like(q))
+            heads.attend(metadata[name], q, k, v, parts[-1])
+        torch.index_select(torch.cat(parts, 1), 1, self._split.order, out=answer)
         return output
 
     @staticmethod
