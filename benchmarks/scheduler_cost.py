@@ -1,0 +1,218 @@
+"""What the split cache costs vLLM's scheduler: CPU time per step, without a model.
+
+    taskset -c 1 python benchmarks/scheduler_cost.py
+
+The scheduler, block pool and block managers that the engine would run for a model of real size,
+with the groups that the packing makes, get their steps answered at once. Requests are admitted,
+decode, end, come again with the same prompts (prefix cache hits) and end. Stock vLLM and the
+split caches take turns. CPU time of the one thread that schedules.
+
+Prints a table of medians, writes JSON with --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+import vllm
+from dummy_model import Shape, write_model
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import (
+    get_kv_cache_configs,
+    get_request_block_hasher,
+    init_none_hash,
+)
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from rlkv_vllm.engine.config import split_plan
+from rlkv_vllm.engine.cpu_backend import SplitCPUBackend
+from rlkv_vllm.engine.head_cache import HeadCacheLayer, register_head_caches
+from rlkv_vllm.engine.scheduler import SplitScheduler
+from rlkv_vllm.plugin import register
+
+SHAPE = Shape(28, 1024, 3072, 16, 8, 128)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=128, help="decode steps, one token each")
+    parser.add_argument("--sparsities", default="0.5,0.8")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    return parser.parse_args()
+
+
+class Engine:
+    """A scheduler whose steps are answered at once."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, sparsity: float | None) -> None:
+        additional: dict[str, Any] = {}
+        if sparsity is not None:
+            profile = str(folder / "profile.json")
+            additional = {"rlkv": {"profile": profile, "sparsity": sparsity}}
+        config = EngineArgs(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=32768,
+            max_num_seqs=args.requests,
+            max_num_batched_tokens=8192,
+            additional_config=additional,
+        ).create_engine_config()
+        config.cache_config.kv_cache_layout = "LBHNC"
+        self.cache = cache_of(config)
+        self.block_size = self.cache.kv_cache_groups[0].kv_cache_spec.block_size
+        config.cache_config.num_gpu_blocks = self.cache.num_blocks
+        config.cache_config.block_size = self.block_size
+        cls = Scheduler if sparsity is None else SplitScheduler
+        self.scheduler = cls(
+            config,
+            self.cache,
+            StructuredOutputManager(config),
+            block_size=self.block_size,
+            log_stats=True,
+        )
+        self.hasher = get_request_block_hasher(self.block_size, sha256)
+
+    def step(self) -> tuple[float, int]:
+        """Schedule a step and take its tokens; CPU seconds and scheduled tokens."""
+        start = time.thread_time()
+        output = self.scheduler.schedule()
+        scheduled = output.num_scheduled_tokens
+        answer = ModelRunnerOutput(
+            req_ids=list(scheduled),
+            req_id_to_index={name: i for i, name in enumerate(scheduled)},
+            sampled_token_ids=[[7] for _ in scheduled],
+        )
+        self.scheduler.update_from_output(output, answer)
+        return time.thread_time() - start, output.total_num_scheduled_tokens
+
+    def serve(self, args: argparse.Namespace, label: str, round_: int) -> dict[str, list[float]]:
+        """Serve all requests once; CPU seconds of the steps by kind."""
+        rng = random.Random(round_)
+        params = SamplingParams(temperature=0, max_tokens=args.decode, ignore_eos=True)
+        params.update_from_generation_config({}, 2)
+        for i in range(args.requests):
+            self.scheduler.add_request(
+                Request(
+                    request_id=f"{label}-{round_}-{i}",
+                    prompt_token_ids=[rng.randrange(5, 4000) for _ in range(args.prompt)],
+                    sampling_params=params,
+                    pooling_params=None,
+                    block_hasher=self.hasher,
+                )
+            )
+        seconds: dict[str, list[float]] = defaultdict(list)
+        gc.collect()
+        gc.disable()
+        admission = 0.0
+        while self.scheduler.has_unfinished_requests():
+            waiting = len(self.scheduler.waiting)
+            took, tokens = self.step()
+            if waiting or tokens > args.requests:
+                admission += took
+            elif len(self.scheduler.running) == args.requests:
+                seconds["decode step"].append(took)
+            else:
+                seconds["last step (all requests end)"].append(took)
+        gc.enable()
+        seconds[f"admission of a request ({label})"].append(admission / args.requests)
+        return seconds
+
+
+def cache_of(config: VllmConfig) -> KVCacheConfig:
+    """What the engine would make of the model's cache specs, at a size that is never short."""
+    plan = split_plan(config)
+    specs: dict[str, KVCacheSpec] = {}
+    for layer in range(SHAPE.layers):
+        name = f"model.layers.{layer}.self_attn.attn"
+        if plan is None:
+            specs[name] = FullAttentionSpec(
+                block_size=config.cache_config.block_size,
+                num_kv_heads=SHAPE.kv_heads,
+                head_size=SHAPE.head_dim,
+                dtype=torch.bfloat16,
+            )
+        else:
+            register_head_caches(
+                plan,
+                config,
+                SplitCPUBackend,
+                layer_name=name,
+                layer_index=layer,
+                rank=0,
+                num_q_heads=SHAPE.q_heads,
+                head_dim=SHAPE.head_dim,
+                dtype=torch.bfloat16,
+            )
+    context = config.compilation_config.static_forward_context
+    specs |= {n: c.spec for n, c in context.items() if isinstance(c, HeadCacheLayer)}
+    (cache,) = get_kv_cache_configs(config, [specs], [64 << 30])
+    return cache
+
+
+def main() -> None:
+    args = parse_args()
+    register()
+    init_none_hash(sha256)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(SHAPE, folder, sink=16, window=64)
+        variants = {"stock": None} | {f"sparsity {s}": float(s) for s in args.sparsities.split(",")}
+        engines = {n: Engine(args, folder, sparsity) for n, sparsity in variants.items()}
+    seconds: dict[str, dict[str, list[float]]] = {n: defaultdict(list) for n in engines}
+    for round_ in range(args.rounds):
+        for label in ("new prompt", "prefix cache hit"):
+            for variant, engine in engines.items():
+                for kind, took in engine.serve(args, label, round_).items():
+                    seconds[variant][kind] += took
+    medians = {
+        variant: {kind: statistics.median(took) for kind, took in kinds.items()}
+        for variant, kinds in seconds.items()
+    }
+    print(
+        f"{args.requests} requests, prompt {args.prompt}, {args.decode} tokens, "
+        f"{date.today()}, vLLM {vllm.__version__}; microseconds of CPU time"
+    )
+    print("| variant | groups | block | " + " | ".join(medians["stock"]) + " |")
+    print("|---|---|---|" + "---|" * len(medians["stock"]))
+    for variant, engine in engines.items():
+        figures = " | ".join(f"{took * 1e6:.0f}" for took in medians[variant].values())
+        groups = len(engine.cache.kv_cache_groups)
+        print(f"| {variant} | {groups} | {engine.block_size} | {figures} |")
+    if args.output:
+        settings = {k: v for k, v in vars(args).items() if k != "output"}
+        figures_json = {
+            "date": str(date.today()),
+            "vllm": vllm.__version__,
+            "settings": settings,
+            "median_seconds": medians,
+        }
+        args.output.write_text(json.dumps(figures_json, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
