@@ -29,7 +29,6 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,7 +264,7 @@ def time_of_a_step(args: argparse.Namespace) -> dict[str, float]:
 
     def ours() -> None:
         stats = SchedulerStats(num_running_reqs=args.running)
-        attach_figures(stats, asdict(scheduler._block_use(stats)))
+        attach_figures(stats, scheduler._block_use(stats)._asdict())
         stat_logger.record(send(stats), None)
 
     def exported() -> None:
