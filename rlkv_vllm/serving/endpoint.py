@@ -19,8 +19,16 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.serving.drain import TurnAway, watch_signals
 from rlkv_vllm.serving.page import page
-from rlkv_vllm.serving.status import CacheFigures, SplitForecast, SplitStatus, split_status
+from rlkv_vllm.serving.status import (
+    CacheFigures,
+    Refusal,
+    SplitForecast,
+    SplitStatus,
+    Unauthorized,
+    split_status,
+)
 from rlkv_vllm.serving.summary import example_question, served_names, summary
 
 if TYPE_CHECKING:
@@ -37,8 +45,14 @@ _REPORT_TIMEOUT_S = 60.0
 #: More requests than any server runs; keeps the figures small enough for a JSON reader.
 _MOST_REQUESTS = 1_000_000
 
+#: For /openapi.json.
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Unauthorized},
+    404: {"model": Refusal, "description": "This server has whole caches."},
+}
+
 logger = logging.getLogger("vllm.rlkv")
-router = APIRouter(tags=["rlkv"])
+router = APIRouter(tags=["rlkv"], lifespan=watch_signals)
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,9 @@ class RlkvEndpoint:
     engine_client: EngineClient | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the page and the JSON routes."""
+        """Add the page and the JSON routes, and turn requests away once the server stops."""
         app.include_router(router)
+        app.add_middleware(TurnAway)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -97,7 +112,7 @@ async def show_page(request: Request) -> Response:
     return page(_needs_key(request.app.state.args))
 
 
-@router.get("/v1/rlkv", response_model=SplitStatus)
+@router.get("/v1/rlkv", response_model=SplitStatus, responses=_REFUSALS)
 async def show_status(request: Request) -> Response:
     """The split cache of this server: heads, capacity, and what requests hold now."""
     served = _served(request)
@@ -107,7 +122,7 @@ async def show_status(request: Request) -> Response:
     return Response(content, media_type="application/json")
 
 
-@router.get("/v1/rlkv/forecast")
+@router.get("/v1/rlkv/forecast", responses=_REFUSALS | {400: {"model": Refusal}})
 async def show_forecast(
     request: Request,
     tokens: Annotated[

@@ -90,6 +90,27 @@ class SplitStatus(BaseModel):
     use: CacheUse | None = Field(description="null where the scheduler does not report it.")
 
 
+class Reason(BaseModel):
+    """Why a request was refused."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Refusal(BaseModel):
+    """The form of all errors of vLLM's server but one."""
+
+    error: Reason
+
+
+class Unauthorized(BaseModel):
+    """The form of that one."""
+
+    error: Literal["Unauthorized"]
+
+
 class Need(BaseModel):
     """What requests need of one kind of cache."""
 
