@@ -65,7 +65,8 @@ VARIANTS = (
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", type=float, default=50, help="scrapes per second")
-    parser.add_argument("--rounds", type=int, default=10, help="of each variant")
+    parser.add_argument("--rounds", type=int, default=10, help="of each variant, at most")
+    parser.add_argument("--minutes", type=float, default=10, help="no round begins after them")
     parser.add_argument("--questions", type=int, default=64, help="in a round")
     parser.add_argument("--at-once", type=int, default=16, help="requests in flight")
     parser.add_argument("--device-ms", type=float, default=0, help="a step waits so long")
@@ -188,7 +189,18 @@ async def measure(args: argparse.Namespace, servers: dict[str, Server]) -> dict[
     async with httpx.AsyncClient(timeout=300) as client:
         for server in servers.values():
             await load(client, server, prompts, args.at_once)
+        per_scrape = {}
+        for name, path in (
+            *(("stock", FLOOR), ("split", FLOOR), ("stock", "/metrics"), ("split", "/metrics")),
+            *(("split", "/v1/rlkv"), ("split", "/v1/rlkv/forecast")),
+        ):
+            used, count = servers[name].cpu(), [0, 1000]
+            await looks(servers[name], path, 1e9, count)
+            per_scrape[f"{name} {path}"] = 1e3 * (servers[name].cpu() - used) / count[0]
+        end = time.monotonic() + 60 * args.minutes
         for turn in range(args.rounds):
+            if time.monotonic() > end:
+                break
             shift = turn % len(VARIANTS)
             for variant in VARIANTS[shift:] + VARIANTS[:shift]:
                 server, count = servers[variant.server], [0, -1]
@@ -206,14 +218,6 @@ async def measure(args: argparse.Namespace, servers: dict[str, Server]) -> dict[
                     looking.cancel()
                     with suppress(asyncio.CancelledError):
                         await looking
-        per_scrape = {}
-        for name, path in (
-            *(("stock", FLOOR), ("split", FLOOR), ("stock", "/metrics"), ("split", "/metrics")),
-            *(("split", "/v1/rlkv"), ("split", "/v1/rlkv/forecast")),
-        ):
-            used, count = servers[name].cpu(), [0, 1000]
-            await looks(servers[name], path, 1e9, count)
-            per_scrape[f"{name} {path}"] = 1e3 * (servers[name].cpu() - used) / count[0]
 
     def over_alone(values: dict[Variant, list[float]]) -> dict[str, list[float]]:
         """Quartiles of the rounds, each over the same server's round of the same cycle."""
@@ -228,6 +232,7 @@ async def measure(args: argparse.Namespace, servers: dict[str, Server]) -> dict[
         return {str(v): statistics.median(values[v]) for v in VARIANTS}
 
     return {
+        "rounds": len(speed[VARIANTS[0]]),
         "tokens_per_second": medians(speed),
         "speed_over_alone_quartiles": over_alone(speed),
         "cpu_us_per_token": medians(cpu),
