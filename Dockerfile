@@ -8,6 +8,9 @@
 
 ARG DEBIAN_IMAGE=debian:12.12-slim
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+# For the labels of both runtime stages.
+ARG VERSION=0.1.0
+ARG REVISION=unknown
 
 FROM ${DEBIAN_IMAGE} AS python
 # Debian keeps only the newest build of a package in its archive: a pin would break with the next mend.
@@ -69,8 +72,8 @@ ENV PATH=/opt/venv/bin:${PATH} \
     MPLCONFIGDIR=/tmp/matplotlib \
     VLLM_NO_USAGE_STATS=1 \
     VLLM_PLUGINS=rlkv
-ARG VERSION=0.1.0
-ARG REVISION=unknown
+ARG VERSION
+ARG REVISION
 LABEL org.opencontainers.image.title="rlkv_vllm" \
       org.opencontainers.image.description="vLLM with a KV cache that is split per head" \
       org.opencontainers.image.licenses="Apache-2.0" \
@@ -107,8 +110,8 @@ ENV PYTHONUNBUFFERED=1 \
     HOME=/home/vllm \
     VLLM_NO_USAGE_STATS=1 \
     VLLM_PLUGINS=rlkv
-ARG VERSION=0.1.0
-ARG REVISION=unknown
+ARG VERSION
+ARG REVISION
 LABEL org.opencontainers.image.title="rlkv_vllm" \
       org.opencontainers.image.description="vLLM with a KV cache that is split per head" \
       org.opencontainers.image.licenses="Apache-2.0" \

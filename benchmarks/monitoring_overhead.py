@@ -2,17 +2,16 @@
 
     python benchmarks/monitoring_overhead.py
 
-Starts `rlkv serve` with the embedded reasoner and loads it with the same questions again
-and again. Between the rounds of a cycle only the scraping changes, and the order of the
-cycle turns, so that a machine whose speed drifts is unfair to none:
+Starts vLLM's server with the embedded reasoner twice: `stock`, without the plugin, and `split`,
+with it. Both are loaded with the same questions again and again, one at a time; between the rounds
+of a cycle only the server and what is scraped from it change, and the order of the cycle turns, so
+that a machine whose speed drifts is unfair to none. Every server is compared with itself while
+nobody looks, so the split's own attention is in no figure.
 
-    none     nobody looks
-    status   GET /v1/rlkv
-    metrics  GET /metrics: vLLM's own metrics and those of the split
-
-CPU time is that of all processes of the server, so it also sees what two cores hide.
-Then vLLM's block managers, without a model, tell what the counts add to a step, and the
-registry what the metrics of the split add to a scrape of /metrics.
+CPU time is that of all processes of a server, so it also sees what idle cores hide. With
+`--device-ms N` a step waits N ms, as for a device that computes: what scraping costs where
+the engine does not need the core that answers. Then vLLM's block managers, without a model, tell
+what the counts add to a step, and the registry what the metrics of the split add to a scrape.
 """
 
 from __future__ import annotations
@@ -29,66 +28,103 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
 
-VARIANTS = {"none": None, "status": "/v1/rlkv", "metrics": "/metrics"}
+from rlkv_vllm import testbed
+from rlkv_vllm.serving.arguments import EMBEDDED_CACHE_BYTES, SCHEDULER, WORKER_EXTENSION
+
 START_TIMEOUT_S = 600
+#: What is asked how fast answers are without anybody's metrics: the floor of any route.
+FLOOR = "/version"
+
+
+class Variant(NamedTuple):
+    server: str
+    path: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.server} {self.path or 'alone'}"
+
+
+VARIANTS = (
+    Variant("stock"),
+    Variant("stock", "/metrics"),
+    Variant("split"),
+    Variant("split", "/metrics"),
+    Variant("split", "/v1/rlkv"),
+)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", type=float, default=50, help="scrapes per second")
-    parser.add_argument("--rounds", type=int, default=12, help="of each variant")
+    parser.add_argument("--rounds", type=int, default=10, help="of each variant, at most")
+    parser.add_argument("--minutes", type=float, default=10, help="no round begins after them")
     parser.add_argument("--questions", type=int, default=64, help="in a round")
     parser.add_argument("--at-once", type=int, default=16, help="requests in flight")
+    parser.add_argument("--device-ms", type=float, default=0, help="a step waits so long")
     parser.add_argument("--running", type=int, default=64, help="requests of the timed statistics")
     parser.add_argument("--steps", type=int, default=2000, help="calls of the timed statistics")
-    parser.add_argument("--port", type=int, help="of a running `rlkv serve` (embedded, no key)")
     parser.add_argument("--part", choices=("server", "step"), help="one part only")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     return parser.parse_args()
 
 
 class Server:
-    """A server of its own, or the one that listens on `port`."""
+    """VLLM's server with the embedded reasoner; the same flags with and without the split."""
 
-    def __init__(self, port: int | None) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        if port is not None:
-            self.url = f"http://127.0.0.1:{port}"
-            listening = (c for c in psutil.net_connections("tcp") if c.status == "LISTEN")
-            self.pid = next(c.pid for c in listening if c.laddr.port == port)
-            return
+    def __init__(self, name: str, device_ms: float) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "rlkv_vllm", "serve", "--host", "127.0.0.1"]
-        # Every round must compute the same: no prefix cache, no log lines of requests.
-        flags = ["--port", str(port), "--no-enable-prefix-caching", "--uvicorn-log-level", "error"]
-        self.process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL)
-        self.pid = self.process.pid
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        flags = {
+            "--model": testbed.model_dir(),
+            "--served-model-name": testbed.MODEL_NAME,
+            "--dtype": "float32",
+            "--kv-cache-memory-bytes": EMBEDDED_CACHE_BYTES,
+            "--uvicorn-log-level": "error",  # no log lines of requests
+            "--host": "127.0.0.1",
+            "--port": self.port,
+        }
+        # Every round must compute the same: no prefix cache.
+        switches = ["--enforce-eager", "--no-enable-prefix-caching", "--no-async-scheduling"]
+        if name == "split":
+            flags["--additional-config"] = json.dumps({"rlkv": {"profile": "embedded"}})
+            flags["--worker-extension-cls"] = WORKER_EXTENSION
+            flags["--scheduler-cls"] = SCHEDULER
+        if device_ms:
+            flags["--scheduler-cls"] = f"device_step.{name.capitalize()}Device"
+        words = [str(word) for flag in flags.items() for word in flag]
+        module = "vllm.entrypoints.launchers.api_server.entry"
+        here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *switches, *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ
+            | {"VLLM_PLUGINS": "rlkv" if name == "split" else "", "PYTHONPATH": here}
+            | {"RLKV_DEVICE_MS": str(device_ms), "VLLM_LOGGING_LEVEL": "ERROR"},
+        )
 
     def stop(self) -> None:
-        if self.process:
-            self.process.terminate()
-            self.process.wait()
+        self.process.terminate()
+        self.process.wait()
 
     def wait(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_healthy():
-            is_gone = self.process is not None and self.process.poll() is not None
-            if is_gone or time.monotonic() > deadline:
+            if self.process.poll() is not None or time.monotonic() > deadline:
                 sys.exit("the server did not start")
             time.sleep(0.5)
-        root = psutil.Process(self.pid)
+        root = psutil.Process(self.process.pid)
         self.processes = [root, *root.children(recursive=True)]
 
     def _is_healthy(self) -> bool:
@@ -117,7 +153,7 @@ async def load(client: httpx.AsyncClient, server: Server, prompts: list[str], at
             reply = await client.post(
                 f"{server.url}/v1/chat/completions",
                 json={
-                    "model": "embedded",
+                    "model": testbed.MODEL_NAME,
                     "messages": [{"role": "user", "content": prompt}],
                     "temperature": 0,
                 },
@@ -128,28 +164,48 @@ async def load(client: httpx.AsyncClient, server: Server, prompts: list[str], at
     return sum(await asyncio.gather(*map(ask, prompts)))
 
 
-async def scrape(
-    client: httpx.AsyncClient, server: Server, path: str, rate: float, count: list[int]
-) -> None:
+async def looks(server: Server, path: str, rate: float, count: list[int]) -> None:
+    """Scrape until cancelled, or `count[1]` times; a client that costs next to nothing."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
     start = time.perf_counter()
-    while True:
-        (await client.get(server.url + path)).raise_for_status()
-        count[0] += 1
-        await asyncio.sleep(max(0.0, start + count[0] / rate - time.perf_counter()))
+    try:
+        while count[0] != count[1]:
+            writer.write(request)
+            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+            if not answer.startswith(b"http/1.1 200"):
+                sys.exit(f"{path}: {answer.decode()}")
+            length = answer.split(b"content-length: ")[1].split(b"\r\n")[0]
+            await reader.readexactly(int(length))
+            count[0] += 1
+            await asyncio.sleep(max(0.0, start + count[0] / rate - time.perf_counter()))
+    finally:
+        writer.close()
 
 
-async def measure(args: argparse.Namespace, server: Server) -> dict[str, Any]:
+async def measure(args: argparse.Namespace, servers: dict[str, Server]) -> dict[str, Any]:
     prompts = questions(args.questions)
     speed, cpu, rates = defaultdict(list), defaultdict(list), defaultdict(list)
-    async with httpx.AsyncClient(timeout=300) as client, httpx.AsyncClient(timeout=300) as looker:
-        await load(client, server, prompts, args.at_once)
+    async with httpx.AsyncClient(timeout=300) as client:
+        for server in servers.values():
+            await load(client, server, prompts, args.at_once)
+        per_scrape = {}
+        for name, path in (
+            *(("stock", FLOOR), ("split", FLOOR), ("stock", "/metrics"), ("split", "/metrics")),
+            *(("split", "/v1/rlkv"), ("split", "/v1/rlkv/forecast")),
+        ):
+            used, count = servers[name].cpu(), [0, 1000]
+            await looks(servers[name], path, 1e9, count)
+            per_scrape[f"{name} {path}"] = 1e3 * (servers[name].cpu() - used) / count[0]
+        end = time.monotonic() + 60 * args.minutes
         for turn in range(args.rounds):
+            if time.monotonic() > end:
+                break
             shift = turn % len(VARIANTS)
-            order = list(VARIANTS)
-            for variant in order[shift:] + order[:shift]:
-                path, count = VARIANTS[variant], [0]
-                looking = path and asyncio.create_task(
-                    scrape(looker, server, path, args.rate, count)
+            for variant in VARIANTS[shift:] + VARIANTS[:shift]:
+                server, count = servers[variant.server], [0, -1]
+                looking = variant.path and asyncio.create_task(
+                    looks(server, variant.path, args.rate, count)
                 )
                 used, start = server.cpu(), time.perf_counter()
                 tokens = await load(client, server, prompts, args.at_once)
@@ -157,23 +213,31 @@ async def measure(args: argparse.Namespace, server: Server) -> dict[str, Any]:
                 cpu[variant].append(1e6 * (server.cpu() - used) / tokens)
                 speed[variant].append(tokens / seconds)
                 rates[variant].append(count[0] / seconds)
+                print(turn, variant, round(tokens / seconds), "tokens/s", file=sys.stderr)
                 if looking:
                     looking.cancel()
-                    await asyncio.gather(looking, return_exceptions=True)
-        per_scrape = {}
-        for path in ("/v1/rlkv", "/v1/rlkv/forecast", "/metrics"):
-            used = server.cpu()
-            for _ in range(500):
-                (await looker.get(server.url + path)).raise_for_status()
-            per_scrape[path] = 1e3 * (server.cpu() - used) / 500
-    return {
-        "tokens_per_second": {v: statistics.median(speed[v]) for v in VARIANTS},
-        "speed_over_none": {
-            v: statistics.median(a / b for a, b in zip(speed[v], speed["none"], strict=True))
+                    with suppress(asyncio.CancelledError):
+                        await looking
+
+    def over_alone(values: dict[Variant, list[float]]) -> dict[str, list[float]]:
+        """Quartiles of the rounds, each over the same server's round of the same cycle."""
+        ratios = {
+            str(v): [a / b for a, b in zip(values[v], values[Variant(v.server)], strict=True)]
             for v in VARIANTS
-        },
-        "cpu_us_per_token": {v: statistics.median(cpu[v]) for v in VARIANTS},
-        "scrapes_per_second": {v: statistics.median(rates[v]) for v in VARIANTS},
+            if v.path
+        }
+        return {name: statistics.quantiles(each, n=4) for name, each in ratios.items()}
+
+    def medians(values: dict[Variant, list[float]]) -> dict[str, float]:
+        return {str(v): statistics.median(values[v]) for v in VARIANTS}
+
+    return {
+        "rounds": len(speed[VARIANTS[0]]),
+        "tokens_per_second": medians(speed),
+        "speed_over_alone_quartiles": over_alone(speed),
+        "cpu_us_per_token": medians(cpu),
+        "cpu_over_alone_quartiles": over_alone(cpu),
+        "scrapes_per_second": medians(rates),
         "cpu_ms_per_scrape": per_scrape,
     }
 
@@ -186,7 +250,7 @@ def time_of_a_step(args: argparse.Namespace) -> dict[str, float]:
     """
     import msgspec
     import torch
-    from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+    from prometheus_client import CollectorRegistry, generate_latest
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.engine import EngineCoreOutputs
@@ -201,7 +265,6 @@ def time_of_a_step(args: argparse.Namespace) -> dict[str, float]:
     from rlkv_vllm.engine.scheduler import SplitScheduler
     from rlkv_vllm.engine.specs import RingSpec
     from rlkv_vllm.plugin import register
-    from rlkv_vllm.serving.arguments import SCHEDULER
     from rlkv_vllm.serving.metrics import RlkvStatLogger
     from rlkv_vllm.serving.status import CacheFigures
 
@@ -249,7 +312,7 @@ def time_of_a_step(args: argparse.Namespace) -> dict[str, float]:
     )
     config = SimpleNamespace(
         model_config=SimpleNamespace(served_model_name="m"),
-        scheduler_config=SimpleNamespace(scheduler_cls=SCHEDULER),
+        scheduler_config=SimpleNamespace(get_scheduler_cls=lambda: SplitScheduler),
     )
     stat_logger = RlkvStatLogger(config, [0])
     stat_logger.show_split(CacheFigures(plan, num_blocks))
@@ -265,16 +328,14 @@ def time_of_a_step(args: argparse.Namespace) -> dict[str, float]:
 
     def ours() -> None:
         stats = SchedulerStats(num_running_reqs=args.running)
-        attach_figures(stats, asdict(scheduler._block_use(stats)))
+        attach_figures(stats, scheduler._block_use(stats)._asdict())
         stat_logger.record(send(stats), None)
 
     def exported() -> None:
         generate_latest(registry)
 
     registry = CollectorRegistry()
-    for collector in list(REGISTRY._collector_to_names):
-        if getattr(collector, "_name", "").startswith("rlkv:"):
-            registry.register(collector)
+    registry.register(stat_logger)
     variants = (("without", without), ("ours", ours), ("exported", exported))
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(20):
@@ -296,12 +357,15 @@ def main() -> None:
     args = parse_args()
     figures: dict[str, Any] = {}
     if args.part != "step":
-        server = Server(args.port)
+        servers = {name: Server(name, args.device_ms) for name in ("stock", "split")}
         try:
-            server.wait()
-            figures |= asyncio.run(measure(args, server))
+            for server in servers.values():
+                server.wait()
+            figures["server"] = {"device_ms": args.device_ms}
+            figures["server"] |= asyncio.run(measure(args, servers))
         finally:
-            server.stop()
+            for server in servers.values():
+                server.stop()
     if args.part != "server":
         figures["step"] = time_of_a_step(args)
     figures["machine"] = {

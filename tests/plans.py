@@ -5,7 +5,6 @@ from typing import Any
 
 from rlkv_vllm.allocation import CacheGeometry, Forecast, allocate, pack, ring_blocks
 from rlkv_vllm.engine.config import SplitConfig, SplitPlan
-from rlkv_vllm.serving.arguments import SCHEDULER
 from tests.profiles import make_profile
 
 BLOCK, LENGTH, BLOCKS = 16, 512, 200
@@ -39,9 +38,11 @@ def make_plan(tp_size: int = 1) -> SplitPlan:
     )
 
 
-def vllm_config(**changes: Any) -> Any:
+def vllm_config(scheduler: type | None = None) -> Any:
     """What the serving layer reads of vLLM's configuration."""
+    from rlkv_vllm.engine.scheduler import SplitScheduler
+
     return SimpleNamespace(
         model_config=SimpleNamespace(served_model_name="m"),
-        scheduler_config=SimpleNamespace(**({"scheduler_cls": SCHEDULER} | changes)),
+        scheduler_config=SimpleNamespace(get_scheduler_cls=lambda: scheduler or SplitScheduler),
     )

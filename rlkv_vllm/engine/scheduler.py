@@ -6,8 +6,7 @@ managers, so the counts leave it with the statistics of each step.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
 
-@dataclass(frozen=True)
-class BlockUse:
+class BlockUse(NamedTuple):
     """Blocks of one engine after a step; what is shared by several requests counts once.
 
     Attributes:
@@ -59,7 +57,7 @@ class SplitScheduler(Scheduler):
         """The statistics of a step."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            attach_figures(stats, asdict(self._block_use(stats)))
+            attach_figures(stats, self._block_use(stats)._asdict())
         return stats
 
     def _block_use(self, stats: SchedulerStats) -> BlockUse:

@@ -19,8 +19,16 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.serving.drain import TurnAway, watch_signals
 from rlkv_vllm.serving.page import page
-from rlkv_vllm.serving.status import CacheFigures, SplitForecast, SplitStatus, split_status
+from rlkv_vllm.serving.status import (
+    CacheFigures,
+    Refusal,
+    SplitForecast,
+    SplitStatus,
+    Unauthorized,
+    split_status,
+)
 from rlkv_vllm.serving.summary import example_question, served_names, summary
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
     from rlkv_vllm.engine.config import SplitPlan
+    from rlkv_vllm.serving.metrics import RlkvStatLogger
 
 REPORT_METHOD = "rlkv_split_report"
 _REPORT_TIMEOUT_S = 60.0
@@ -36,8 +45,14 @@ _REPORT_TIMEOUT_S = 60.0
 #: More requests than any server runs; keeps the figures small enough for a JSON reader.
 _MOST_REQUESTS = 1_000_000
 
+#: For /openapi.json.
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Unauthorized},
+    404: {"model": Refusal, "description": "This server has whole caches."},
+}
+
 logger = logging.getLogger("vllm.rlkv")
-router = APIRouter(tags=["rlkv"])
+router = APIRouter(tags=["rlkv"], lifespan=watch_signals)
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,9 @@ class ServedSplit:
     """What the routes need of a proven split; kept on the app's state."""
 
     figures: CacheFigures
-    status: SplitStatus
+    stat_logger: RlkvStatLogger
+    constant: str
+    """JSON of the status up to the value of `use`, which is its last field."""
 
 
 class RlkvEndpoint:
@@ -57,8 +74,9 @@ class RlkvEndpoint:
     engine_client: EngineClient | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the page and the JSON routes."""
+        """Add the page and the JSON routes, and turn requests away once the server stops."""
         app.include_router(router)
+        app.add_middleware(TurnAway)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -78,9 +96,12 @@ class RlkvEndpoint:
             return
         reports = await prove_split(engine_client, plan)
         figures = CacheFigures(plan, min(report.num_blocks for report in reports))
-        _stat_logger(engine_client).show_split(figures)
+        stat_logger = _stat_logger(engine_client)
+        stat_logger.show_split(figures)
         names = served_names(args)
-        state.rlkv = ServedSplit(figures, split_status(figures, names, example_question(names[0])))
+        status = split_status(figures, names, example_question(names[0]))
+        constant = status.model_dump_json(exclude={"use"}).removesuffix("}") + ',"use":'
+        state.rlkv = ServedSplit(figures, stat_logger, constant)
         if _is_first_api_process(engine_client):
             logger.info("%s", summary(reports, args))
 
@@ -91,18 +112,17 @@ async def show_page(request: Request) -> Response:
     return page(_needs_key(request.app.state.args))
 
 
-@router.get("/v1/rlkv", response_model=SplitStatus)
+@router.get("/v1/rlkv", response_model=SplitStatus, responses=_REFUSALS)
 async def show_status(request: Request) -> Response:
     """The split cache of this server: heads, capacity, and what requests hold now."""
-    from rlkv_vllm.serving.metrics import cache_use
-
     served = _served(request)
-    status = served.status.model_copy(update={"use": cache_use(served.figures)})
-    # FastAPI would validate what was validated: a third of the time of a request that is polled.
-    return Response(status.model_dump_json(), media_type="application/json")
+    use = served.stat_logger.cache_use()
+    # Polled, so written here: FastAPI would validate and dump what never changes each time.
+    content = f"{served.constant}{use.model_dump_json() if use else 'null'}}}"
+    return Response(content, media_type="application/json")
 
 
-@router.get("/v1/rlkv/forecast")
+@router.get("/v1/rlkv/forecast", responses=_REFUSALS | {400: {"model": Refusal}})
 async def show_forecast(
     request: Request,
     tokens: Annotated[
@@ -135,7 +155,7 @@ def _needs_key(args: Namespace) -> bool:
     return any(args.api_key or [os.environ.get("VLLM_API_KEY")])
 
 
-def _stat_logger(engine_client: Any) -> Any:
+def _stat_logger(engine_client: Any) -> RlkvStatLogger:
     from rlkv_vllm.serving.metrics import RlkvStatLogger
 
     manager = engine_client.logger_manager

@@ -7,16 +7,16 @@ processes; prometheus_client's files then hold the figures of all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prometheus_client import REGISTRY, Counter, Gauge
-from prometheus_client.samples import Sample
+from prometheus_client import REGISTRY, Counter, Gauge, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
-from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from rlkv_vllm.engine.scheduler import BlockUse
-from rlkv_vllm.serving.arguments import SCHEDULER
+from rlkv_vllm.engine.scheduler import BlockUse, SplitScheduler
 from rlkv_vllm.serving.status import ByKind, CacheFigures, CacheUse
 
 if TYPE_CHECKING:
@@ -25,24 +25,45 @@ if TYPE_CHECKING:
 
 _PREFIX = "rlkv:"
 _LABELS = ("model_name", "engine")
-_KINDS = ("full", "streaming")
 _USED, _FULL_CACHE, _RUNNING = (
     _PREFIX + name for name in ("cache_used_bytes", "full_cache_bytes", "requests_running")
 )
 
 
+class _Series(NamedTuple):
+    """What one engine's steps change; looked up once, because `labels()` is slow."""
+
+    running: Gauge
+    preemptions: Counter
+    use: _UseSeries | None
+
+
+class _UseSeries(NamedTuple):
+    full: Gauge
+    streaming: Gauge
+    full_cache: Gauge
+    saved: Gauge
+    evictions: Counter
+    full_hits: Counter
+    streaming_hits: Counter
+
+
 class RlkvStatLogger(AggregateStatLoggerBase):
     """Metrics of the split cache, one series per engine.
 
-    Without a split it exports ``rlkv:active`` 0 and nothing else.
+    Without a split it exports ``rlkv:active`` 0 and nothing else. It is a collector too: vLLM
+    answers ``/metrics`` in another thread than records the steps, and what one scrape tells of
+    the split must be of one step.
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
-        _unregister()  # an engine that lived in this process before
         model = vllm_config.model_config.served_model_name
         self._engines = {index: (model, str(index)) for index in engine_indexes}
         self._reports_use = _reports_use(vllm_config)
         self._figures: CacheFigures | None = None
+        self._series: dict[int, _Series] = {}
+        self._counts = dict.fromkeys(engine_indexes, (0, 0, 0, 0))
+        self._lock = Lock()
 
         self._active = _gauge(
             "active", "1 if the split was proven at start, 0 if this server has whole caches."
@@ -81,13 +102,35 @@ class RlkvStatLogger(AggregateStatLoggerBase):
             "prefix_cache_hit_blocks", "Blocks of new requests taken from the prefix cache.", "kind"
         )
 
+        self._constant = self._collect_constant()
+        for collector in list(REGISTRY._collector_to_names):
+            if isinstance(collector, RlkvStatLogger):  # of an engine that lived here before
+                REGISTRY.unregister(collector)
+        REGISTRY.register(self)
+
+    def _collect_constant(self) -> list[Metric]:
+        gauges = (self._active, self._profile, self._heads, self._capacity, self._possible)
+        return [metric for gauge in gauges for metric in gauge.collect()]
+
+    def collect(self) -> list[Metric]:
+        """All metrics, as they were after one step; called by prometheus_client."""
+        metrics = (
+            *(self._used, self._full_cache, self._saved, self._running),
+            *(self._evictions, self._preemptions, self._hits),
+        )
+        with self._lock:
+            changing = [each for metric in metrics for each in metric.collect()]
+        for each in changing:  # when a counter began nobody asks, and it takes as long to write
+            each.samples = [s for s in each.samples if not s.name.endswith("_created")]
+        return [each for each in (*self._constant, *changing) if each.samples]
+
     def show_split(self, figures: CacheFigures) -> None:
         """The split is proven: export what stays the same, and what is counted from now on."""
         self._figures = figures
         plan = figures.plan
         allocation = plan.groups.allocation
         possible = figures.requests_possible(plan.max_model_len)
-        for labels in self._engines.values():
+        for index, labels in self._engines.items():
             self._active.labels(*labels).set(1)
             self._profile.labels(
                 *labels,
@@ -102,17 +145,30 @@ class RlkvStatLogger(AggregateStatLoggerBase):
             self._capacity.labels(*labels).set(figures.capacity_bytes)
             self._possible.labels(*labels, "split").set(possible.split)
             self._possible.labels(*labels, "full").set(possible.full)
-            # So that the series exist before the first step. A step that another API process
-            # has seen already is overwritten, until the next one.
-            self._running.labels(*labels).set(0)
-            self._preemptions.labels(*labels)
-            if self._reports_use:
-                self._full_cache.labels(*labels).set(0)
-                self._saved.labels(*labels).set(0)
-                self._evictions.labels(*labels)
-                for kind in _KINDS:
-                    self._used.labels(*labels, kind).set(0)
-                    self._hits.labels(*labels, kind)
+            self._series[index] = self._start_series(labels)
+        self._constant = self._collect_constant()
+
+    def _start_series(self, labels: Sequence[str]) -> _Series:
+        """So that the series exist before the first step.
+
+        A step that another API process has seen already is overwritten, until the next one.
+        """
+        use = None
+        if self._reports_use:
+            use = _UseSeries(
+                self._used.labels(*labels, "full"),
+                self._used.labels(*labels, "streaming"),
+                self._full_cache.labels(*labels),
+                self._saved.labels(*labels),
+                self._evictions.labels(*labels),
+                self._hits.labels(*labels, "full"),
+                self._hits.labels(*labels, "streaming"),
+            )
+            for gauge in (use.full, use.streaming, use.full_cache, use.saved):
+                gauge.set(0)
+        running = self._running.labels(*labels)
+        running.set(0)
+        return _Series(running, self._preemptions.labels(*labels), use)
 
     def record(
         self,
@@ -126,76 +182,82 @@ class RlkvStatLogger(AggregateStatLoggerBase):
         use = BlockUse.taken_from(scheduler_stats) if scheduler_stats else None
         if self._figures is None:
             return
-        labels = self._engines[engine_idx]
-        if iteration_stats and iteration_stats.num_preempted_reqs:
-            self._preemptions.labels(*labels).inc(iteration_stats.num_preempted_reqs)
-        if scheduler_stats:
-            self._running.labels(*labels).set(scheduler_stats.num_running_reqs)
-        if use is None:
-            return
-        now = self._figures.use(ByKind(full=use.full, streaming=use.streaming), use.full_cache, 0)
-        self._used.labels(*labels, "full").set(now.bytes.full)
-        self._used.labels(*labels, "streaming").set(now.bytes.streaming)
-        self._full_cache.labels(*labels).set(now.full_cache_bytes)
-        self._saved.labels(*labels).set(now.saved_bytes)
+        series = self._series[engine_idx]
+        with self._lock:
+            if iteration_stats and iteration_stats.num_preempted_reqs:
+                series.preemptions.inc(iteration_stats.num_preempted_reqs)
+            if scheduler_stats:
+                series.running.set(scheduler_stats.num_running_reqs)
+                if use is not None and series.use is not None:
+                    self._record_use(use, series.use)
+                    self._counts[engine_idx] = (
+                        *(use.full, use.streaming, use.full_cache),
+                        scheduler_stats.num_running_reqs,
+                    )
+
+    def _record_use(self, use: BlockUse, series: _UseSeries) -> None:
+        assert self._figures is not None
+        size = self._figures.block_bytes
+        full_cache = use.full_cache * self._figures.full_cache_block_bytes
+        series.full.set(use.full * size)
+        series.streaming.set(use.streaming * size)
+        series.full_cache.set(full_cache)
+        series.saved.set(full_cache - (use.full + use.streaming) * size)
         if use.evicted:
-            self._evictions.labels(*labels).inc(use.evicted)
+            series.evictions.inc(use.evicted)
         if use.full_hit:
-            self._hits.labels(*labels, "full").inc(use.full_hit)
+            series.full_hits.inc(use.full_hit)
         if use.streaming_hit:
-            self._hits.labels(*labels, "streaming").inc(use.streaming_hit)
+            series.streaming_hits.inc(use.streaming_hit)
+
+    def cache_use(self) -> CacheUse | None:
+        """The cache now, of all engines of this server; None if no scheduler reports it."""
+        if self._figures is None or not self._reports_use:
+            return None
+        if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            counts: Iterable[int] = self._counts_of_all_processes(Path(folder))
+        else:
+            counts = map(sum, zip(*self._counts.values(), strict=True))
+        full, streaming, full_cache, running = counts
+        return self._figures.use(ByKind(full=full, streaming=streaming), full_cache, running)
+
+    def _counts_of_all_processes(self, folder: Path) -> Iterable[int]:
+        assert self._figures is not None
+        size = self._figures.block_bytes
+        unit = {
+            (_USED, "full"): size,
+            (_USED, "streaming"): size,
+            (_FULL_CACHE, None): self._figures.full_cache_block_bytes,
+            (_RUNNING, None): 1,
+        }
+        sums = dict.fromkeys(unit, 0.0)
+        # vLLM's counters and histograms, which take much longer to read, are in other files.
+        files = [str(path) for path in folder.glob("gauge_mostrecent_*.db")]
+        for metric in MultiProcessCollector.merge(files):
+            for sample in metric.samples:
+                what = (sample.name, sample.labels.get("kind"))
+                if what in sums:
+                    sums[what] += sample.value
+        return (round(sums[what] / unit[what]) for what in unit)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: the endpoint plugin calls :meth:`show_split`."""
 
 
-def cache_use(figures: CacheFigures) -> CacheUse | None:
-    """The cache now, of all engines of this server; None if no scheduler reports it."""
-    used = dict.fromkeys(_KINDS, 0.0)
-    full_cache = running = 0.0
-    reported = False
-    for sample in _samples(_USED, _FULL_CACHE, _RUNNING):
-        if sample.name == _USED:
-            used[sample.labels["kind"]] += sample.value
-            reported = True
-        elif sample.name == _FULL_CACHE:
-            full_cache += sample.value
-        elif sample.name == _RUNNING:
-            running += sample.value
-    if not reported:
-        return None
-    return figures.use(
-        ByKind(**{kind: round(size / figures.block_bytes) for kind, size in used.items()}),
-        round(full_cache / figures.full_cache_block_bytes),
-        round(running),
+def _reports_use(vllm_config: VllmConfig) -> bool:
+    return issubclass(vllm_config.scheduler_config.get_scheduler_cls(), SplitScheduler)
+
+
+# Without a registry: the stat logger is the collector.
+def _gauge(name: str, documentation: str, *labels: str) -> Gauge:
+    return Gauge(
+        _PREFIX + name,
+        documentation,
+        (*_LABELS, *labels),
+        registry=None,
+        multiprocess_mode="mostrecent",
     )
 
 
-def _samples(*names: str) -> Iterable[Sample]:
-    """Samples of gauges, of all API processes."""
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        families = get_prometheus_registry().collect()
-    else:
-        families = REGISTRY.restricted_registry(names).collect()
-    return (sample for family in families if family.name in names for sample in family.samples)
-
-
-def _reports_use(vllm_config: VllmConfig) -> bool:
-    scheduler = vllm_config.scheduler_config.scheduler_cls
-    if isinstance(scheduler, type):
-        scheduler = f"{scheduler.__module__}.{scheduler.__qualname__}"
-    return scheduler == SCHEDULER
-
-
-def _gauge(name: str, documentation: str, *labels: str) -> Gauge:
-    return Gauge(_PREFIX + name, documentation, (*_LABELS, *labels), multiprocess_mode="mostrecent")
-
-
 def _counter(name: str, documentation: str, *labels: str) -> Counter:
-    return Counter(_PREFIX + name, documentation, (*_LABELS, *labels))
-
-
-def _unregister() -> None:
-    for collector in list(REGISTRY._collector_to_names):
-        if getattr(collector, "_name", "").startswith(_PREFIX):
-            REGISTRY.unregister(collector)
+    return Counter(_PREFIX + name, documentation, (*_LABELS, *labels), registry=None)

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,12 @@ class LineFormatter(logging.Formatter):
 
 
 def say(message: str) -> None:
-    """One line of progress, as :class:`LineFormatter` prints it."""
-    print(f"rlkv {time.strftime('%H:%M:%S')} {message}", flush=True)
+    """One line of progress, as :class:`LineFormatter` prints it.
+
+    Like a log line, it is lost where it cannot be written: a full disk ends no server.
+    """
+    with suppress(OSError):
+        print(f"rlkv {time.strftime('%H:%M:%S')} {message}", flush=True)
 
 
 def quiet_logging(arguments: Sequence[str]) -> None:
@@ -133,15 +138,21 @@ def quiet_logging(arguments: Sequence[str]) -> None:
 
 
 def silence_exit() -> None:
-    """Drop what libraries print while the interpreter ends.
+    """Drop what libraries print while the interpreter ends, and what could not be written.
 
-    nanobind lists what triton never frees, 30 lines after the last one that a user needs.
+    nanobind lists what triton never frees, 30 lines after the last one that a user needs. And
+    Python ends with status 120 where the disk is full for what is left to print.
     """
-    if os.environ.get("VLLM_LOGGING_CONFIG_PATH") != str(_LOGGING_CONFIG):
-        return
 
     def silence() -> None:
-        sys.stderr.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(null, 1)
+        if os.environ.get("VLLM_LOGGING_CONFIG_PATH") == str(_LOGGING_CONFIG):
+            with suppress(OSError):
+                sys.stderr.flush()
+            os.dup2(null, 2)
 
     atexit.register(silence)

@@ -86,8 +86,29 @@ class SplitStatus(BaseModel):
     bytes_per_token: Compared = Field(description="One more token of a long request.")
     bytes_per_request: Compared = Field(description="A request of `max_model_len`.")
     capacity: Capacity
-    use: CacheUse | None = Field(description="null where the scheduler does not report it.")
     example: str = Field(description="A question to try.")
+    use: CacheUse | None = Field(description="null where the scheduler does not report it.")
+
+
+class Reason(BaseModel):
+    """Why a request was refused."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Refusal(BaseModel):
+    """The form of all errors of vLLM's server but one."""
+
+    error: Reason
+
+
+class Unauthorized(BaseModel):
+    """The form of that one."""
+
+    error: Literal["Unauthorized"]
 
 
 class Need(BaseModel):
@@ -234,6 +255,6 @@ def split_status(figures: CacheFigures, models: Sequence[str], example: str) -> 
             block_bytes=figures.block_bytes,
             requests=figures.requests_possible(plan.max_model_len),
         ),
-        use=None,
         example=example,
+        use=None,
     )

@@ -86,12 +86,22 @@ class Server:
             return False
 
     def output(self) -> str:
-        return self.log.read_text(errors="replace")
+        """The log; nothing where it is no file, such as /dev/full."""
+        return self.log.read_text(errors="replace") if self.log.is_file() else ""
+
+    def children(self, title: str = "") -> list[psutil.Process]:
+        """Processes of the server whose title has this in it."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in found if title in " ".join(child.cmdline())]
 
     def stop(self, signal_number: int) -> tuple[int, list[psutil.Process]]:
         """Send a signal; the exit status and the processes that outlive the server."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children = self.children()
         self.process.send_signal(signal_number)
+        return self.end_of(children)
+
+    def end_of(self, children: Sequence[psutil.Process]) -> tuple[int, list[psutil.Process]]:
+        """Wait for the end; the exit status, and those of its processes that outlive it."""
         status = self.process.wait(STOP_TIMEOUT_S)
         _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
         return status, [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]

@@ -48,8 +48,12 @@ def message(text: str) -> str:
         (CHAT, b"\xff\xfe\x00"),
         (CHAT, b'{"model": "embedded", "messages": [' + b"[" * 5000 + b"]" * 5000 + b"]}"),
         (COMPLETIONS, b"{'model': 'embedded'}"),
+        (COMPLETIONS, b'{"model": "embedded", "prompt": "a=", "temperature": NaN}'),
+        (COMPLETIONS, b'{"model": "embedded", "prompt": "a=", "top_p": 1e999}'),
+        (COMPLETIONS, b'{"model": "embedded", "prompt": "a=", "seed": ' + b"9" * 5000 + b"}"),
     ],
-    ids=["cut", "empty", "list", "null", "string", "no text", "deep", "python"],
+    ids=["cut", "empty", "list", "null", "string", "no text", "deep", "python"]
+    + ["not a number", "infinity", "long number"],
 )
 def test_what_is_no_json_object(server: Server, path: str, body: bytes) -> None:
     status, text = post(server, path, body)
@@ -81,6 +85,29 @@ def test_what_is_no_json_object(server: Server, path: str, body: bytes) -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, ""),
         ({"tools": "hammer"}, "tools"),
         ({"cache_salt": ""}, "cache_salt"),
+        ({"max_tokens": 10**30}, ""),
+        ({"n": 10**9}, "n"),
+        ({"top_k": -5}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 1e308}, "presence_penalty"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"stop_token_ids": [2**70]}, "stop_token_ids"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"prompt_logprobs": 10**6}, "logprobs"),
+        ({"truncate_prompt_tokens": -7}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 10**6}, "truncate_prompt_tokens"),
+        ({"stream_options": {"include_usage": True}}, "stream"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
+        ({"messages": [{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]}, ""),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "",
+        ),
+        ({"chat_template": "{% for %}"}, ""),
     ],
     ids=str,
 )

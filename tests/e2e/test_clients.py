@@ -52,16 +52,16 @@ def test_litellm_hands_the_reasoning_on(
     assert usage.completion_tokens > usage.completion_tokens_details.reasoning_tokens > 20
 
 
+def langchain(server: Server, **options: bool) -> ChatOpenAI:
+    return ChatOpenAI(
+        model="embedded", base_url=f"{server.url}/v1", api_key=KEY, temperature=0, **options
+    )
+
+
 def test_langchain_answers_and_counts_but_drops_the_reasoning(
     server: Server, problem: ReasonedProblem
 ) -> None:
-    model = ChatOpenAI(
-        model="embedded",
-        base_url=f"{server.url}/v1",
-        api_key=KEY,
-        temperature=0,
-        stream_usage=True,
-    )
+    model = langchain(server, stream_usage=True)
     whole = model.invoke(problem.prompt)
     parts = list(model.stream(problem.prompt))
     streamed = parts[0]
@@ -78,14 +78,7 @@ def test_langchain_answers_and_counts_but_drops_the_reasoning(
 def test_langchain_hands_the_reasoning_on_in_responses_mode(
     server: Server, problem: ReasonedProblem
 ) -> None:
-    model = ChatOpenAI(
-        model="embedded",
-        base_url=f"{server.url}/v1",
-        api_key=KEY,
-        temperature=0,
-        use_responses_api=True,
-    )
-    message = model.invoke(problem.prompt)
+    message = langchain(server, use_responses_api=True).invoke(problem.prompt)
     assert is_right(message.text, problem)
     (block,) = (block for block in message.content if block["type"] == "reasoning")
     assert len(block["content"][0]["text"].split()) > 20

@@ -1,14 +1,16 @@
 """What breaks around a server, and what must happen then: docs/faults.md.
 
-A second server runs beside the shared one, and dies. One engine start for all tests here.
+Two servers run beside the shared one, and die: two engine starts for all tests here.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import socket
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 
 from rlkv_vllm.profile.lookup import find_profile
 from tests.e2e.asking import ask, problems
 from tests.e2e.server import KEY, RLKV, STOP_TIMEOUT_S, Server, environment, metric, wait_for
 
+_LIBFAKETIME = glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
 _WORD = "lorpus"  # stands in every question of the testbed's chains
 
 
@@ -40,6 +42,30 @@ def second(
     """Two servers on one machine: started while the shared one runs."""
     log = tmp_path_factory.mktemp("second") / "log"
     with Server(["--api-key", KEY, "--profile", str(profile)], log) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What libfaketime adds to the wall clock of the third server."""
+    path = tmp_path_factory.mktemp("clock") / "offset"
+    path.write_text("+0")
+    return path
+
+
+@pytest.fixture(scope="module")
+def third(server: Server, clock: Path) -> Iterator[Server]:
+    """Two workers, a disk that is full for the log, and a wall clock that can be set."""
+    faked = {}
+    if _LIBFAKETIME:
+        faked = {
+            "LD_PRELOAD": _LIBFAKETIME[0],
+            "FAKETIME_TIMESTAMP_FILE": str(clock),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+    flags = ["--api-key", KEY, "--tensor-parallel-size", "2"]
+    with Server(flags, Path("/dev/full"), VLLM_CPU_OMP_THREADS_BIND="nobind", **faked) as running:
         yield running
 
 
@@ -111,14 +137,49 @@ def test_a_profile_replaced_on_disk_changes_nothing_that_runs(
 
 
 def test_an_engine_that_dies_takes_its_server_along(server: Server, second: Server) -> None:
-    """The engine is killed under load: clients get errors, the server ends with status 1."""
-    children = psutil.Process(second.process.pid).children(recursive=True)
-    engine = next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
+    kill_under_load(second, "EngineCore")
+    assert "ended by itself, so the server ends too" in second.output()
+    assert server.is_healthy(), "the other server is none of its business"
+
+
+def test_a_full_disk_for_the_log_disturbs_nobody(third: Server, client: openai.OpenAI) -> None:
+    """Not a line of it could be written since it was started."""
+    asked = problems(1)[0]
+    ours, theirs = (ask(c, asked).choices[0].message for c in (client, client_of(third)))
+    assert theirs.reasoning == ours.reasoning
+
+
+@pytest.mark.skipif(not _LIBFAKETIME, reason="libfaketime is not installed (Debian package)")
+def test_a_wall_clock_that_jumps_changes_no_answer(third: Server, clock: Path) -> None:
+    asked = problems(1)[0]
+    before = ask(client_of(third), asked).choices[0].message.reasoning
+    jumps = iter(["+2d", "-2d", "+0"])
+    reasoning, told = "", []
+    for number, chunk in enumerate(ask(client_of(third), asked, stream=True)):
+        if number % 10 == 1 and (offset := next(jumps, None)):
+            clock.write_text(offset)
+            told.append(ask(client_of(third), asked, max_tokens=1).created - time.time())
+        for choice in chunk.choices:
+            reasoning += getattr(choice.delta, "reasoning", None) or ""
+    assert reasoning == before
+    assert [round(seconds / 86400) for seconds in told] == [2, -2, 0]
+    assert wait_for(lambda: is_idle(third))
+
+
+def test_a_worker_that_dies_takes_its_server_along(server: Server, third: Server) -> None:
+    kill_under_load(third, "Worker_TP1")
+    assert server.is_healthy()
+
+
+def kill_under_load(server: Server, title: str) -> None:
+    """Clients get errors, and the server ends with status 1 and without leaving anything."""
+    children = server.children()
+    (victim,) = server.children(title)
     health: set[int] = set()
 
-    def probe() -> bool:
+    def is_gone() -> bool:
         try:
-            with urllib.request.urlopen(f"{second.url}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
                 health.add(answer.status)
         except urllib.error.HTTPError as error:
             health.add(error.code)
@@ -128,24 +189,20 @@ def test_an_engine_that_dies_takes_its_server_along(server: Server, second: Serv
 
     def request() -> str:
         try:
-            ask(client_of(second), problems(1)[0], extra_body={"ignore_eos": True})
+            ask(client_of(server), problems(1)[0], extra_body={"ignore_eos": True})
         except openai.APIError as error:
             return type(error).__name__
         return "answered"
 
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(request) for _ in range(4)]
-        assert wait_for(lambda: metric(second, "vllm:num_requests_running") >= 1)
-        engine.kill()
-        assert wait_for(probe)
+        assert wait_for(lambda: metric(server, "vllm:num_requests_running") >= 1)
+        victim.kill()
+        assert wait_for(is_gone)
         outcomes = [future.result(STOP_TIMEOUT_S) for future in running]
     assert health <= {200, 503}  # 200 until its death is noticed
     assert set(outcomes) <= {"InternalServerError", "APIConnectionError", "APIError"}
-    assert second.process.wait(STOP_TIMEOUT_S) == 1
-    _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
-    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
-    assert "ended by itself, so the server ends too" in second.output()
-    assert server.is_healthy(), "the other server is none of its business"
+    assert server.end_of(children) == (1, [])
 
 
 def test_logs_hold_no_prompt_no_answer_and_no_key(server: Server, client: openai.OpenAI) -> None:

@@ -6,6 +6,7 @@ The shared server ends in the last test of this module: modules that use it sort
 from __future__ import annotations
 
 import signal
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -123,13 +124,33 @@ def test_start_up_told_phases_savings_and_an_example(server: Server) -> None:
 def test_sigterm_lets_requests_finish_and_ends_everything_with_status_0(
     server: Server, client: openai.OpenAI
 ) -> None:
-    # Requests that have begun to answer; one that only just arrives may be turned away.
-    options = {"max_tokens": 150, "stream": True, "extra_body": {"ignore_eos": True}}
+    """New requests are turned away with 503 from the first moment on; none gets a 500."""
+    options = {"max_tokens": 400, "stream": True, "extra_body": {"ignore_eos": True}}
     running = [ask(client, problem, **options) for problem in problems(per_family=1)[:4]]
     for stream in running:
         next(stream)
-    with ThreadPoolExecutor(4) as pool:
+    children = server.children()
+    refused: list[openai.APIStatusError] = []
+    with ThreadPoolExecutor(8) as pool:
         ends = [pool.submit(lambda stream: list(stream)[-1], stream) for stream in running]
-        assert server.stop(signal.SIGTERM) == (0, [])
+        late = [pool.submit(ask_until_refused, client) for _ in range(4)]
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        refused = [each.result() for each in late]
         assert [end.result().choices[0].finish_reason for end in ends] == ["length"] * 4
+        assert server.end_of(children) == (0, [])
+    for error in refused:
+        assert error.status_code == 503
+        assert error.response.headers["Retry-After"] == "10"
+        assert "stopping" in error.message
     assert "Traceback" not in server.output()
+
+
+def ask_until_refused(client: openai.OpenAI) -> openai.APIStatusError:
+    """Short requests one after the other; each is answered until one is refused."""
+    while True:
+        try:
+            answer = ask(client, problems(per_family=1)[0], max_tokens=2)
+        except openai.APIStatusError as error:
+            return error
+        assert answer.usage.completion_tokens == 2

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 
 from rlkv_vllm.engine.config import split_plan
 from rlkv_vllm.engine.ring_manager import RingManager
-from rlkv_vllm.serving.metrics import RlkvStatLogger, cache_use
+from rlkv_vllm.serving.metrics import RlkvStatLogger
 from rlkv_vllm.serving.status import ByKind, CacheFigures
 from tests.engines import (
     EngineCache,
@@ -148,7 +148,7 @@ def test_metrics_equal_the_block_pool_under_load(
         core.step()
         if stat_logger.is_fresh:
             stat_logger.is_fresh = False
-            use = cache_use(sizes)
+            use = stat_logger.cache_use()
             assert use is not None
             full, streaming = blocks_in_tables(counted.full), blocks_in_tables(counted.rings)
             assert use.blocks == ByKind(full=full, streaming=streaming)

@@ -3,39 +3,47 @@
     python -m tests.soak --requests 1000 --seeds 1,2,3
 
 Every seed makes its requests (prompts with shared beginnings, penalties, stops, salts), answers
-them one after another in a pool without end and without prefix caching, then all at once in a
-pool that holds little more than the longest one, while some of them are aborted at random.
-Answers must be token for token those of the calm run, aborted ones their beginnings, and the pool
-must end as it began. Exit status 1 otherwise. One line of JSON per seed.
+them a few at a time in a pool without end and without prefix caching, then many at once in a
+pool that holds little more than the longest one, while some of them are cut off at random:
+
+    engine  in this process, prompts prefilled in chunks; requests are aborted
+    server  `rlkv serve` over HTTP, half of the requests sampled with a seed; clients vanish
+
+Answers must be token for token those of the calm run, those cut off their beginnings, and the pool
+must end as it began. Exit status 1 otherwise. One line of JSON per seed and part.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import json
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tests.engines import engine, pool_is_restored, scheduler, write_profile  # before vLLM
 
+import httpx  # isort: skip
 import psutil  # isort: skip
 
 from tests.checkpoints import VOCAB, make_checkpoint  # isort: skip
+from tests.e2e.server import Server, metric, wait_for  # isort: skip
 from tests.integration.test_parity import UNEVEN  # isort: skip
 
 SINK, WINDOW, BLOCK = 16, 64, 16
+MODEL = "soak"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request and when to abort it, in steps of the engine after it was added."""
+    """One request and when to cut it off: after so many steps, or parts of the stream."""
 
     name: str
     prompt: list[int]
@@ -55,8 +63,6 @@ def make_requests(seed: int, count: int, longest: int, most_tokens: int) -> list
         prompt = prompt + [rng.randrange(3, VOCAB) for _ in range(length - shared)]
         max_tokens = rng.randint(1, most_tokens)
         params: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
-        # Greedy: vLLM 0.32 cannot rewind a seed's generator on the CPU, and its engine dies of a
-        # seeded prompt that is prefilled in chunks. Penalties follow the history all the same.
         if rng.random() < 0.5:
             params |= {
                 "presence_penalty": rng.choice([0.0, 0.5]),
@@ -77,6 +83,32 @@ def make_requests(seed: int, count: int, longest: int, most_tokens: int) -> list
             )
         )
     return asked
+
+
+def sampled(asked: Sequence[Asked], seed: int) -> list[Asked]:
+    """The same requests, every other one drawn with a seed of its own.
+
+    Only for engines that prefill in one piece: vLLM 0.32 cannot rewind a seed's generator on the
+    CPU, and its engine dies of a seeded prompt that is prefilled in chunks.
+    """
+    rng = random.Random(seed)
+    return [
+        request
+        if number % 2
+        else replace(
+            request,
+            name=f"{request.name} sampled",
+            params=request.params
+            | {
+                "temperature": rng.uniform(0.3, 1.2),
+                "seed": rng.randrange(2**31),
+                "top_p": rng.choice([1.0, 0.9]),
+                "top_k": rng.choice([0, 20]),
+                "min_p": rng.choice([0.0, 0.05]),
+            },
+        )
+        for number, request in enumerate(asked)
+    ]
 
 
 def answer(
@@ -115,25 +147,107 @@ def answer(
     return tokens
 
 
-def soak(model: Path, profile: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    asked = make_requests(seed, args.requests, args.longest, args.tokens)
-    longest = args.longest + args.tokens + 1
-    common: dict[str, Any] = {"block_size": BLOCK, "max_model_len": -(-longest // BLOCK) * BLOCK}
-    start = time.monotonic()
-    with engine(model, profile, **common, kv_cache_memory_bytes=512 << 20) as llm:
-        calm = answer(llm, asked, random.Random(seed), at_once=1, aborts=False)
-    calm_s, start = time.monotonic() - start, time.monotonic()
+async def ask(
+    client: httpx.AsyncClient, request: Asked, rng: random.Random
+) -> tuple[str, list[int]]:
+    """Name and tokens; the connection is closed where the request is cut off."""
+    body = request.params | {
+        "model": MODEL,
+        "prompt": request.prompt,
+        "cache_salt": request.salt,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    tokens: list[int] = []
+    left = request.abort_after
+    if left is not None and left < 10:  # before it has answered
+        try:
+            await client.post("/v1/completions", json=body, timeout=rng.uniform(0.01, 2))
+        except httpx.TimeoutException:
+            return request.name, tokens
+        left = 0
+    async with client.stream("POST", "/v1/completions", json=body) as reply:
+        reply.raise_for_status()
+        async for line in reply.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                tokens += choice["token_ids"] or []
+            if left is not None and (left := left - 1) <= 0:
+                break
+    return request.name, tokens
 
-    process, rss, preempted = psutil.Process(), [], 0
-    blocks = common["max_model_len"] // BLOCK + args.spare
-    options = common | {
+
+async def ask_all(
+    url: str, asked: Sequence[Asked], rng: random.Random, at_once: int
+) -> dict[str, list[int]]:
+    gate = asyncio.Semaphore(at_once)
+
+    async def turn(client: httpx.AsyncClient, request: Asked) -> tuple[str, list[int]]:
+        async with gate:
+            return await ask(client, request, rng)
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
+        return dict(await asyncio.gather(*(turn(client, request) for request in asked)))
+
+
+class Found:
+    """What a storm did to the answers, to the pool and to the memory."""
+
+    def __init__(self, calm: dict[str, list[int]]) -> None:
+        self.calm = calm
+        self.wrong: list[str] = []
+        self.cut = 0
+        self.rss: list[int] = []
+        self.start = time.monotonic()
+
+    def part(
+        self,
+        batch: Sequence[Asked],
+        found: dict[str, list[int]],
+        *,
+        restored: bool,
+        processes: Sequence[psutil.Process],
+    ) -> None:
+        for request in batch:
+            want, got = self.calm[request.name], found[request.name]
+            if request.abort_after is not None and got != want:
+                self.cut += 1
+                want = want[: len(got)]
+            if got != want:
+                self.wrong.append(request.name)
+        if not restored:
+            self.wrong.append(f"blocks leaked after {batch[-1].name}")
+        self.rss.append(sum(process.memory_info().rss for process in processes) >> 20)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "wrong": self.wrong,
+            "cut_off": self.cut,
+            "rss_mib": self.rss,
+            "rss_growth_mib_after_first_part": self.rss[-1] - self.rss[0],
+            "seconds": round(time.monotonic() - self.start),
+        }
+
+
+def batches(asked: Sequence[Asked], at_once: int) -> Iterator[Sequence[Asked]]:
+    size = max(len(asked) // 10, at_once)
+    return (asked[first : first + size] for first in range(0, len(asked), size))
+
+
+def in_engine(
+    paths: tuple[Path, Path], asked: Sequence[Asked], found: Found, rng: random.Random, args: Any
+) -> dict[str, Any]:
+    """The storm in this process."""
+    preempted = 0
+    options = sizes(args) | {
         "enable_prefix_caching": True,
-        "num_gpu_blocks_override": blocks,
+        "num_gpu_blocks_override": blocks(args),
         "max_num_batched_tokens": 256,
         "max_num_seqs": args.at_once,
     }
-    wrong, aborted = [], 0
-    with engine(model, profile, **options) as llm:
+    with engine(*paths, **options) as llm:
         preempt = scheduler(llm)._preempt_request
 
         def count(*a: Any, **k: Any) -> None:
@@ -142,42 +256,96 @@ def soak(model: Path, profile: Path, seed: int, args: argparse.Namespace) -> dic
             preempt(*a, **k)
 
         scheduler(llm)._preempt_request = count
-        rng = random.Random(seed + 1)
-        part = max(len(asked) // 10, args.at_once)
-        for first in range(0, len(asked), part):
-            batch = asked[first : first + part]
-            found = answer(llm, batch, rng, at_once=args.at_once, aborts=True)
-            for request in batch:
-                want, got = calm[request.name], found[request.name]
-                if request.abort_after is not None and got != want:
-                    aborted += 1
-                    want = want[: len(got)]
-                if got != want:
-                    wrong.append(request.name)
-            if not pool_is_restored(llm):
-                wrong.append(f"blocks leaked after {request.name}")
+        for batch in batches(asked, args.at_once):
+            tokens = answer(llm, batch, rng, at_once=args.at_once, aborts=True)
             gc.collect()
-            rss.append(process.memory_info().rss >> 20)
+            restored = pool_is_restored(llm)
+            found.part(batch, tokens, restored=restored, processes=[psutil.Process()])
         del scheduler(llm)._preempt_request
-    return {
-        "seed": seed,
-        "requests": len(asked),
-        "tokens": sum(map(len, calm.values())),
-        "wrong": wrong,
-        "cut_by_abort": aborted,
-        "preemptions": preempted,
-        "blocks": blocks,
-        "rss_mib": rss,
-        "rss_growth_mib_after_first_part": rss[-1] - rss[0],
-        "seconds_calm": round(calm_s),
-        "seconds": round(time.monotonic() - start),
+    return {"preemptions": preempted}
+
+
+def in_server(
+    paths: tuple[Path, Path], asked: Sequence[Asked], found: Found, rng: random.Random, args: Any
+) -> dict[str, Any]:
+    """The storm over HTTP."""
+    model, profile = paths
+    flags = {
+        "--profile": profile,
+        "--served-model-name": MODEL,
+        "--generation-config": "vllm",
+        "--dtype": "float32",
+        "--block-size": BLOCK,
+        "--max-model-len": sizes(args)["max_model_len"],
+        "--num-gpu-blocks-override": blocks(args),
+        "--kv-cache-memory-bytes": "64M",
+        "--max-num-batched-tokens": 2 * sizes(args)["max_model_len"],
+        "--max-num-seqs": args.at_once,
+        "--uvicorn-log-level": "error",
     }
+    switches = ["--skip-tokenizer-init", "--enforce-eager", "--no-enable-chunked-prefill"]
+    words = [str(word) for flag in flags.items() for word in flag]
+    with Server([str(model), *switches, *words], model.parent / "log") as server:
+
+        def is_idle() -> bool:
+            use = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+            return not any(metric(server, f"vllm:{name}") for name in use)
+
+        root = psutil.Process(server.process.pid)
+        for batch in batches(asked, args.at_once):
+            tokens = asyncio.run(ask_all(server.url, batch, rng, args.at_once))
+            found.part(
+                batch,
+                tokens,
+                restored=wait_for(is_idle) and metric(server, "rlkv:cache_used_bytes") == 0,
+                processes=[root, *root.children(recursive=True)],
+            )
+        assert "Traceback" not in server.output(), server.output()
+        return {"preemptions": int(metric(server, "vllm:num_preemptions_total"))}
+
+
+def sizes(args: argparse.Namespace) -> dict[str, Any]:
+    longest = args.longest + args.tokens + 1
+    return {"block_size": BLOCK, "max_model_len": -(-longest // BLOCK) * BLOCK}
+
+
+def blocks(args: argparse.Namespace) -> int:
+    """Of the storm's pool: those of the longest request, and some to quarrel over."""
+    return sizes(args)["max_model_len"] // BLOCK + args.spare
+
+
+def soak(paths: tuple[Path, Path], seed: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    greedy = make_requests(seed, args.requests, args.longest, args.tokens)
+    parts = {"engine": (greedy, in_engine), "server": (sampled(greedy, seed), in_server)}
+    chosen = [(name, *parts[name]) for name in args.parts.split(",")]
+    start = time.monotonic()
+    with engine(*paths, **sizes(args), kv_cache_memory_bytes=512 << 20) as llm:
+        distinct = {request.name: request for _, asked, _ in chosen for request in asked}
+        calm = answer(llm, [*distinct.values()], random.Random(seed), at_once=8, aborts=False)
+    seconds_calm = round(time.monotonic() - start)
+    for name, asked, storm in chosen:
+        found = Found(calm)
+        figures = storm(paths, asked, found, random.Random(seed + 1), args)
+        yield (
+            {
+                "part": name,
+                "seed": seed,
+                "requests": len(asked),
+                "prompt_tokens": sum(len(request.prompt) for request in asked),
+                "tokens": sum(len(calm[request.name]) for request in asked),
+                "blocks": blocks(args),
+                "seconds_calm": seconds_calm,
+            }
+            | figures
+            | found.figures()
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--parts", default="engine,server")
     parser.add_argument("--longest", type=int, default=4000, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=120, help="most tokens of an answer")
     parser.add_argument("--at-once", type=int, default=32)
@@ -190,9 +358,9 @@ def main() -> int:
             model, UNEVEN, Path(folder) / "profile.json", sink=SINK, window=WINDOW
         )
         for seed in map(int, args.seeds.split(",")):
-            result = soak(model, profile, seed, args)
-            failed |= bool(result["wrong"]) or not result["preemptions"]
-            print(json.dumps(result), flush=True)
+            for result in soak((model, profile), seed, args):
+                failed |= bool(result["wrong"]) or not result["preemptions"]
+                print(json.dumps(result), flush=True)
     return int(failed)
 
 

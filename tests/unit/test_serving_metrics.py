@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import sys
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,13 @@ pytest.importorskip("vllm")
 
 import msgspec
 from prometheus_client import REGISTRY, generate_latest
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 
 from rlkv_vllm.engine.compat import attach_figures
 from rlkv_vllm.engine.scheduler import BlockUse, SplitScheduler
-from rlkv_vllm.serving.metrics import RlkvStatLogger, cache_use
+from rlkv_vllm.serving.metrics import RlkvStatLogger
 from rlkv_vllm.serving.status import ByKind, CacheFigures
 from tests.plans import BLOCKS, make_plan, vllm_config
 
@@ -33,7 +35,7 @@ def stats(use: BlockUse | None, running: int = 2) -> SchedulerStats:
     """Statistics as they reach the front end."""
     sent = SchedulerStats(num_running_reqs=running)
     if use is not None:
-        attach_figures(sent, asdict(use))
+        attach_figures(sent, use._asdict())
     wire = msgspec.msgpack.encode(EngineCoreOutputs(scheduler_stats=sent))
     received = msgspec.msgpack.decode(wire, type=EngineCoreOutputs).scheduler_stats
     assert received is not None
@@ -117,21 +119,69 @@ def test_engines_have_series_of_their_own_and_the_endpoint_adds_them_up(
     stat_logger.record(stats(USE, running=1), None, engine_idx=1)
     assert value("requests_running", engine=0) == 2
     assert value("requests_running", engine=1) == 1
-    use = cache_use(figures)
+    use = stat_logger.cache_use()
     assert use is not None
     assert use.blocks == ByKind(full=60, streaming=8)
     assert use.full_cache_bytes == 60 * figures.full_cache_block_bytes
     assert use.requests_running == 3
 
 
-@pytest.mark.parametrize("scheduler", [SplitScheduler, None, "my.Scheduler"])
+class Derived(SplitScheduler):
+    """A user's own, made from ours."""
+
+
+@pytest.mark.parametrize("scheduler", [SplitScheduler, Derived, Scheduler])
 def test_use_is_shown_only_where_our_scheduler_reports_it(
-    figures: CacheFigures, scheduler: object
+    figures: CacheFigures, scheduler: type
 ) -> None:
-    stat_logger = RlkvStatLogger(vllm_config(scheduler_cls=scheduler), [0])
+    stat_logger = RlkvStatLogger(vllm_config(scheduler), [0])
     stat_logger.show_split(figures)
-    assert (cache_use(figures) is not None) == (scheduler is SplitScheduler)
-    assert (value("cache_used_bytes", kind="full") == 0) == (scheduler is SplitScheduler)
+    reports = scheduler is not Scheduler
+    assert (stat_logger.cache_use() is not None) == reports
+    assert (value("cache_used_bytes", kind="full") == 0) == reports
+
+
+def test_a_scrape_tells_of_one_step(figures: CacheFigures) -> None:
+    """While one thread records steps, every scrape of another adds up."""
+    stat_logger = RlkvStatLogger(vllm_config(), [0])
+    stat_logger.show_split(figures)
+    done = Event()
+
+    def record() -> None:
+        step = 0
+        while not done.is_set():
+            step += 1
+            use = USE._replace(full=step, streaming=2 * step, full_cache=3 * step)
+            stat_logger.record(stats(use, running=step), None)
+
+    recording = Thread(target=record)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    recording.start()
+    try:
+        seen: set[int] = set()
+        while len(seen) < 20:
+            seen.add(now(stat_logger, figures))
+    finally:
+        done.set()
+        recording.join()
+        sys.setswitchinterval(interval)
+
+
+def now(stat_logger: RlkvStatLogger, figures: CacheFigures) -> int:
+    """The step of which all metrics tell."""
+    told = {
+        (sample.name.removeprefix("rlkv:"), sample.labels.get("kind")): sample.value
+        for metric in stat_logger.collect()
+        for sample in metric.samples
+    }
+    step = int(told["requests_running", None])
+    full, streaming = (told["cache_used_bytes", kind] for kind in ("full", "streaming"))
+    assert (full, streaming) == (step * figures.block_bytes, 2 * step * figures.block_bytes)
+    assert told["full_cache_bytes", None] == 3 * step * figures.full_cache_block_bytes
+    assert told["cache_saved_bytes", None] == told["full_cache_bytes", None] - full - streaming
+    assert told["ring_evictions_total", None] == USE.evicted * step
+    return step
 
 
 def test_another_engine_in_the_process_starts_anew(figures: CacheFigures) -> None:

@@ -1,0 +1,85 @@
+"""Our routes against their description in /openapi.json, with inputs that schemathesis makes."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.e2e.server import KEY, Server
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+ROUTES = ("/v1/rlkv", "/v1/rlkv/forecast")
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def operations(server: Server) -> dict[str, Any]:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    found = schema.include(path_regex="rlkv").get_all_operations()
+    return {operation.ok().path: operation.ok() for operation in found}
+
+
+def test_all_routes_are_described(operations: dict[str, Any]) -> None:
+    assert set(operations) == set(ROUTES)
+
+
+@pytest.mark.parametrize(
+    ("route", "mode", "expected"),
+    [
+        ("/v1/rlkv", GenerationMode.POSITIVE, {200}),
+        ("/v1/rlkv/forecast", GenerationMode.POSITIVE, {200, 400}),  # longer than the longest
+        ("/v1/rlkv/forecast", GenerationMode.NEGATIVE, {200, 400}),  # what it ignores is right
+    ],
+)
+def test_answers_are_as_described(
+    operations: dict[str, Any], route: str, mode: GenerationMode, expected: set[int]
+) -> None:
+    seen = set()
+
+    @settings(max_examples=50, suppress_health_check=list(HealthCheck))
+    @given(case=operations[route].as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        reply = case.call(headers=HEADERS)
+        seen.add(reply.status_code)
+        case.validate_response(reply, checks=CHECKS)
+
+    check()
+    assert seen == expected
+
+
+@pytest.mark.parametrize("route", ["/rlkv", *ROUTES])
+def test_other_methods_and_strange_addresses(server: Server, route: str) -> None:
+    with httpx.Client(base_url=server.url, headers=HEADERS) as client:
+        for method in ("POST", "PUT", "PATCH", "DELETE", "TRACE"):
+            assert client.request(method, route).status_code == HTTPStatus.METHOD_NOT_ALLOWED
+        for address in ("/", "//", "/%00", "/%2e%2e/x", "/\u00e9", "/" + "a" * 4000):
+            status = client.get(route + address).status_code
+            assert 300 <= status < 500, address
+        same = client.get(route, params={"x": "<script>", "\x00": "1", "\u00e9": "\ud7ff"})
+        assert same.status_code == HTTPStatus.OK
+        assert "<script>1" not in same.text
+
+
+def test_documentation_is_served(server: Server) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        assert "/openapi.json" in client.get("/docs").text
+        assert client.get("/openapi.json").json()["openapi"].startswith("3.")
