@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlkv_vllm.cli.sizes import parse_size, show_size
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ def plan(
     from rlkv_vllm.profile.lookup import find_profile
     from rlkv_vllm.testbed import model_source
 
-    memory_bytes = _parse_size(memory)
+    memory_bytes = parse_size("--memory", memory)
     for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
         if value is not None and value < 1:
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
@@ -310,16 +311,16 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
             "one more token",
             forecast.bytes_per_token(deciding),
             forecast.stock_bytes_per_token,
-            _bytes,
+            show_size,
         ),
         (
             f"a request of {num_tokens} tokens",
             forecast.bytes_per_request(num_tokens, deciding),
             forecast.stock_bytes_per_request(num_tokens),
-            _bytes,
+            show_size,
         ),
         (
-            f"blocks in {_bytes(memory_bytes)}",
+            f"blocks in {show_size(memory_bytes)}",
             forecast.num_blocks(memory_bytes),
             forecast.stock_num_blocks(memory_bytes),
             str,
@@ -345,29 +346,6 @@ def _sparsity_of(profile: HeadProfile, given: float | None, name: str) -> float:
             f"profile {one_line(name)} recommends no sparsity: pass --sparsity, e.g. 0.5"
         )
     return sparsity
-
-
-def _parse_size(text: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    from rlkv_vllm.profile.io import one_line
-
-    try:
-        size = TypeAdapter(ByteSize).validate_python(text)
-    except (ValidationError, OverflowError) as error:
-        raise RlkvError(
-            f"--memory {one_line(text, 40)}: use a size such as 8GiB or 512MiB"
-        ) from error
-    if size < 1:
-        raise RlkvError(f"--memory {one_line(text, 40)}: must be more than 0 bytes, e.g. 8GiB")
-    return int(size)
-
-
-def _bytes(size: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 2**power:
-            return f"{size / 2**power:.4g} {unit}"
-    return f"{size} B"
 
 
 def _table(*columns: str) -> Table:
