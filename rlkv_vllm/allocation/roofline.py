@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,32 +206,35 @@ class Roofline:
 
     def step_seconds(
         self,
-        decodes: int,
+        decodes: float,
         head_tokens: float,
-        prefills: Iterable[tuple[int, int]] = (),
+        *,
+        prompts: float = 0,
+        prompt_tokens: float = 0,
+        prompt_pairs: float = 0,
     ) -> float:
         """One step.
 
         Args:
             decodes: requests that make one token from the last one.
             head_tokens: `HeadCache.head_tokens` of all of them together.
-            prefills: (first, last) position of every prompt chunk.
+            prompts: prompts of which a chunk is computed.
+            prompt_tokens: tokens of all chunks.
+            prompt_pairs: `HeadCache.pairs` of all chunks.
         """
-        chunks = list(prefills)
-        tokens = decodes + sum(last - first for first, last in chunks)
+        tokens = decodes + prompt_tokens
         if not tokens:
             return 0.0
         model, cache = self.model, self.cache
         body = (model.step_weights - model.head_weights) * tokens
-        head = model.head_weights * (decodes + len(chunks))
+        head = model.head_weights * (decodes + prompts)
         linear = self.device.seconds(
             model.weight_bytes / self.tp_size, 2 * (body + head) / self.tp_size
         )
         decode = self.device.seconds(
             head_tokens * 2 * cache.head_dim * cache.dtype_bytes, cache.flops(head_tokens)
         )
-        pairs = sum(cache.pairs(first, last) for first, last in chunks)
-        return linear + decode + cache.flops(pairs) / self.device.flops_per_s
+        return linear + decode + cache.flops(prompt_pairs) / self.device.flops_per_s
 
     def decode_seconds(self, batch: int, context: float) -> float:
         """A decode step of `batch` requests of the same length."""
