@@ -45,15 +45,14 @@ class Lengths:
 
     pairs: tuple[tuple[int, int], ...]
 
-    @cached_property
-    def prompt(self) -> float:
-        """Mean prompt (tokens)."""
-        return statistics.fmean(prompt for prompt, _ in self.pairs)
+    def mean(self, function: Callable[[int, int], float]) -> float:
+        """Mean of a function of prompt and output."""
+        return statistics.fmean(function(prompt, output) for prompt, output in self.pairs)
 
     @cached_property
     def output(self) -> float:
         """Mean output (tokens)."""
-        return statistics.fmean(output for _, output in self.pairs)
+        return self.mean(lambda _, output: output)
 
     def mean_in_flight(self, function: Callable[[float], float]) -> float:
         """Mean of a function of the context, over the requests that are decoding at a moment.
@@ -149,12 +148,22 @@ def sustained(replica: Replica, lengths: Lengths, tpot_seconds: float | None = N
         )
     held = lengths.mean_in_flight(lambda context: replica.blocks(math.ceil(context)))
     read = lengths.mean_in_flight(replica.roofline.cache.head_tokens)
-    by_limit = {"memory": pool / held, "--max-num-seqs": float(replica.max_num_seqs)}
+    # vLLM admits a prompt as soon as it fits: on average half a prompt's blocks stay free.
+    starting = lengths.mean(lambda prompt, _: replica.blocks(prompt))
+    by_limit = {
+        "memory": (pool - starting / 2) / held,
+        "--max-num-seqs": float(replica.max_num_seqs),
+    }
     limit = min(by_limit, key=by_limit.__getitem__)
     running = max(1.0, by_limit[limit])
+    # What a request grows by is taken from the youngest ones, which are preempted and computed
+    # again: as often as a prompt's blocks go into that growth.
+    grown = lengths.mean(lambda prompt, output: replica.blocks(prompt + output)) - starting
 
     def step_seconds(count: float) -> float:
-        return _mean_step(replica.roofline, lengths, count, read)
+        is_full = count >= by_limit["memory"]
+        prefills = 1 + grown / starting if is_full else 1.0
+        return _mean_step(replica.roofline, lengths, count, read, prefills)
 
     if tpot_seconds is not None and step_seconds(running) > tpot_seconds:
         if step_seconds(1.0) > tpot_seconds:
@@ -173,9 +182,11 @@ def sustained(replica: Replica, lengths: Lengths, tpot_seconds: float | None = N
     return Sustained(running, limit, seconds, rate, rate * lengths.output)
 
 
-def _mean_step(roofline: Roofline, lengths: Lengths, running: float, read: float) -> float:
+def _mean_step(
+    roofline: Roofline, lengths: Lengths, running: float, read: float, prefills: float
+) -> float:
     """Mean time of a step of `running` requests, the prefills of their successors among them."""
-    starts = running / max(1.0, lengths.output - 1)  # prompts per step
+    starts = prefills * running / max(1.0, lengths.output - 1)  # prompts per step
     decode = roofline.step_seconds(running, running * read)
     # A prompt fills a step of its own or comes with others: the operations are the same.
     each = max(1.0, starts)

@@ -245,5 +245,12 @@ class Roofline:
         count = max(1, math.ceil((tokens - cached) / chunk))
         edges = [cached + (tokens - cached) * i // count for i in range(count + 1)]
         return sum(
-            self.step_seconds(0, 0, [(first, last)]) for first, last in itertools.pairwise(edges)
+            self.step_seconds(
+                0,
+                0,
+                prompts=1,
+                prompt_tokens=last - first,
+                prompt_pairs=self.cache.pairs(first, last),
+            )
+            for first, last in itertools.pairwise(edges)
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 from rlkv_vllm.allocation.forecast import Forecast
@@ -82,17 +81,17 @@ class Setup:
         """Bounds of a variant's steps."""
         return Roofline(device, self.model, self.cache(variant))
 
-    @cached_property
-    def stock_tokens(self) -> int:
-        """Tokens that stock vLLM's pool holds, a block left for each of 64 requests."""
-        blocks = self.memory_bytes // (self.model.token_bytes * self.stock_block_size)
-        return max(0, blocks - 65) * self.stock_block_size
-
-    def lacks(self, tokens: int) -> str | None:
-        """What stock vLLM would need to hold so many tokens, None if it does."""
-        if tokens <= self.stock_tokens:
+    def lacks(self, requests: int, tokens: int) -> str | None:
+        """What is missing for so many requests of `tokens` at once in a full cache, or None."""
+        if requests > self.max_num_seqs:
+            return f"--max-num-seqs {requests}"
+        if tokens >= self.max_model_len:
+            return f"--max-model-len {tokens + 1}"
+        blocks = requests * self.blocks_per_request(STOCK, tokens) + 1
+        if blocks <= self.blocks(STOCK):
             return None
-        return f"a full cache of {tokens * self.model.token_bytes / 2**30:.1f} GiB"
+        need = blocks * self.stock_block_size * self.model.token_bytes
+        return f"--memory {need / 2**30:.1f}GiB" if need >= 2**30 else f"--memory {need >> 20}MiB"
 
     def blocks(self, variant: str) -> int:
         """Blocks of a variant's pool."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -138,7 +137,7 @@ def probe_device(dtype_bytes: int) -> Device:
     kind = "cuda" if is_cuda else "cpu"
     dtype = torch.float32 if dtype_bytes == 4 else torch.bfloat16
 
-    def median_seconds(function: Any) -> float:
+    def least_seconds(function: Any) -> float:
         times = []
         for _ in range(9):
             start = time.perf_counter()
@@ -146,15 +145,15 @@ def probe_device(dtype_bytes: int) -> Device:
             if is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return statistics.median(times[2:])
+        return min(times)
 
     source = torch.ones((1024 if is_cuda else 128) << 20, dtype=torch.uint8, device=kind)
     target = torch.empty_like(source)
-    copying = median_seconds(lambda: target.copy_(source))
+    copying = least_seconds(lambda: target.copy_(source))
     size = 8192 if is_cuda else 1024
     left = torch.ones(size, size, dtype=dtype, device=kind)
     product = torch.empty_like(left)
-    multiplying = median_seconds(lambda: torch.mm(left, left, out=product))
+    multiplying = least_seconds(lambda: torch.mm(left, left, out=product))
     if is_cuda:
         properties = torch.cuda.get_device_properties(0)
         name, memory = str(properties.name), int(properties.total_memory)

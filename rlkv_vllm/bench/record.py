@@ -32,7 +32,7 @@ class Record:
     Args:
         path: of the file; what it holds is gone on with.
         settings: `targets` (by name, what their results have in common), `too_large` (points
-            left out, by case) and what else is worth knowing; plain JSON values.
+            left out, by case) and `commands`; plain JSON values.
         fresh: forget what the file holds.
 
     Raises:
@@ -70,6 +70,8 @@ class Record:
         # A file may be gone on with for other cases, or another model.
         for name in ("targets", "too_large"):
             wanted[name] = stored["settings"][name] | wanted[name]
+        commands = [*stored["settings"]["commands"], *wanted["commands"]]
+        wanted["commands"] = list(dict.fromkeys(commands))
         stored["settings"] = wanted
 
     @property

@@ -46,7 +46,7 @@ def markdown(content: Mapping[str, Any], picture: str | None = None) -> str:
     lines = ["# rlkv bench: the split KV cache beside stock vLLM", ""]
     if dates:
         days = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
-        lines += [f"{days}, `{content['settings']['command']}`", ""]
+        lines += [f"{days}:", "", "```bash", *content["settings"]["commands"], "```", ""]
     lines += _conditions(content)
     lines += _answer(results)
     if picture:

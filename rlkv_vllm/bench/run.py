@@ -88,7 +88,7 @@ def run(
                     too_large.setdefault(case.name, []).append(words)
             jobs.append(Job(case, target, points))
         settings = {
-            "command": command,
+            "commands": [command],
             "targets": {key: target.describe() for key, target in targets.items()},
             "too_large": too_large,
         }

@@ -74,10 +74,14 @@ def simulate(
     made = done = tokens = preemptions = steps = 0
     running = busy = 0.0
     counted_from: float | None = None
+    typical = lengths.mean_in_flight(lambda context: context)
+    at_first = min(replica.max_num_seqs, replica.num_blocks // replica.blocks(round(typical)))
 
     def arrive(at: float) -> None:
         nonlocal made
         prompt, output = rng.choice(lengths.pairs)
+        if made < at_first:
+            output = rng.randint(1, output)  # of all ages, or they would end together
         name = f"r{made}"
         made += 1
         arrived[name] = at

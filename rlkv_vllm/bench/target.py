@@ -32,7 +32,7 @@ EMBEDDED_MEMORY = 64 * 2**20
 SOLVE_MEMORY, SOLVE_MAX_MODEL_LEN = 8 * 2**20, 1024
 MEMORY = 2 * 2**30
 #: Contexts of the quick suite and of the full one, with room for what is generated.
-MAX_MODEL_LEN, FULL_MAX_MODEL_LEN = 4096 + 256, 32768 + 256
+MAX_MODEL_LEN, FULL_MAX_MODEL_LEN = 8192 + 256, 32768 + 256
 RANDOM_SINK, RANDOM_WINDOW, RANDOM_SPARSITY = 16, 64, 0.5
 
 

@@ -51,7 +51,7 @@ def bench(
     ] = None,
     max_model_len: Annotated[
         int | None,
-        typer.Option(min=512, help="Longest request [default: 4,352; with --suite full 33,024]."),
+        typer.Option(min=512, help="Longest request [default: 8,448; with --suite full 33,024]."),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Most requests at once.")] = 128,
     rounds: Annotated[

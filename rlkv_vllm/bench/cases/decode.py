@@ -33,7 +33,7 @@ class Decode(Case):
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
         """Batches and contexts; the shortest context of each batch is what attention adds to."""
         batches = (1, 4, 8, 16, 32, 64) if full else (1, 8)
-        contexts = (1024, 2048, 4096, 8192, 16384, 32768) if full else (1024, 4096)
+        contexts = (1024, 2048, 4096, 8192, 16384, 32768) if full else (1024, 4096, 8192)
         return [
             {"batch": batch, "context": context, "steps": STEPS}
             for batch in batches
@@ -43,10 +43,7 @@ class Decode(Case):
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
         """Stock vLLM's cache must hold the whole batch, or its requests would be preempted."""
-        tokens = point["batch"] * (point["context"] + STEP_BUDGET)
-        if point["batch"] > setup.max_num_seqs:
-            return f"more than --max-num-seqs {setup.max_num_seqs}"
-        return setup.lacks(tokens)
+        return setup.lacks(point["batch"], point["context"] + STEP_BUDGET)
 
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
         """The whole step, weights included, and what a longer context adds to it."""

@@ -28,7 +28,7 @@ class Prefill(Case):
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
         """Stock vLLM's cache must hold the prompt."""
-        return setup.lacks(point["tokens"] + 1)
+        return setup.lacks(1, point["tokens"] + 1)
 
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
         """Operations of the whole prompt."""
@@ -37,6 +37,10 @@ class Prefill(Case):
             for variant in (STOCK, SPLIT)
         )
         return {"seconds": stock / split}
+
+    def prepare(self, engine: Engine, point: Point) -> None:
+        """What is done once, for the first prompt."""
+        engine.generate([[5] * min(512, point["tokens"])], 1)
 
     def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
         """One fresh prompt."""

@@ -55,10 +55,7 @@ class Prefix(Case):
     def too_large(self, setup: Setup, point: Point) -> str | None:
         """Every request's whole length must fit."""
         length = point["prefix"] + point["turns"] * (point["question"] + point["output"])
-        tokens = point["requests"] * (length + 64)
-        if length >= setup.max_model_len:
-            return f"--max-model-len {length + 1}"
-        return setup.lacks(tokens)
+        return setup.lacks(point["requests"], length)
 
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
         """All that was computed before is hit; only new tokens are computed."""

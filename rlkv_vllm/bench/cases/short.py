@@ -34,10 +34,7 @@ class Short(Case):
     def too_large(self, setup: Setup, point: Point) -> str | None:
         """Half of stock vLLM's cache stays free."""
         length = point["prompt"] + point["output"]
-        tokens = 2 * point["batch"] * length
-        if length >= setup.max_model_len:
-            return f"--max-model-len {length + 1}"
-        return setup.lacks(tokens)
+        return setup.lacks(point["batch"], length) or setup.lacks(2 * point["batch"], length)
 
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
         """Prefill, then steps of growing context."""
@@ -48,6 +45,10 @@ class Short(Case):
             step = roofline.decode_seconds(point["batch"], point["prompt"] + point["output"] / 2)
             seconds.append(prefill + point["output"] * step)
         return {"tokens_per_s": seconds[0] / seconds[1]}
+
+    def prepare(self, engine: Engine, point: Point) -> None:
+        """What is done once for a batch of this size."""
+        engine.generate([[5 + i] * point["prompt"] for i in range(point["batch"])], 4)
 
     def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
         """One batch of fresh prompts."""

@@ -42,7 +42,7 @@ class Solve(Case):
         """The problems, and a first request that is not timed."""
         task = get_task(point["task"])
         problems = task.problems(point["n"], point["seed"])
-        answer_with(engine.llm, task, problems[:1], Sampling(2))
+        answer_with(engine.llm, task, problems, Sampling(8))
         return task, problems
 
     def turn(self, engine: Engine, point: Point, state: Any) -> dict[str, float]:
