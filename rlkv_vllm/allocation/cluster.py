@@ -31,6 +31,8 @@ GPUS = {
         Device("H200", 141 * _GIB, 4.800e12, 989e12),
     )
 }
+#: What vLLM takes of a GPU's memory by default, and what activations and graphs need of that.
+VLLM_SHARE, WORK_BYTES = 0.92, 3 * _GIB
 #: Points at which a request's life is looked at.
 _AGES = 64
 
