@@ -38,13 +38,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dummy_model import Shape, enter_into_prefix_cache, write_model
+from rlkv_vllm.allocation.roofline import ModelSize
+from rlkv_vllm.bench.cases.capacity import Endless, mean_context
+from rlkv_vllm.bench.cases.decode import STEP_BUDGET, Decode
+from rlkv_vllm.bench.engine import Engine, probe_device
+from rlkv_vllm.bench.random_model import write_model
 
 SINK, WINDOW = 16, 64
 #: Batches of the capacity part reach far beyond what vLLM captures by default.
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, *range(64, 1025, 64))
-EIGHT_B = Shape(32, 4096, 14336, 32, 8, 128, vocab=128256)
-TINY = Shape(2, 128, 256, 8, 4, 32, vocab=1024)
+EIGHT_B = ModelSize(32, 4096, 14336, 32, 8, 128, vocab=128256)
+TINY = ModelSize(2, 128, 256, 8, 4, 32, vocab=1024)
 
 
 @dataclass(frozen=True)
@@ -247,36 +251,12 @@ def count_calls(owner: Any, name: str) -> list[int]:
     return calls
 
 
-def copy_bandwidth(tiny: bool) -> float:
-    """Bytes read and written per second by a copy on the device."""
-    import torch
-
-    device = "cpu" if tiny else "cuda"
-    source = torch.empty((4 if tiny else 1024) << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        synchronize(tiny)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(tiny)
-        times.append(time.perf_counter() - start)
-    return 2 * source.numel() / statistics.median(times[2:])
-
-
-def synchronize(tiny: bool) -> None:
-    import torch
-
-    if not tiny:
-        torch.cuda.synchronize()
-
-
 def speed(job: Job, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shape = TINY if args.tiny else EIGHT_B
     model = args.out / ("tiny" if args.tiny else "8b")
     contexts = [int(context) for context in args.contexts.split(",")]
     cache_bytes = int(args.cache_gib * 2**30)
-    bandwidth = copy_bandwidth(args.tiny)
+    bandwidth = probe_device(dtype_bytes=2).bytes_per_s
     llm = start_engine(
         job,
         model,
@@ -287,13 +267,14 @@ def speed(job: Job, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         max_num_seqs=16 if args.tiny else CAPTURE_SIZES[-1],
         **({} if args.tiny else {"max_num_batched_tokens": 8192}),
     )
+    engine = Engine(llm, shape.vocab, job.name)
     shared = {
         "implementation": implementation(llm),
         "copy_bytes_per_s": bandwidth,
         "cache_bytes": cache_bytes,
     }
     for context in contexts:
-        seconds = decode_steps(llm, shape, args.batch, context, 4 if args.tiny else 64)
+        seconds = decode_steps(engine, args.batch, context, 4 if args.tiny else 32)
         yield shared | {
             "part": "decode",
             "batch": args.batch,
@@ -301,140 +282,43 @@ def speed(job: Job, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "seconds": seconds,
             "roofline_seconds": step_bytes(job, shape, args.batch, context) / bandwidth,
         }
-    yield shared | {"part": "capacity"} | endless_requests(llm, job, shape, args)
+    yield shared | {"part": "capacity"} | endless_requests(engine, job, args)
 
 
-def step_bytes(job: Job, shape: Shape, batch: int, context: int) -> float:
+def step_bytes(job: Job, shape: ModelSize, batch: int, context: int) -> float:
     """Weights and KV that a decode step must read."""
     streaming = job.sparsity or 0.0
     kept = (1 - streaming) * context + streaming * min(context, SINK + WINDOW)
     return shape.weight_bytes + batch * kept * shape.token_bytes
 
 
-def decode_steps(llm: Any, shape: Shape, batch: int, context: int, steps: int) -> float:
+def decode_steps(engine: Engine, batch: int, context: int, steps: int) -> float:
     """Median over four turns of the mean step time, the first turn left out."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    core = llm.llm_engine.engine_core.engine_core
-    assert llm.reset_prefix_cache()
-    budget = 6 * steps + 64
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=budget,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-    rng = random.Random(context)
-    # One token more than is cached: a context of whole blocks leaves nothing to prefill.
-    prompts = [[rng.randrange(5, shape.vocab) for _ in range(context + 1)] for _ in range(batch)]
-    enter_into_prefix_cache(llm, prompts, params)
-    for i, prompt in enumerate(prompts):
-        llm.llm_engine.add_request(f"d{context}-{i}", {"prompt_token_ids": prompt}, params)
-    while len(core.scheduler.running) < batch or any(
-        r.num_computed_tokens <= context for r in core.scheduler.running
-    ):
-        llm.llm_engine.step()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(steps):
-            llm.llm_engine.step()
-        times.append((time.perf_counter() - start) / steps)
-    assert len(core.scheduler.running) == batch, "a request ended or was preempted"
-    drain(llm)
+    assert 5 * steps + 8 <= STEP_BUDGET
+    case, point = Decode(), {"batch": batch, "context": context, "steps": steps}
+    case.prepare(engine, point)
+    times = [case.turn(engine, point, None)["seconds"] for _ in range(5)]
+    case.finish(engine, None)
     return statistics.median(times[1:])
 
 
-def drain(llm: Any) -> None:
-    core = llm.llm_engine.engine_core.engine_core
-    llm.llm_engine.abort_request(list(core.scheduler.requests), internal=True)
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
-
-
-def endless_requests(llm: Any, job: Job, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
-    """Requests of ``tokens`` tokens, at first of all ages, then one for each that ends."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    core = llm.llm_engine.engine_core.engine_core
-    scheduler = core.scheduler
-    assert llm.reset_prefix_cache()
-    rng = random.Random(7)
-    short = 64
-    config = llm.llm_engine.vllm_config
-    num_blocks = config.cache_config.num_gpu_blocks
+def endless_requests(engine: Engine, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """Requests of half to the whole of ``tokens`` tokens, one for each that ends."""
+    mean = mean_context(args.tokens // 2, args.tokens)
     if job.sparsity is None:
-        block_size = config.cache_config.block_size
-        at_once = num_blocks * block_size // (args.tokens // 2)
+        at_once = engine.num_blocks * engine.config.cache_config.block_size // mean
     else:
         from rlkv_vllm.engine.config import split_plan
 
-        plan = split_plan(config)
+        plan = split_plan(engine.config)
         assert plan is not None
-        at_once = plan.forecast.requests_in(num_blocks, args.tokens // 2)
-    at_once = min(at_once, config.scheduler_config.max_num_seqs)
-
-    def params(num_done: int) -> Any:
-        return SamplingParams(
-            temperature=0,
-            max_tokens=args.tokens - num_done,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
-    def prompt(length: int) -> list[int]:
-        return [rng.randrange(5, shape.vocab) for _ in range(length)]
-
-    # Whole multiples of the largest block size: all but the last token is in the cache.
-    span = (args.tokens - short) // 64
-    aged = [prompt(short + 64 * (i * span // at_once) + 1) for i in range(at_once * 9 // 10)]
-    rng.shuffle(aged)
-    enter_into_prefix_cache(llm, aged, params(short))
-    waiting = [*aged, *(prompt(short) for _ in range(3 * at_once + 64))]
-    for i, tokens in enumerate(waiting):
-        llm.llm_engine.add_request(
-            f"e{i}", {"prompt_token_ids": tokens}, params(len(tokens) if i < len(aged) else short)
-        )
-    preemptions = count_calls(scheduler, "_preempt_request")
-    produced, running = [0], []
-    schedule = scheduler.schedule
-
-    def counting_schedule(*a: Any, **k: Any) -> Any:
-        output = schedule(*a, **k)
-        produced[0] += sum(
-            scheduler.requests[name].num_computed_tokens
-            >= scheduler.requests[name].num_prompt_tokens
-            for name in output.num_scheduled_tokens
-        )
-        running.append(len(scheduler.running))
-        return output
-
-    scheduler.schedule = counting_schedule
-    end = time.perf_counter() + args.window_s / 2
-    while time.perf_counter() < end:  # until the pool is full and graphs are warm
-        llm.llm_engine.step()
-    produced[0], preemptions[0] = 0, 0
-    running.clear()
-    start = time.perf_counter()
-    while time.perf_counter() - start < args.window_s:
-        llm.llm_engine.step()
-    seconds = time.perf_counter() - start
-    waited = len(scheduler.waiting)
-    scheduler.schedule = schedule
-    drain(llm)
-    return {
-        "tokens_per_s": produced[0] / seconds,
-        "running": statistics.mean(running),
-        "preemptions": preemptions[0],
-        "steps": len(running),
-        "measured_s": seconds,
-        "pool_was_full": waited > 0,
-        "request_tokens": args.tokens,
-    }
+        at_once = plan.forecast.requests_in(engine.num_blocks, mean)
+    at_once = min(at_once, engine.config.scheduler_config.max_num_seqs)
+    load = Endless(engine, args.tokens // 2, args.tokens, at_once)
+    load.run(args.window_s / 2)  # until the pool is full and graphs are warm
+    found = load.run(args.window_s)
+    engine.drain()
+    return found | {"measured_s": args.window_s, "request_tokens": args.tokens}
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -663,7 +547,7 @@ def report(results: list[dict[str, Any]]) -> str:
         best = max(stock.values(), default=None)
         lines += [
             f"## Equal memory: {first['cache_bytes'] / 2**30:.3g} GiB of KV cache, requests of "
-            f"{first['request_tokens']:,} tokens without end",
+            f"{first['request_tokens'] // 2:,} to {first['request_tokens']:,} tokens without end",
             "",
             "| variant | tok/s | / best stock | running | preemptions | steps | pool full |",
             "|---|---|---|---|---|---|---|",
@@ -673,7 +557,8 @@ def report(results: list[dict[str, Any]]) -> str:
             lines.append(
                 f"| {job} | {rate:,.0f} | {f'{rate / best:.2f}' if best else ''} | "
                 f"{statistics.mean(r['running'] for r in of_job):.0f} | "
-                f"{sum(r['preemptions'] for r in of_job)} | {sum(r['steps'] for r in of_job)} | "
+                f"{sum(r['preemptions'] for r in of_job):.0f} | "
+                f"{sum(r['steps'] for r in of_job):.0f} | "
                 f"{'yes' if all(r['pool_was_full'] for r in of_job) else 'no'} |"
             )
         lines.append("")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import rlkv_vllm
+from rlkv_vllm.cli.bench import bench
 from rlkv_vllm.cli.doctor import doctor
 from rlkv_vllm.cli.evaluate import evaluate
 from rlkv_vllm.cli.profile import app as profile_app
@@ -54,6 +55,7 @@ app.add_typer(testbed_app, name="testbed")
 app.command("train")(train)
 app.command("score")(score)
 app.command("eval")(evaluate)
+app.command("bench")(bench)
 app.command("doctor")(doctor)
 
 

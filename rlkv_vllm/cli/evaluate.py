@@ -88,6 +88,7 @@ def evaluate(
 ) -> None:
     """Solve fresh problems with really split caches: accuracy, length and time per sparsity."""
     from rlkv_vllm.allocation.heads import read_sparsities
+    from rlkv_vllm.cli.sizes import parse_size
     from rlkv_vllm.errors import RlkvError
     from rlkv_vllm.evaluation import sweep
     from rlkv_vllm.evaluation.record import Record, output_format
@@ -104,7 +105,7 @@ def evaluate(
     if not 0 < top_p <= 1:
         raise RlkvError(f"--top-p {top_p:g}: must be above 0 and at most 1")
     options: dict[str, Any] = {
-        "kv_cache_memory_bytes": _bytes(memory),
+        "kv_cache_memory_bytes": parse_size("--memory", memory),
         "worker_extension_cls": WORKER_EXTENSION,
     }
     outputs = output or []
@@ -188,17 +189,6 @@ def evaluate(
         sweep.write_rows(candidates, rows, task=chosen.name, seed=seed, sampling=sampling)
         for candidate in candidates:
             typer.echo(f"wrote rows into {candidate.path}")
-
-
-def _bytes(memory: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    from rlkv_vllm.errors import RlkvError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(memory))
-    except ValidationError:
-        raise RlkvError(f"--memory {memory}: give a size such as 512MiB or 8GiB") from None
 
 
 def _require_folder(flag: str, path: Path) -> None:

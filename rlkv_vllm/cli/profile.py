@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlkv_vllm.cli.cluster import ClusterFlags, cache_memory, find_gpu, print_cluster
+from rlkv_vllm.cli.sizes import parse_size, show_size
+from rlkv_vllm.cli.tables import new_table, print_plain
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from rlkv_vllm.allocation import Forecast
     from rlkv_vllm.profile import HeadProfile
 
@@ -58,9 +59,9 @@ def list_() -> None:
 
     found = packaged_profiles()
     if not found:
-        _print(f"no packaged profiles in {' or '.join(map(str, packaged_folders()))}")
+        print_plain(f"no packaged profiles in {' or '.join(map(str, packaged_folders()))}")
         return
-    table = _table("name", "model", "layers x KV heads", "method", "sparsity")
+    table = new_table("name", "model", "layers x KV heads", "method", "sparsity")
     for name, path in found.items():
         profile = load_profile(path)
         recommended = profile.recommended_sparsity
@@ -71,7 +72,7 @@ def list_() -> None:
             profile.provenance.method,
             "-" if recommended is None else f"{recommended:g}",
         )
-    _print(table)
+    print_plain(table)
 
 
 @app.command()
@@ -101,7 +102,7 @@ def show(
         typer.echo(json.dumps(content, indent=2))
         return
     model, provenance = loaded.model, loaded.provenance
-    facts = _table("", "")
+    facts = new_table("", "")
     facts.show_header = False
     revision = f" @ {model.revision}" if model.revision else ""
     for name, value in (
@@ -123,9 +124,9 @@ def show(
         ("recommended sparsity", loaded.recommended_sparsity),
     ):
         facts.add_row(name, "-" if value is None or value == "" else str(value))
-    _print(facts)
+    print_plain(facts)
     if loaded.evaluation:
-        rows = _table("task", "n", "sparsity", "accuracy", "full cache", "mean output tokens")
+        rows = new_table("task", "n", "sparsity", "accuracy", "full cache", "mean output tokens")
         for row in loaded.evaluation:
             rows.add_row(
                 row.task,
@@ -135,15 +136,15 @@ def show(
                 f"{row.full_accuracy:.3f}",
                 f"{row.mean_output_tokens:.1f}",
             )
-        _print(rows)
+        print_plain(rows)
     if allocation is None:
-        _print("no recommended sparsity: pass --sparsity to see the full heads")
+        print_plain("no recommended sparsity: pass --sparsity to see the full heads")
         return
-    heads = _table("layer", "full heads", f"ids at sparsity {sparsity:g}")
+    heads = new_table("layer", "full heads", f"ids at sparsity {sparsity:g}")
     for layer, ids in enumerate(allocation.full):
         heads.add_row(str(layer), str(len(ids)), " ".join(map(str, ids)) or "-")
-    _print(heads)
-    _print(f"{allocation.num_full} full heads, {allocation.num_streaming} streaming heads")
+    print_plain(heads)
+    print_plain(f"{allocation.num_full} full heads, {allocation.num_streaming} streaming heads")
 
 
 @app.command()
@@ -159,7 +160,7 @@ def validate(
     loaded, path = find_profile(profile)
     if model is not None:
         check_matches(loaded, load_model_fingerprint(model_source(model)))
-    _print(f"{path}: valid{f', fits {model}' if model else ''}")
+    print_plain(f"{path}: valid{f', fits {model}' if model else ''}")
 
 
 @app.command("import")
@@ -187,7 +188,7 @@ def import_(
     fingerprint = load_model_fingerprint(model_source(model))
     imported = import_published(path, fingerprint, sink=sink, window=window)
     save_profile(imported, output)
-    _print(
+    print_plain(
         f"{output}: {imported.provenance.method} gates of {imported.model.num_layers} layers x "
         f"{imported.model.num_kv_heads} KV heads, sink {imported.sink}, window "
         f"{imported.window}; {imported.provenance.config['clipped_gates']} gates clipped to [0, 1]"
@@ -211,7 +212,7 @@ def export(
     from rlkv_vllm.profile.published import DUO_CONFIG, DUO_FILE, export_duo_attention
 
     export_duo_attention(find_profile(profile)[0], output, sparsity)
-    _print(f"{output}: {DUO_FILE} and {DUO_CONFIG} ({format_.value})")
+    print_plain(f"{output}: {DUO_FILE} and {DUO_CONFIG} ({format_.value})")
 
 
 @app.command()
@@ -226,7 +227,7 @@ def plot(
 
     loaded, _ = find_profile(profile)
     plot_profile(loaded, _sparsity_of(loaded, sparsity, profile), output)
-    _print(f"{output}: written")
+    print_plain(f"{output}: written")
 
 
 @app.command()
@@ -235,47 +236,112 @@ def plan(
     profile: ProfileName,
     max_model_len: Annotated[int, typer.Option(help="Longest request, in tokens.")],
     memory: Annotated[
-        str, typer.Option(help="Cache memory of each rank, e.g. 8GiB, 512MiB or 8G.")
-    ],
+        str | None,
+        typer.Option(
+            help="Cache memory of each rank, e.g. 8GiB, 512MiB or 8G [default: what --gpu leaves]."
+        ),
+    ] = None,
     sparsity: Sparsity = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.auto,
     block_size: Annotated[
         int | None, typer.Option(help="Tokens per block [default: as the engine chooses].")
     ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second: size a cluster for them.")
+    ] = None,
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option(help="Lengths of the prompts: N, LEAST-MOST, or MEDIAN~P95 (log-normal)."),
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option(help="Lengths of the outputs, chain of thought included.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="A10, L4, L40S, A100-40GB, A100-80GB, H100-80GB, H200, or MEMORY,GB/s,TFLOP/s."
+        ),
+    ] = None,
+    tpot: Annotated[
+        float | None, typer.Option(help="Most milliseconds between two tokens of a request.")
+    ] = None,
+    load: Annotated[float, typer.Option(help="Share of a replica's capacity to use.")] = 0.8,
+    efficiency: Annotated[
+        float, typer.Option(help="Share of the GPU's bandwidth and operations that is reached.")
+    ] = 0.7,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Most requests at once in a replica.")
+    ] = 1024,
+    simulate: Annotated[
+        bool,
+        typer.Option("--simulate", help="Run vLLM's scheduler without a model beside the plan."),
+    ] = False,
 ) -> None:
-    """Forecast the cache memory of a split model against the full cache."""
+    """Forecast the cache memory of a split model against the full cache, or a whole cluster."""
     from rlkv_vllm.allocation.forecast import (
         CacheGeometry,
         block_sizes_for,
         forecast_with_block_size,
     )
-    from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
+    from rlkv_vllm.allocation.roofline import ModelSize
+    from rlkv_vllm.profile.io import (
+        check_matches,
+        fingerprint_from_config,
+        load_model_config,
+    )
     from rlkv_vllm.profile.lookup import find_profile
     from rlkv_vllm.testbed import model_source
 
-    memory_bytes = _parse_size(memory)
+    flags = ClusterFlags(
+        gpu, rate, prompt_tokens, output_tokens, tpot, load, efficiency, max_num_seqs, simulate
+    )
+    flags.check()
+    if memory is None and not flags.is_given:
+        raise RlkvError("--memory: needed, e.g. 8GiB; with --rate and --gpu it is what they leave")
     for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
         if value is not None and value < 1:
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
     loaded, _ = find_profile(profile)
     sparsity = _sparsity_of(loaded, sparsity, profile)
-    fingerprint = load_model_fingerprint(model_source(model))
+    config, commit = load_model_config(model_source(model))
+    fingerprint = fingerprint_from_config(config, model, commit)
     check_matches(loaded, fingerprint)
-    block_sizes = (block_size,) if block_size else block_sizes_for(fingerprint.head_dim)
-    geometry = CacheGeometry(
-        num_layers=fingerprint.num_layers,
-        num_kv_heads=fingerprint.num_kv_heads,
-        head_dim=fingerprint.head_dim,
-        dtype_bytes=dtype.num_bytes,
-        block_size=block_sizes[0],
-        sink=loaded.sink,
-        window=loaded.window,
+
+    def forecast(dtype_bytes: int) -> Forecast:
+        block_sizes = (block_size,) if block_size else block_sizes_for(fingerprint.head_dim)
+        geometry = CacheGeometry(
+            num_layers=fingerprint.num_layers,
+            num_kv_heads=fingerprint.num_kv_heads,
+            head_dim=fingerprint.head_dim,
+            dtype_bytes=dtype_bytes,
+            block_size=block_sizes[0],
+            sink=loaded.sink,
+            window=loaded.window,
+        )
+        return forecast_with_block_size(
+            loaded.gates, sparsity, geometry, block_sizes, tp_size=tp, max_model_len=max_model_len
+        )
+
+    if memory is not None:
+        memory_bytes = parse_size("--memory", memory)
+    if gpu is None:
+        _print_plan(forecast(dtype.num_bytes), sparsity, max_model_len, memory_bytes)
+        return
+    size = ModelSize.from_config(config, dtype.num_bytes)
+    device = find_gpu(gpu, efficiency)
+    if memory is None:
+        memory_bytes = cache_memory(device, size, tp)
+    _print_plan(forecast(dtype.num_bytes), sparsity, max_model_len, memory_bytes)
+    print_cluster(
+        flags,
+        device,
+        size,
+        {num_bytes: forecast(num_bytes) for num_bytes in (dtype.num_bytes, 1)},
+        tp=tp,
+        memory_bytes=memory_bytes,
+        max_model_len=max_model_len,
     )
-    forecast = forecast_with_block_size(
-        loaded.gates, sparsity, geometry, block_sizes, tp_size=tp, max_model_len=max_model_len
-    )
-    _print_plan(forecast, sparsity, max_model_len, memory_bytes)
 
 
 @app.command()
@@ -288,7 +354,7 @@ def schema() -> None:
 
 def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_bytes: int) -> None:
     allocation, groups = forecast.groups.allocation, forecast.groups
-    heads = _table("rank", "full heads", "streaming heads", "pages per block")
+    heads = new_table("rank", "full heads", "streaming heads", "pages per block")
     for rank in forecast.ranks:
         heads.add_row(
             str(rank),
@@ -296,30 +362,30 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
             str(allocation.num_streaming_on(rank)),
             str(groups.pages_per_block(rank)),
         )
-    _print(heads)
+    print_plain(heads)
     geometry = forecast.geometry
-    _print(
+    print_plain(
         f"sparsity {sparsity:g} ({allocation.sparsity:.4f} reached), sink {geometry.sink}, window "
         f"{geometry.window}, block size {geometry.block_size}, {groups.num_ring_groups} ring "
         f"group(s); padding costs {100 * forecast.waste(num_tokens):.1f}% of a request"
     )
     deciding = max(forecast.ranks, key=forecast.block_bytes)
-    table = _table("per rank", "split", "full cache", "split / full")
+    table = new_table("per rank", "split", "full cache", "split / full")
     for name, split, stock, show_as in (
         (
             "one more token",
             forecast.bytes_per_token(deciding),
             forecast.stock_bytes_per_token,
-            _bytes,
+            show_size,
         ),
         (
             f"a request of {num_tokens} tokens",
             forecast.bytes_per_request(num_tokens, deciding),
             forecast.stock_bytes_per_request(num_tokens),
-            _bytes,
+            show_size,
         ),
         (
-            f"blocks in {_bytes(memory_bytes)}",
+            f"blocks in {show_size(memory_bytes)}",
             forecast.num_blocks(memory_bytes),
             forecast.stock_num_blocks(memory_bytes),
             str,
@@ -333,7 +399,7 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
     ):
         ratio = f"{split / stock:.3f}" if stock else "-"
         table.add_row(name, show_as(split), show_as(stock), ratio)
-    _print(table)
+    print_plain(table)
 
 
 def _sparsity_of(profile: HeadProfile, given: float | None, name: str) -> float:
@@ -345,46 +411,3 @@ def _sparsity_of(profile: HeadProfile, given: float | None, name: str) -> float:
             f"profile {one_line(name)} recommends no sparsity: pass --sparsity, e.g. 0.5"
         )
     return sparsity
-
-
-def _parse_size(text: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    from rlkv_vllm.profile.io import one_line
-
-    try:
-        size = TypeAdapter(ByteSize).validate_python(text)
-    except (ValidationError, OverflowError) as error:
-        raise RlkvError(
-            f"--memory {one_line(text, 40)}: use a size such as 8GiB or 512MiB"
-        ) from error
-    if size < 1:
-        raise RlkvError(f"--memory {one_line(text, 40)}: must be more than 0 bytes, e.g. 8GiB")
-    return int(size)
-
-
-def _bytes(size: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 2**power:
-            return f"{size / 2**power:.4g} {unit}"
-    return f"{size} B"
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def _print(content: Table | str) -> None:
-    """Print without interpreting markup, and without wrapping text or long cells in pipes."""
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 200
-    console.print(content, soft_wrap=isinstance(content, str))

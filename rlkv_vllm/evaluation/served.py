@@ -80,12 +80,32 @@ def answer(
         # because its prompt would stay in the prefix cache.
         warm_up: Any = [{"role": "user", "content": "1"}]
         llm.chat(warm_up, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
-        messages: Any = [problem.messages for problem in problems]
-        started = time.perf_counter()
-        outputs = llm.chat(messages, _sampling_params(sampling, len(problems)), use_tqdm=show_bars)
-        seconds = time.perf_counter() - started
+        return answer_with(llm, task, problems, sampling, show_bar=show_bars)
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def answer_with(
+    llm: LLM,
+    task: Task,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    *,
+    show_bar: bool = False,
+) -> Measurement:
+    """Answer all problems at once by a running engine.
+
+    Args:
+        llm: the engine.
+        task: what an answer is worth.
+        problems: of that task, at least one.
+        sampling: how answers are drawn.
+        show_bar: draw a progress bar.
+    """
+    messages: Any = [problem.messages for problem in problems]
+    started = time.perf_counter()
+    outputs = llm.chat(messages, _sampling_params(sampling, len(problems)), use_tqdm=show_bar)
+    seconds = time.perf_counter() - started
     completions = [output.outputs[0] for output in outputs]
     tokenizer = llm.get_tokenizer()
     return Measurement(

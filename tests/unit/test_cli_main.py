@@ -20,7 +20,7 @@ def run_rlkv(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("serve", "profile", "testbed", "score", "eval", "doctor"):
+    for command in ("serve", "profile", "testbed", "score", "eval", "bench", "doctor"):
         assert f" {command} " in result.output
 
 

@@ -179,6 +179,60 @@ def test_plan_per_rank_type_and_block_size():
     assert row(output, "one more token") == ["1.5", "KiB", "2", "KiB", "0.750"]
 
 
+CLUSTER = ["plan", "big", "p.json", "--max-model-len", 4096, "--sparsity", 0.5]
+TRAFFIC = ["--rate", 400, "--prompt-tokens", 256, "--output-tokens", "500-1500"]
+
+
+@pytest.fixture
+def big(here):
+    """A model folder whose config says all that a step's time depends on."""
+    make_model_dir(here / "big", intermediate_size=8192, vocab_size=32000, hidden_size=2048)
+
+
+@pytest.mark.usefixtures("big")
+def test_plan_of_a_cluster():
+    output = run(*CLUSTER, *TRAFFIC, "--gpu", "h100-80gb", "--memory", "256MiB")
+    assert "prompts of 256 and outputs of 1,000 tokens on average; H100-80GB x 1" in output
+    found = {name: row(output, name) for name in ("full cache  ", "full cache + FP8", "split  ")}
+    at_once, limit, _, _, rate, replicas, gpus = found["full cache  "]
+    assert limit == "memory"
+    assert int(replicas) == int(gpus) == pytest.approx(400 / (0.8 * float(rate)), abs=1)
+    assert int(found["full cache + FP8"][0]) == pytest.approx(2 * int(at_once), rel=0.02)
+    assert 1.6 * int(at_once) < int(found["split  "][0]) < 2 * int(at_once)
+    assert row(output, "split + FP8")[-5:] == ["the", "engine", "refuses", "it", "today"]
+
+
+@pytest.mark.usefixtures("big")
+def test_plan_of_a_cluster_reads_gpus_and_takes_what_they_leave():
+    own = run(*CLUSTER, *TRAFFIC, "--gpu", "24GiB,300,121", "--efficiency", 1)
+    named = run(*CLUSTER, *TRAFFIC, "--gpu", "L4", "--efficiency", 1)
+    assert row(own, "split  ") == row(named, "split  ")
+    slow = run(*CLUSTER, *TRAFFIC, "--gpu", "L4", "--efficiency", 0.5)
+    steps = [float(row(output, "split  ")[-5]) for output in (own, slow)]
+    assert steps[1] == pytest.approx(2 * steps[0], rel=0.01)
+
+
+@pytest.mark.usefixtures("big")
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (CLUSTER, ["--memory", "--gpu"]),
+        ([*CLUSTER, "--rate", 5], ["--rate 5", "--gpu, --prompt-tokens, --output-tokens"]),
+        ([*CLUSTER, "--memory", "1GiB", "--gpu", "L4"], ["--gpu", "--rate"]),
+        ([*CLUSTER, *TRAFFIC, "--gpu", "Z9"], ["--gpu Z9", "H100-80GB", "80GiB,3350,989"]),
+        ([*CLUSTER, *TRAFFIC, "--gpu", "2GiB,300,121"], ["--gpu 2GiB", "no room"]),
+        ([*CLUSTER, *TRAFFIC, "--gpu", "L4", "--load", 2], ["--load 2"]),
+        ([*CLUSTER, *TRAFFIC, "--gpu", "L4", "--tpot", 0.001], ["--tpot 0.001", "--tp"]),
+        ([*CLUSTER, *TRAFFIC, "--gpu", "L4", "--memory", "1MiB"], ["does not fit", "--gpu"]),
+        (["plan", "m", *CLUSTER[2:], *TRAFFIC, "--gpu", "L4"], ["intermediate_size"]),
+    ],
+)
+def test_mistakes_in_a_cluster(args, parts):
+    message = fails(*args)
+    for part in parts:
+        assert part in message, message
+
+
 @pytest.mark.parametrize(
     ("size", "blocks"),
     [("1GiB", GIB // 16384), ("512 MiB", GIB // 32768), ("1G", 10**9 // 16384)],

@@ -1,0 +1,256 @@
+"""The least time that a step of the model can take: bytes to read, and operations to do.
+
+The roofline model (Williams, Waterman and Patterson 2009): a part of the step takes its bytes at
+the memory's speed or its operations at the processor's, whichever is more. Nothing is added for
+launches, scheduling or sampling, so these are bounds; `rlkv bench` shows how near a machine comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlkv_vllm.allocation.heads import Allocation
+from rlkv_vllm.errors import RlkvError
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a dense decoder.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: width of the model.
+        intermediate: width of its feed-forward layers, which have three matrices.
+        q_heads: query heads per layer.
+        kv_heads: KV heads per layer.
+        head_dim: elements of one head.
+        vocab: tokens of the vocabulary.
+        dtype_bytes: bytes per weight.
+        tied: input and output embeddings are one matrix.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int = 4096
+    dtype_bytes: int = 2
+    tied: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype_bytes: int = 2) -> ModelSize:
+        """From the `config.json` of a dense decoder.
+
+        Raises:
+            RlkvError: a size is missing, or the model has experts.
+        """
+        experts = [key for key in config if "experts" in key and config[key]]
+        if experts:
+            raise RlkvError(
+                f"config.json: has {experts[0]}: a model with experts reads another share of its "
+                "weights in every step, which no estimate here covers"
+            )
+
+        def size(name: str, default: int | None = None) -> int:
+            value = config.get(name, default)
+            if not isinstance(value, int) or value < 1:
+                raise RlkvError(f"config.json: {name} {value!r}: must be a number of at least 1")
+            return value
+
+        hidden, q_heads = size("hidden_size"), size("num_attention_heads")
+        return cls(
+            layers=size("num_hidden_layers"),
+            hidden=hidden,
+            intermediate=size("intermediate_size"),
+            q_heads=q_heads,
+            kv_heads=size("num_key_value_heads", q_heads),
+            head_dim=config.get("head_dim") or hidden // q_heads,
+            vocab=size("vocab_size"),
+            dtype_bytes=dtype_bytes,
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Key and value of one token in all heads."""
+        return self.layers * self.kv_heads * 2 * self.head_dim * self.dtype_bytes
+
+    @property
+    def step_weights(self) -> int:
+        """Weights that a step reads: all but the input embeddings."""
+        heads = (2 * self.q_heads + 2 * self.kv_heads) * self.head_dim
+        return self.layers * self.hidden * (heads + 3 * self.intermediate) + self.head_weights
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the output layer, which only sampled tokens pass."""
+        return self.hidden * self.vocab
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that a step reads (bytes)."""
+        return self.step_weights * self.dtype_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """All weights in memory, input embeddings included."""
+        embeddings = 0 if self.tied else self.head_weights
+        return (self.step_weights + embeddings) * self.dtype_bytes
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one accelerator, or the machine, can do.
+
+    Attributes:
+        name: in words.
+        memory_bytes: of one device.
+        bytes_per_s: that it reads.
+        flops_per_s: of matrix products in the model's precision.
+    """
+
+    name: str
+    memory_bytes: int
+    bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, num_bytes: float, flops: float) -> float:
+        """The bound for one part of a step."""
+        return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
+
+
+@dataclass(frozen=True)
+class HeadCache:
+    """What attention reads on one rank.
+
+    Attributes:
+        num_full: full heads of all layers.
+        num_streaming: streaming heads of all layers.
+        ring: tokens that a streaming head sees, sink and window.
+        head_dim: elements of one head.
+        q_per_kv: query heads per KV head.
+        dtype_bytes: bytes per element of the cache.
+    """
+
+    num_full: int
+    num_streaming: int
+    ring: int
+    head_dim: int
+    q_per_kv: int
+    dtype_bytes: int = 2
+
+    @classmethod
+    def of(
+        cls,
+        allocation: Allocation,
+        model: ModelSize,
+        *,
+        sink: int,
+        window: int,
+        dtype_bytes: int = 2,
+    ) -> HeadCache:
+        """The cache of the rank that reads most, the one with the most full heads."""
+        rank = max(range(allocation.tp_size), key=allocation.num_full_on)
+        return cls(
+            num_full=allocation.num_full_on(rank),
+            num_streaming=allocation.num_streaming_on(rank),
+            ring=sink + window,
+            head_dim=model.head_dim,
+            q_per_kv=model.q_heads // model.kv_heads,
+            dtype_bytes=dtype_bytes,
+        )
+
+    def head_tokens(self, context: float) -> float:
+        """Keys that one query position sees, over all KV heads."""
+        return self.num_full * context + self.num_streaming * min(context, self.ring)
+
+    def read_bytes(self, context: float) -> float:
+        """Keys and values that one decoding token reads."""
+        return self.head_tokens(context) * 2 * self.head_dim * self.dtype_bytes
+
+    def pairs(self, first: int, last: int) -> float:
+        """Pairs of query position and visible key for positions `first` to `last`."""
+        full = (last * last - first * first) / 2
+        inside = max(0, min(last, self.ring) - first)
+        start = min(first, self.ring)
+        ring = (start + min(last, self.ring)) / 2 * inside
+        ring += self.ring * max(0, last - max(first, self.ring))
+        return self.num_full * full + self.num_streaming * ring
+
+    def flops(self, pairs: float) -> float:
+        """Operations of attention for so many pairs."""
+        return 4 * self.head_dim * self.q_per_kv * pairs
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Bounds of steps of one model with one cache.
+
+    Attributes:
+        device: what one rank runs on.
+        model: of all ranks together.
+        cache: of one rank.
+        tp_size: ranks; communication between them costs nothing here.
+    """
+
+    device: Device
+    model: ModelSize
+    cache: HeadCache
+    tp_size: int = 1
+
+    def step_seconds(
+        self,
+        decodes: float,
+        head_tokens: float,
+        *,
+        prompts: float = 0,
+        prompt_tokens: float = 0,
+        prompt_pairs: float = 0,
+    ) -> float:
+        """One step.
+
+        Args:
+            decodes: requests that make one token from the last one.
+            head_tokens: `HeadCache.head_tokens` of all of them together.
+            prompts: prompts of which a chunk is computed.
+            prompt_tokens: tokens of all chunks.
+            prompt_pairs: `HeadCache.pairs` of all chunks.
+        """
+        tokens = decodes + prompt_tokens
+        if not tokens:
+            return 0.0
+        model, cache = self.model, self.cache
+        body = (model.step_weights - model.head_weights) * tokens
+        head = model.head_weights * (decodes + prompts)
+        linear = self.device.seconds(
+            model.weight_bytes / self.tp_size, 2 * (body + head) / self.tp_size
+        )
+        decode = self.device.seconds(
+            head_tokens * 2 * cache.head_dim * cache.dtype_bytes, cache.flops(head_tokens)
+        )
+        return linear + decode + cache.flops(prompt_pairs) / self.device.flops_per_s
+
+    def decode_seconds(self, batch: int, context: float) -> float:
+        """A decode step of `batch` requests of the same length."""
+        return self.step_seconds(batch, batch * self.cache.head_tokens(context))
+
+    def prefill_seconds(self, tokens: int, cached: int = 0, chunk: int = 2048) -> float:
+        """A prompt of `tokens` of which the first `cached` are in the cache, in chunks."""
+        count = max(1, math.ceil((tokens - cached) / chunk))
+        edges = [cached + (tokens - cached) * i // count for i in range(count + 1)]
+        return sum(
+            self.step_seconds(
+                0,
+                0,
+                prompts=1,
+                prompt_tokens=last - first,
+                prompt_pairs=self.cache.pairs(first, last),
+            )
+            for first, last in itertools.pairwise(edges)
+        )

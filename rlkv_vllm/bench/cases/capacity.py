@@ -1,0 +1,162 @@
+"""Equal memory, long outputs: requests at once and tokens per second when the cache is full."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from rlkv_vllm.allocation.roofline import Device
+from rlkv_vllm.bench.case import SPLIT, STOCK, Case, Metric, Point, Setup
+from rlkv_vllm.bench.engine import Engine, params
+
+PROMPT = 64
+
+
+class Endless:
+    """Requests without end: at first of all ages, then one for each that ends.
+
+    Args:
+        engine: idle.
+        shortest: total length of the shortest request (tokens).
+        longest: of the longest; lengths are drawn evenly between the two.
+        at_once: requests that the pool holds, about.
+    """
+
+    def __init__(self, engine: Engine, shortest: int, longest: int, at_once: int) -> None:
+        engine.reset_prefix_cache()
+        self.engine, self.shortest, self.longest = engine, shortest, longest
+        self.rng = random.Random(7)
+        # A request in flight is the likelier to be met the longer it is.
+        lengths = self.rng.choices(
+            range(shortest, longest + 1), range(shortest, longest + 1), k=at_once * 9 // 10
+        )
+        # Ages in whole multiples of the largest block size: all but the last token is cached.
+        aged = []
+        for i, length in enumerate(lengths):
+            age = PROMPT + 64 * (i * (length - PROMPT) // (64 * max(1, len(lengths))))
+            aged.append((engine.prompt(age + 1, self.rng), max(1, length - age - 1)))
+        self.rng.shuffle(aged)
+        engine.enter_into_prefix_cache([prompt for prompt, _ in aged], params(1))
+        for prompt, rest in aged:
+            engine.add(prompt, params(rest))
+        self.top_up()
+
+    def top_up(self) -> None:
+        """Keep requests waiting."""
+        while len(self.engine.scheduler.waiting) < 8:
+            length = self.rng.randint(self.shortest, self.longest)
+            self.engine.add(self.engine.prompt(PROMPT, self.rng), params(length - PROMPT))
+
+    def run(self, seconds: float, at_least: int = 1) -> dict[str, float]:
+        """Step for so long, and count."""
+        scheduler = self.engine.scheduler
+        running: list[int] = []
+        contexts: list[float] = []
+        tokens = preemptions = 0
+        start = time.perf_counter()
+        while len(running) < at_least or time.perf_counter() - start < seconds:
+            requests = list(scheduler.requests.values())  # also counts those that end in the step
+            tokens -= sum(request.num_output_tokens for request in requests)
+            preemptions -= sum(request.num_preemptions for request in requests)
+            self.engine.step()
+            tokens += sum(request.num_output_tokens for request in requests)
+            preemptions += sum(request.num_preemptions for request in requests)
+            running.append(len(scheduler.running))
+            contexts.append(
+                statistics.fmean(r.num_computed_tokens for r in scheduler.running or requests)
+            )
+            self.top_up()
+        took = time.perf_counter() - start
+        return {
+            "tokens_per_s": tokens / took,
+            "running": statistics.fmean(running),
+            "context": statistics.fmean(contexts),
+            "preemptions": preemptions,
+            "steps": len(running),
+            "pool_was_full": float(bool(scheduler.waiting)),
+        }
+
+
+class Capacity(Case):
+    """Two pools of as many bytes, always full."""
+
+    name = "capacity"
+    title = "Equal memory: long outputs, cache-bound"
+    note = (
+        "As many bytes of KV cache for both, more requests than fit. A request is prompt (64 "
+        "tokens) and answer; lengths are drawn evenly from half to the whole of the length shown."
+    )
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("running", "requests at once", more_is_better=True),
+        Metric("tokens_per_s", "tok/s", more_is_better=True),
+    )
+    columns: ClassVar[Mapping[str, str]] = {"tokens": "request, up to"}
+
+    def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
+        """Long outputs; longer ones too when there is time."""
+        lengths = (4096, 16384) if full else (4096,)
+        fitting = [n for n in lengths if n <= setup.max_model_len]
+        return [
+            {
+                "tokens": tokens,
+                "at_once": self.at_once(setup, tokens),
+                "seconds": setup.turn_seconds,
+            }
+            for tokens in fitting or [setup.max_model_len]
+        ]
+
+    @staticmethod
+    def at_once(setup: Setup, tokens: int) -> dict[str, int]:
+        """Requests that hold the pool when they are of all ages, by variant."""
+        mean = mean_context(tokens // 2, tokens)
+        return {
+            variant: min(
+                setup.max_num_seqs,
+                (setup.blocks(variant) - 1) // setup.blocks_per_request(variant, mean),
+            )
+            for variant in (STOCK, SPLIT)
+        }
+
+    def too_large(self, setup: Setup, point: Point) -> str | None:
+        """A single request must fit, and the cache must be what limits."""
+        if point["at_once"][STOCK] < 2:
+            return f"a full cache of more than {setup.memory_bytes / 2**30:.1f} GiB"
+        if point["at_once"][STOCK] >= setup.max_num_seqs:
+            return "a smaller --memory or a larger --max-num-seqs, or the cache is never full"
+        return None
+
+    def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
+        """Requests of mean length that the pool holds, stepping at the roofline."""
+        mean = mean_context(point["tokens"] // 2, point["tokens"])
+        rates = {}
+        for variant in (STOCK, SPLIT):
+            count = point["at_once"][variant]
+            rates[variant] = count / setup.roofline(device, variant).decode_seconds(count, mean)
+        return {
+            "running": point["at_once"][SPLIT] / point["at_once"][STOCK],
+            "tokens_per_s": rates[SPLIT] / rates[STOCK],
+        }
+
+    def prepare(self, engine: Engine, point: Point) -> Endless:
+        """Fill the pool, and let a few steps pass."""
+        at_once = point["at_once"][engine.variant]
+        load = Endless(engine, point["tokens"] // 2, point["tokens"], at_once)
+        load.run(point["seconds"] / 2)
+        return load
+
+    def turn(self, engine: Engine, point: Point, state: Any) -> dict[str, float]:
+        """Some seconds of it."""
+        del engine
+        load: Endless = state
+        return load.run(point["seconds"])
+
+
+def mean_context(shortest: int, longest: int) -> int:
+    """Mean length, so far, of the requests in flight: longer ones are there for longer."""
+    lengths = range(shortest, longest + 1)
+    decoded = [length - PROMPT for length in lengths]
+    weighted = sum(d * (PROMPT + d / 2) for d in decoded)
+    return round(weighted / sum(decoded))

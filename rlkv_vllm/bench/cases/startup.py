@@ -1,0 +1,40 @@
+"""Start-up: from nothing to an engine that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from rlkv_vllm.allocation.roofline import Device
+from rlkv_vllm.bench.case import Case, Metric, Point, Setup
+from rlkv_vllm.bench.engine import Engine
+
+
+class Startup(Case):
+    """A fresh process for every turn."""
+
+    name = "startup"
+    title = "Start-up"
+    note = (
+        "`engine`: `vllm.LLM(...)` until it returns, as `vllm bench startup` counts. `process`: "
+        "from the start of Python to the first token. The roofline says nothing here: equal is 1."
+    )
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("engine_seconds", "engine (s)"),
+        Metric("process_seconds", "process (s)"),
+    )
+    starts_engines: ClassVar[bool] = True
+
+    def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
+        """One point."""
+        del setup, full
+        return [{}]
+
+    def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
+        """The plugin reads a profile and makes no weights: as fast as stock vLLM."""
+        del setup, device, point
+        return {"engine_seconds": 1.0, "process_seconds": 1.0}
+
+    def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
+        """Measured by the parent process, around the whole of it."""
+        raise NotImplementedError

@@ -1,0 +1,178 @@
+"""An engine of vLLM in this process, and what every case does with it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlkv_vllm.allocation.roofline import Device
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+
+
+class Engine:
+    """What the cases need of a `vllm.LLM` whose core runs in this process.
+
+    Args:
+        llm: started with ``VLLM_ENABLE_V1_MULTIPROCESSING=0``.
+        vocab: tokens to draw prompts from.
+        variant: what kind of cache it has.
+    """
+
+    def __init__(self, llm: LLM, vocab: int, variant: str) -> None:
+        self.llm = llm
+        self.variant = variant
+        self.vocab = vocab
+        self.core: Any = llm.llm_engine.engine_core.engine_core
+        self.scheduler: Any = self.core.scheduler
+        self.config: Any = llm.llm_engine.vllm_config
+        self._names = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return int(self.config.cache_config.num_gpu_blocks)
+
+    def prompt(self, length: int, rng: random.Random) -> list[int]:
+        """Random tokens, none of them special."""
+        return [rng.randrange(5, self.vocab) for _ in range(length)]
+
+    def add(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request under a name of its own."""
+        self._names += 1
+        request: Any = {"prompt_token_ids": list(prompt)}
+        self.llm.llm_engine.add_request(f"bench-{self._names}", request, params)
+
+    def step(self) -> None:
+        """One step of the engine."""
+        self.llm.llm_engine.step()
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[RequestOutput]:
+        """Answers of exactly `max_tokens` tokens."""
+        inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        return self.llm.generate(inputs, params(max_tokens), use_tqdm=False)
+
+    def fill_cache(self) -> None:
+        """Write to every page of the KV cache.
+
+        On a CPU, pages that were never written are all one page of zeros, which is read from the
+        processor's own cache.
+        """
+        import torch
+
+        runner = self.core.model_executor.driver_worker.worker.model_runner
+        storages = {c.untyped_storage().data_ptr(): c.untyped_storage() for c in runner.kv_caches}
+        pattern = torch.randn(1 << 20).to(torch.bfloat16)
+        for storage in storages.values():
+            values = torch.empty(0, dtype=torch.bfloat16, device=storage.device).set_(storage)
+            for part in values.split(len(pattern)):
+                part.copy_(pattern[: len(part)])
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all prompts; nothing may be running."""
+        assert self.llm.reset_prefix_cache(), "requests are still running"
+
+    def enter_into_prefix_cache(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> None:
+        """Let the prompts be found in the prefix cache as if they had been computed.
+
+        The pages hold whatever they hold: the time of a step does not depend on it.
+        """
+        from vllm.v1.request import Request
+
+        manager = self.scheduler.kv_cache_manager
+        for i, prompt in enumerate(prompts):
+            request = Request(
+                request_id=f"warm-{i}",
+                prompt_token_ids=list(prompt),
+                sampling_params=params,
+                pooling_params=None,
+                block_hasher=self.core.request_block_hasher,
+            )
+            manager.new_step_starts()
+            assert manager.allocate_slots(request, len(prompt)) is not None, (
+                "the cache is too small"
+            )
+            manager.take_new_block_ids()
+            manager.free(request)
+
+    def run_until_decoding(self, count: int) -> None:
+        """Step until `count` requests run and none of them has prompt tokens left."""
+        while len(self.scheduler.running) < count or any(
+            request.num_computed_tokens < request.num_prompt_tokens
+            for request in self.scheduler.running
+        ):
+            self.step()
+
+    def drain(self) -> None:
+        """Abort whatever runs or waits."""
+        self.llm.llm_engine.abort_request(list(self.scheduler.requests), internal=True)
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.step()
+
+
+def params(max_tokens: int) -> SamplingParams:
+    """Greedy answers of exactly `max_tokens` tokens, returned once at the end."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def probe_device(dtype_bytes: int) -> Device:
+    """Copy bandwidth and matrix products of the device that the engine runs on."""
+    import torch
+
+    is_cuda = torch.cuda.is_available()
+    kind = "cuda" if is_cuda else "cpu"
+    dtype = torch.float32 if dtype_bytes == 4 else torch.bfloat16
+
+    def least_seconds(function: Any) -> float:
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            function()
+            if is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    source = torch.ones((1024 if is_cuda else 128) << 20, dtype=torch.uint8, device=kind)
+    target = torch.empty_like(source)
+    copying = least_seconds(lambda: target.copy_(source))
+    size = 8192 if is_cuda else 1024
+    left = torch.ones(size, size, dtype=dtype, device=kind)
+    product = torch.empty_like(left)
+    multiplying = least_seconds(lambda: torch.mm(left, left, out=product))
+    if is_cuda:
+        properties = torch.cuda.get_device_properties(0)
+        name, memory = str(properties.name), int(properties.total_memory)
+    else:
+        import psutil
+
+        name, memory = cpu_name(), int(psutil.virtual_memory().total)
+    return Device(name, memory, 2 * source.numel() / copying, 2 * size**3 / multiplying)
+
+
+def cpu_name() -> str:
+    """The processor, as the kernel calls it."""
+    import platform
+    from pathlib import Path
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

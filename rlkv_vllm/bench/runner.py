@@ -1,0 +1,200 @@
+"""Runs cases on engines that take turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlkv_vllm.allocation.roofline import Device
+from rlkv_vllm.bench.case import Case, Point
+from rlkv_vllm.bench.record import Record, Result
+from rlkv_vllm.bench.report import gain_text
+from rlkv_vllm.bench.session import Session
+from rlkv_vllm.bench.target import Target
+
+#: What a process needs beside weights and cache.
+PROCESS_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case with the model that it runs on.
+
+    Attributes:
+        case: what is measured.
+        target: on what.
+        points: where, those too large left out.
+    """
+
+    case: Case
+    target: Target
+    points: Sequence[Point]
+
+
+class Runner:
+    """Measures what the record lacks.
+
+    Args:
+        record: where results go.
+        rounds: turns of each variant at each point.
+        free_bytes: memory for engines, or of the GPU.
+        folder: for the logs of engines that fail.
+        say: prints a line of progress.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        rounds: int,
+        free_bytes: int,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self.record = record
+        self.rounds = rounds
+        self.free_bytes = free_bytes
+        self.folder = folder
+        self.say = say
+        self._sessions: dict[tuple[str, str], Session] = {}
+        self._seconds: dict[str, list[float]] = {}
+        self._left: list[str] = []
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Measure all points of all jobs that are not in the record."""
+        todo = [
+            (job, point) for job in jobs for point in job.points if not self._is_done(job, point)
+        ]
+        self._left = [job.case.name for job, _ in todo]
+        self.say(
+            f"{len(todo)} points to measure, {sum(len(job.points) for job in jobs) - len(todo)} "
+            "already measured"
+        )
+        try:
+            for job in jobs:
+                points = [point for other, point in todo if other is job]
+                if not points:
+                    continue
+                if job.case.starts_engines:
+                    self._close_all()
+                    self._run_startup(job, points)
+                    continue
+                alone = len(job.case.variants) * self._bytes(job.target) > self.free_bytes
+                turns = [(v,) for v in job.case.variants] if alone else [job.case.variants]
+                for variants in turns:
+                    self._run_job(job, points, variants)
+        finally:
+            self._close_all()
+
+    def _is_done(self, job: Job, point: Point) -> bool:
+        known = self.record.find(job.case.name, job.target.key, point)
+        return known is not None and all(
+            len(known["samples"].get(variant, ())) >= self.rounds for variant in job.case.variants
+        )
+
+    @staticmethod
+    def _bytes(target: Target) -> int:
+        return target.setup.memory_bytes + target.setup.model.resident_bytes + PROCESS_BYTES
+
+    # ---- engines
+
+    def _engines(self, target: Target, variants: Sequence[str]) -> dict[str, Session]:
+        """Running engines of exactly these variants."""
+        wanted = {(target.key, variant) for variant in variants}
+        for key in list(self._sessions.keys() - wanted):
+            self._sessions.pop(key).close()
+        for variant in variants:
+            if (target.key, variant) not in self._sessions:
+                self._sessions[target.key, variant] = self._start(target, variant)
+        return {variant: self._sessions[target.key, variant] for variant in variants}
+
+    def _start(self, target: Target, variant: str) -> Session:
+        start = time.monotonic()
+        session = Session(target.specs[variant], self.folder / f"{variant}.log")
+        self.say(f"{target.name}: {variant} engine started in {time.monotonic() - start:.0f} s")
+        return session
+
+    def _close_all(self) -> None:
+        while self._sessions:
+            self._sessions.popitem()[1].close()
+
+    def _device(self, target: Target, sessions: Mapping[str, Session]) -> Device:
+        device = self.record.device(target.key)
+        if device is None:
+            session = next(iter(sessions.values()))
+            device = Device(**session.ask("probe", dtype_bytes=target.setup.model.dtype_bytes))
+            self.record.set_device(target.key, device)
+        return device
+
+    # ---- points
+
+    def _run_job(self, job: Job, points: Sequence[Point], variants: Sequence[str]) -> None:
+        sessions = self._engines(job.target, variants)
+        device = self._device(job.target, sessions)
+        for point in points:
+            with self._measuring(job, point, device) as result:
+                for session in sessions.values():
+                    session.ask("prepare", case=job.case.name, point=point)
+                samples = result["samples"]
+                samples |= {variant: [] for variant in variants}
+                for turn in range(self.rounds):
+                    # Who begins changes: what the first one leaves in caches helps nobody.
+                    order = list(variants) if turn % 2 == 0 else list(reversed(variants))
+                    for variant in order:
+                        samples[variant].append(sessions[variant].ask("turn"))
+                for session in sessions.values():
+                    session.ask("finish")
+                result["alternating"] = len(variants) > 1
+
+    def _run_startup(self, job: Job, points: Sequence[Point]) -> None:
+        device = self.record.device(job.target.key) or Device("", 0, 1.0, 1.0)
+        for point in points:
+            with self._measuring(job, point, device) as result:
+                result["samples"] = {variant: [] for variant in job.case.variants}
+                for turn in range(self.rounds):
+                    order = list(job.case.variants)
+                    for variant in order if turn % 2 == 0 else reversed(order):
+                        session = self._start(job.target, variant)
+                        session.close()
+                        result["samples"][variant].append(session.started)
+                result["alternating"] = True
+
+    @contextmanager
+    def _measuring(self, job: Job, point: Point, device: Device) -> Iterator[Result]:
+        """A result to fill in, then kept and reported."""
+        known = self.record.find(job.case.name, job.target.key, point)
+        result: Result = {
+            "case": job.case.name,
+            "target": job.target.key,
+            "point": point,
+            "samples": {} if known is None else known["samples"],
+            "expected": dict(job.case.expected(job.target.setup, device, point)),
+        }
+        start = time.monotonic()
+        yield result
+        seconds = time.monotonic() - start
+        self._seconds.setdefault(job.case.name, []).append(seconds)
+        self.record.add(result)
+        if all(variant in result["samples"] for variant in job.case.variants):
+            self._left.remove(job.case.name)
+            self.say(
+                f"{job.case.name} {describe_point(job.case, point)}: "
+                f"{gain_text(job.case, result)} ({seconds:.0f} s){self._time_left()}"
+            )
+
+    def _time_left(self) -> str:
+        if not self._left:
+            return ""
+        overall = statistics.fmean(s for values in self._seconds.values() for s in values)
+        means = {name: statistics.fmean(values) for name, values in self._seconds.items()}
+        left = sum(means.get(name, overall) for name in self._left)
+        text = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        return f"; {len(self._left)} points left, about {text}"
+
+
+def describe_point(case: Case, point: Point) -> str:
+    """A point in words."""
+    return ", ".join(f"{label} {point[key]}" for key, label in case.columns.items())
