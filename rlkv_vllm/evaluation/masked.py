@@ -7,18 +7,18 @@ choosing a scorer or a sparsity, and for checking what the engine serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlkv_vllm.evaluation.statistics import percentile_95
 from rlkv_vllm.tasks import is_solved, output_text
-from rlkv_vllm.training.gated_attention import attach_gates
+from rlkv_vllm.training.gated_attention import GatedAttention, attach_gates
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from rlkv_vllm.tasks import Problem, Task
 
@@ -110,7 +110,7 @@ def solve(
     task: Task,
     problems: Sequence[Problem],
     *,
-    split: HeadSplit | None = None,
+    split: HeadSplit | Sequence[HeadSplit] | None = None,
     max_new_tokens: int = 512,
     batch_size: int = 64,
     draw: Draw | None = None,
@@ -124,7 +124,8 @@ def solve(
         tokenizer: its tokenizer, with a chat template.
         task: checks the answers.
         problems: of that task, at least one.
-        split: which heads are streaming heads; None is the plain model.
+        split: which heads are streaming heads; a list has one per problem, all with the same
+            sink and window; None is the plain model.
         max_new_tokens: where an answer is cut off.
         batch_size: problems decoded together.
         draw: how tokens are drawn; None is greedy.
@@ -141,15 +142,26 @@ def solve(
     was_training = model.training
     choose = _chooser(draw, seed, model.device)
     model.eval()
-    gates = nullcontext() if split is None else attach_gates(model, split.sink, split.window)
+    gates: AbstractContextManager[GatedAttention | None] = nullcontext()
+    if isinstance(split, HeadSplit):
+        gates = attach_gates(model, split.sink, split.window)
+    elif split is not None:
+        gates = attach_gates(model, *_common_span(split), "sdpa")
     try:
         with gates as handle:
-            if handle is not None and split is not None:
+            if handle is not None and isinstance(split, HeadSplit):
                 handle.set_hard(split.full_heads)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
+                if handle is not None and split is not None and not isinstance(split, HeadSplit):
+                    handle.set_hard_each([split[i].full_heads for i in batch])
                 outputs = _generate(
-                    model, tokenizer, [prompts[i] for i in batch], max_new_tokens, choose
+                    model,
+                    tokenizer,
+                    [prompts[i] for i in batch],
+                    max_new_tokens,
+                    choose,
+                    handle.select_sequences if handle is not None else lambda rows: None,
                 )
                 for i, (ids, ended) in zip(batch, outputs, strict=True):
                     text = output_text(tokenizer, str(tokenizer.decode(prompts[i])), ids)
@@ -164,6 +176,12 @@ def solve(
     finally:
         model.train(was_training)
     return TaskResult([answers[i] for i in range(len(problems))])
+
+
+def _common_span(splits: Sequence[HeadSplit]) -> tuple[int, int]:
+    """Sink and window of all `splits`."""
+    (span,) = {(split.sink, split.window) for split in splits}
+    return span
 
 
 def render(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
@@ -181,6 +199,7 @@ def _generate(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     choose: Callable[[torch.Tensor], torch.Tensor],
+    select_rows: Callable[[torch.Tensor], None],
 ) -> list[tuple[list[int], bool]]:
     """Outputs up to and including the end token, and whether there was one."""
     ends = _end_ids(model, tokenizer)
@@ -189,7 +208,7 @@ def _generate(
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     with torch.no_grad():
-        rows = _decode(model, input_ids, attention_mask, ends, max_new_tokens, choose)
+        rows = _decode(model, input_ids, attention_mask, ends, max_new_tokens, choose, select_rows)
     return [(row, row[-1] in ends) for row in rows]
 
 
@@ -200,11 +219,13 @@ def _decode(
     ends: set[int],
     max_new_tokens: int,
     choose: Callable[[torch.Tensor], torch.Tensor],
+    select_rows: Callable[[torch.Tensor], None],
 ) -> list[list[int]]:
     """Decoding that drops finished rows.
 
     `generate` carries every row along until the last one ends; with streaming heads a few rows
-    run into the token limit, and they would cost as much as all of them doing so.
+    run into the token limit, and they would cost as much as all of them doing so. Dropping rows
+    copies the cache, so it waits until an eighth of them are finished.
 
     Args:
         model: any decoder with a dynamic cache.
@@ -213,12 +234,11 @@ def _decode(
         ends: tokens after which a row is finished.
         max_new_tokens: at least 1.
         choose: logits ``[rows, tokens]`` to tokens ``[rows]``.
+        select_rows: told which rows go on, when some are dropped.
     """
-    from transformers import DynamicCache
-
     outputs: list[list[int]] = [[] for _ in input_ids]
     running = list(range(len(outputs)))
-    cache = DynamicCache(config=model.config)
+    cache = _make_cache(model)
     ids, mask = input_ids.to(model.device), attention_mask.to(model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for _ in range(max_new_tokens):
@@ -232,19 +252,60 @@ def _decode(
         ).logits
         new = choose(logits[:, -1])
         for row, token in zip(running, new.tolist(), strict=True):
-            outputs[row].append(token)
+            if not outputs[row] or outputs[row][-1] not in ends:
+                outputs[row].append(token)
         kept = [i for i, row in enumerate(running) if outputs[row][-1] not in ends]
         if not kept:
             break
-        if len(kept) < len(running):
+        if len(kept) <= len(running) * 7 / 8:
             running = [running[i] for i in kept]
             select = torch.tensor(kept, device=model.device)
             cache.batch_select_indices(select)
+            select_rows(select)
             new, mask, positions = new[select], mask[select], positions[select]
         ids = new[:, None]
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], 1)
         positions = positions[:, -1:] + 1
     return outputs
+
+
+def _make_cache(model: PreTrainedModel) -> Cache:
+    """An empty `DynamicCache` that does not copy all keys and values for every token."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        """Has room behind its keys and values; ``keys`` and ``values`` are views."""
+
+        room: torch.Tensor | None = None  # [keys and values, rows, heads, tokens, head_dim]
+
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            before = self.get_seq_length()
+            now = before + key_states.shape[-2]
+            if self.room is None or self.room.shape[-2] < now:
+                rows, heads, _tokens, size = key_states.shape
+                room = key_states.new_empty(2, rows, heads, now * 3 // 2, size)
+                if self.room is not None:
+                    room[..., :before, :] = self.room[..., :before, :]
+                self.room = room
+            self.room[0, ..., before:now, :] = key_states
+            self.room[1, ..., before:now, :] = value_states
+            self.keys, self.values = self.room[..., :now, :]
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: torch.Tensor) -> None:
+            if self.room is not None:
+                self.room = self.room[:, indices]
+                self.keys, self.values = self.room[..., : self.get_seq_length(), :]
+
+    cache = DynamicCache(config=model.config)
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [RoomyLayer() for _ in cache.layers]
+    return cache
 
 
 def _chooser(

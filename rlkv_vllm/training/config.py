@@ -76,6 +76,31 @@ class CurriculumConfig(_Section):
     batch_size: Positive = Field(default=64, description="Problems answered together.")
 
 
+class RefineConfig(_Section):
+    """Exchanges of heads judged by the reward of hard allocations, after the training."""
+
+    rounds: Annotated[int, Field(ge=0)] = Field(default=0, description="0 leaves it out.")
+    start: Path | None = Field(
+        default=None,
+        description="Head profile to refine, in place of training; null: the trained gates.",
+    )
+    sparsities: Annotated[list[Share], Field(min_length=1)] = Field(
+        default=[0.4, 0.5], description="Sparsities that count, all alike."
+    )
+    problems: Positive = Field(
+        default=40,
+        description="Problems that every exchange is tried on; finalists get two times as many.",
+    )
+    reach: Positive = Field(
+        default=4, description="Heads on either side of a sparsity's line that may be exchanged."
+    )
+    finalists: Positive = Field(default=4, description="Exchanges that are tried again.")
+    max_new_tokens: Positive | None = Field(
+        default=None, description="Where an answer is cut off; null: as in training."
+    )
+    batch_size: Positive = Field(default=128, description="Answers written together.")
+
+
 class EvaluationConfig(_Section):
     """Accuracy against sparsity of the finished gates, by mask, on fresh problems."""
 
@@ -117,6 +142,7 @@ class TrainConfig(_Section):
     )
     task: TaskConfig = Field(default=TaskConfig())
     curriculum: CurriculumConfig = Field(default=CurriculumConfig())
+    refine: RefineConfig = Field(default=RefineConfig())
     evaluation: EvaluationConfig = Field(default=EvaluationConfig())
     trainer: dict[str, JsonValue] = Field(
         default={},
@@ -169,6 +195,8 @@ def make_config(content: Mapping[str, Any], where: str) -> TrainConfig:
             "see docs/training.md for every option"
         ) from error
     _check_trainer(config.trainer, where)
+    if config.refine.start is not None and not config.refine.rounds:
+        raise RlkvError(f"{where}: refine.start needs refine.rounds of at least 1: give both")
     return config.model_copy(update={"trainer": _numbers(config.trainer, where)})
 
 

@@ -93,6 +93,7 @@ class GatedAttention:
         self.is_hard = False
         self._layers = list(layers)
         self._full: tuple[tuple[bool, ...], ...] = ()
+        self._full_BLH: torch.Tensor | None = None  # where every sequence has its own
         self._masks: tuple[torch.Tensor, torch.Tensor] | None = None
         self._frozen = [weight for weight in model.parameters() if weight.requires_grad]
         self._implementation = model.config._attn_implementation
@@ -141,6 +142,33 @@ class GatedAttention:
         Raises:
             RlkvError: if the number of layers is wrong or a head does not exist.
         """
+        self._full = self._table(full_heads)
+        self._full_BLH = None
+        self.is_hard = True
+
+    def set_hard_each(self, allocations: Sequence[Sequence[Collection[int]]]) -> None:
+        """`set_hard` with full heads of its own for every sequence of the next forward passes.
+
+        Only with a boolean mask: attach with the backend `sdpa`.
+
+        Args:
+            allocations: one per sequence of the batch, each as `set_hard` takes it.
+
+        Raises:
+            RlkvError: as `set_hard`.
+        """
+        self._full_BLH = torch.tensor(
+            [self._table(full_heads) for full_heads in allocations], device=self.model.device
+        )
+        self.is_hard = True
+
+    def select_sequences(self, rows: torch.Tensor) -> None:
+        """Follow a batch of which only `rows` go on, as a cache's `batch_select_indices`."""
+        if self._full_BLH is not None:
+            self._full_BLH = self._full_BLH[rows]
+
+    def _table(self, full_heads: Sequence[Collection[int]]) -> tuple[tuple[bool, ...], ...]:
+        """Whether a head is full, ``[L][H]``."""
         if len(full_heads) != len(self._layers):
             raise RlkvError(
                 f"full heads are given for {len(full_heads)} layers: the model has "
@@ -153,10 +181,9 @@ class GatedAttention:
                         f"full head {head} of layer {layer} does not exist: the model has KV "
                         f"heads 0 to {self.num_kv_heads - 1}"
                     )
-        self._full = tuple(
+        return tuple(
             tuple(head in heads for head in range(self.num_kv_heads)) for heads in full_heads
         )
-        self.is_hard = True
 
     def values(self) -> list[list[float]]:
         """The present gates, ``[L][H]``."""
@@ -216,8 +243,10 @@ class GatedAttention:
         """One layer; returns ``[B, T, Q, D]``."""
         group = query_BQTD.shape[1] // key_BHSD.shape[1]
 
-        def attend(full_H: tuple[bool, ...]) -> torch.Tensor:
+        def attend(full_H: tuple[bool, ...] | torch.Tensor) -> torch.Tensor:
             if isinstance(allowed, flex.BlockMasks):
+                if isinstance(full_H, torch.Tensor):
+                    raise RlkvError("full heads of their own for every sequence need backend sdpa")
                 full_Q = tuple(full for full in full_H for _ in range(group))
                 blocks = allowed.get(full_Q, self.sink, self.window, query_BQTD.device)
                 return flex.attend(query_BQTD, key_BHSD, value_BHSD, blocks, **options)
@@ -230,7 +259,9 @@ class GatedAttention:
             )[0]
 
         if self.is_hard:
-            return attend(self._full[module.layer_idx])
+            layer = module.layer_idx
+            each = self._full_BLH
+            return attend(self._full[layer] if each is None else each[:, layer])
         full_BTQD = attend((True,) * self.num_kv_heads)
         local_BTQD = attend((False,) * self.num_kv_heads)
         # In float32 for bfloat16 models: near 1, bfloat16 has steps of 1/256, and the gradient
@@ -238,8 +269,15 @@ class GatedAttention:
         gate_Q1 = getattr(module, GATE_NAME).repeat_interleave(group)[:, None]
         return (gate_Q1 * full_BTQD + (1 - gate_Q1) * local_BTQD).to(full_BTQD.dtype)
 
-    def _mask(self, allowed_B1TS: torch.Tensor, full_H: tuple[bool, ...]) -> torch.Tensor:
-        """Visible keys: ``[B, 1, T, S]`` where all heads are alike, else ``[B, H, T, S]``."""
+    def _mask(
+        self, allowed_B1TS: torch.Tensor, full_H: tuple[bool, ...] | torch.Tensor
+    ) -> torch.Tensor:
+        """Visible keys: ``[B, 1, T, S]`` where all heads are alike, else ``[B, H, T, S]``.
+
+        A tensor of full heads is ``[B, H]``.
+        """
+        if isinstance(full_H, torch.Tensor):
+            return torch.where(full_H[..., None, None], allowed_B1TS, self._local(allowed_B1TS))
         if all(full_H):
             return allowed_B1TS
         local_B1TS = self._local(allowed_B1TS)

@@ -5,20 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
-from rlkv_vllm.evaluation.masked import Draw
+from rlkv_vllm.evaluation.masked import Draw, HeadSplit, solve
 from rlkv_vllm.evaluation.rows import with_rows
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
-from rlkv_vllm.profile.io import one_line, save_profile, write_text_atomic
+from rlkv_vllm.profile.io import (
+    check_matches,
+    load_profile,
+    one_line,
+    save_profile,
+    write_text_atomic,
+)
 from rlkv_vllm.tasks import Task, get_task, skip_note
 from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
 from rlkv_vllm.training.config import (
@@ -31,6 +39,7 @@ from rlkv_vllm.training.config import (
 from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
 from rlkv_vllm.training.gated_attention import attach_gates
 from rlkv_vllm.training.loading import load_model
+from rlkv_vllm.training.refine import REFINE_LOG_FILE, Allocation, refine_gates
 from rlkv_vllm.training.report import write_report
 from rlkv_vllm.training.run_log import METRICS_FILE, OnStep, RunLog, best_gates
 from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
@@ -57,6 +66,23 @@ class Listener:
     report: Report = lambda stage, done, total: None
     on_step: OnStep = lambda row, total: None
     say: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Gates and where they come from.
+
+    Attributes:
+        gates: ``[layers][KV heads]``.
+        method: for the provenance.
+        source: the paper.
+        step: of the training that they are from; None if another profile has them.
+    """
+
+    gates: list[list[float]]
+    method: str
+    source: str | None
+    step: int | None = None
 
 
 def run(
@@ -107,7 +133,8 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
     output = config.output
     if output.exists() and not output.is_dir():
         raise RlkvError(f"--output {output}: is a file: give a folder")
-    if not resume and (last_checkpoint(output) or (output / METRICS_FILE).exists()):
+    logs = (output / METRICS_FILE, output / REFINE_LOG_FILE)
+    if not resume and (last_checkpoint(output) or any(log.exists() for log in logs)):
         raise RlkvError(
             f"--output {output}: holds an earlier run: give --resume to continue it, or choose "
             "another folder"
@@ -143,6 +170,43 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             f"{curriculum.longest} tokens): streaming heads would lose nothing and gates get no "
             "signal: lower window"
         )
+    if config.refine.start is None:
+        is_sharded = _train(config, args, model, tokenizer, task, curriculum, resume, listener)
+        PartialState().wait_for_everyone()  # the main process writes the log
+        gates, step = best_gates(output, args.tau, args.average_steps)
+        made = _Made(gates, "rlkv", SOURCE, step)
+    else:
+        is_sharded = False
+        given = load_profile(config.refine.start)
+        check_matches(given, fingerprint)
+        made = _Made(given.gates, given.provenance.method, given.provenance.source)
+    if config.refine.rounds:
+        gates = _refine(config, args, model, tokenizer, task, curriculum, made.gates, listener)
+        made = replace(made, gates=gates, method=f"{made.method}+refine")
+    if not is_main:
+        return None
+    profile = _profile(config, args, fingerprint, task, curriculum, made)
+    save_profile(profile, output / PROFILE_FILE)
+    if is_sharded:
+        listener.say("not evaluated: the model is sharded; use `rlkv eval --write-rows`")
+    else:
+        profile = _evaluate(config, model, tokenizer, task, curriculum, profile, listener)
+    write_report(output)
+    return profile
+
+
+def _train(
+    config: TrainConfig,
+    args: RlkvConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    curriculum: Curriculum,
+    resume: bool,
+    listener: Listener,
+) -> bool:
+    """Train the gates, into the logs of the run; returns whether the model is sharded now."""
+    output = config.output
     needed = (args.generation_batch_size or 1) // args.num_generations
     if len(curriculum.problems) < needed:
         raise RlkvError(
@@ -150,7 +214,7 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             "raise curriculum.problems, or lower trainer.per_device_train_batch_size or "
             "trainer.gradient_accumulation_steps"
         )
-    with attach_gates(model, sink, window) as gates:
+    with attach_gates(model, *_train_span(config)) as gates:
         log = RunLog(output, gates, args.tau, args.collapse_steps, listener.on_step)
         trainer = RlkvTrainer(
             gates,
@@ -159,6 +223,12 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             curriculum.problems,
             tokenizer,
         )
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if is_sharded and config.refine.rounds:
+            raise RlkvError(
+                "refine.rounds: a sharded model cannot write answers with full heads of their "
+                "own: train without, and refine the profile on one process with refine.start"
+            )
         # First, so that TensorBoard and others see what it adds.
         trainer.callback_handler.callbacks.insert(0, log)
         checkpoint = last_checkpoint(output) if resume else None
@@ -170,26 +240,15 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             if checkpoint is not None:
                 listener.say(f"resuming from {checkpoint.name}")
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if is_main:
+            if args.process_index == 0:
                 write_text_atomic(finished, json.dumps({"trainer": config.trainer}) + "\n")
-        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if log.collapsed_at is not None:
         listener.say(
             f"stopped: the reward was below tau {args.tau} for {args.collapse_steps} steps, up to "
             f"step {log.collapsed_at}. The profile has the last gates before that; lower "
             "trainer.reg or trainer.learning_rate for a full run"
         )
-    if not is_main:
-        return None
-    values, step = best_gates(output, args.tau, args.average_steps)
-    profile = _profile(config, args, fingerprint, task, curriculum, values, step)
-    save_profile(profile, output / PROFILE_FILE)
-    if is_sharded:
-        listener.say("not evaluated: the model is sharded; use `rlkv eval --write-rows`")
-    else:
-        profile = _evaluate(config, model, tokenizer, task, curriculum, profile, listener)
-    write_report(output)
-    return profile
+    return is_sharded
 
 
 def _require_same_run(config: TrainConfig, made: TrainConfig) -> None:
@@ -240,6 +299,20 @@ def _train_span(config: TrainConfig) -> tuple[int, int]:
     return sink, config.window or (WINDOW if embedded else TRAIN_WINDOW)
 
 
+def _draw(config: TrainConfig, args: RlkvConfig) -> Draw | None:
+    """How answers are drawn where gates are not trained."""
+    greedy = config.curriculum.greedy
+    return None if greedy else Draw(args.temperature, args.top_p, args.top_k)
+
+
+def _serve_span(config: TrainConfig) -> tuple[int, int]:
+    embedded = config.model == MODEL_NAME
+    sink = config.serve_sink
+    if sink is None:
+        sink = SINK if embedded else SERVE_SINK
+    return sink, config.serve_window or (WINDOW if embedded else SERVE_WINDOW)
+
+
 def _curriculum(
     config: TrainConfig,
     args: RlkvConfig,
@@ -250,7 +323,7 @@ def _curriculum(
     listener: Listener,
 ) -> Curriculum:
     wanted = config.curriculum
-    draw = None if wanted.greedy else Draw(args.temperature, args.top_p, args.top_k)
+    draw = _draw(config, args)
     max_new_tokens = wanted.max_new_tokens or args.max_completion_length
     settings = {
         "model": fingerprint.model_dump(mode="json"),
@@ -259,8 +332,6 @@ def _curriculum(
         "max_new_tokens": max_new_tokens,
         "batch_size": wanted.batch_size,
     }
-    from accelerate import PartialState
-
     share = Share(args.process_index, args.world_size, PartialState().wait_for_everyone)
     return make_curriculum(
         model,
@@ -279,36 +350,77 @@ def _curriculum(
     )
 
 
+def _refine(
+    config: TrainConfig,
+    args: RlkvConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    curriculum: Curriculum,
+    gates: list[list[float]],
+    listener: Listener,
+) -> list[list[float]]:
+    """Refine on the problems of the curriculum, with sink and window as served."""
+    wanted = config.refine
+    sink, window = _serve_span(config)
+    rank, world = args.process_index, args.world_size
+
+    def judge(which: Sequence[int], full: Sequence[Allocation], seed: int) -> list[float]:
+        mine = range(rank, len(which), world)
+        result = solve(
+            model,
+            tokenizer,
+            task,
+            [curriculum.problems[which[i]] for i in mine],
+            split=[HeadSplit(full[i], sink, window) for i in mine],
+            max_new_tokens=wanted.max_new_tokens or args.max_completion_length,
+            batch_size=wanted.batch_size,
+            draw=_draw(config, args),
+            seed=seed + rank,
+        )
+        found = gather_object(list(zip(mine, result.correct, strict=True)))
+        return [float(correct) for _, correct in sorted(found)]
+
+    return refine_gates(
+        gates,
+        judge,
+        len(curriculum.problems),
+        wanted,
+        config.output / REFINE_LOG_FILE,
+        seed=config.seed,
+        writes=rank == 0,
+        report=lambda done, total: listener.report("refinement", done, total),
+    )
+
+
 def _profile(
     config: TrainConfig,
     args: RlkvConfig,
     fingerprint: ModelFingerprint,
     task: Task,
     curriculum: Curriculum,
-    gates: list[list[float]],
-    step: int,
+    made: _Made,
 ) -> HeadProfile:
-    embedded = config.model == MODEL_NAME
-    sink = config.serve_sink
-    if sink is None:
-        sink = SINK if embedded else SERVE_SINK
+    sink, window = _serve_span(config)
     settings = config.model_dump(mode="json", exclude={"output", "evaluation"})
     # Where a local copy lies is nobody else's business.
     settings |= {"model": fingerprint.id, "task": {**settings["task"], "name": task.name}}
     train_sink, train_window = _train_span(config)
-    settings |= {"sink": train_sink, "window": train_window, "step": step}
+    settings |= {"sink": train_sink, "window": train_window, "step": made.step}
+    if config.refine.start is not None:
+        settings["refine"]["start"] = config.refine.start.name
     settings["trainer"] |= {
         name: getattr(args, name)
         for name in ("learning_rate", "reg", "tau", "weight_decay", "temperature", "loss_type")
     }
     return HeadProfile(
         model=fingerprint,
-        gates=gates,
+        gates=made.gates,
         sink=sink,
-        window=config.serve_window or (WINDOW if embedded else SERVE_WINDOW),
+        window=window,
         provenance=Provenance(
-            method="rlkv",
-            source=SOURCE,
+            method=made.method,
+            source=made.source,
             config=settings,
             seed=config.seed,
             versions=job_versions(),

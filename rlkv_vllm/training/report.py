@@ -67,6 +67,7 @@ def write_report(run_dir: Path) -> Path:
         _results(run),
         _curves(run),
         _gates(run),
+        _refinement(run),
         _heads(run),
         _curriculum(run),
         _configuration(run),
@@ -206,6 +207,39 @@ def _gates(run: RunFolder) -> str:
         "<p>A gate of 1 keeps the head's whole cache, a gate of 0 leaves it sink and window.</p>",
         *images,
     )
+
+
+def _refinement(run: RunFolder) -> str:
+    if not run.refinement:
+        return ""
+    body = [
+        _table_row(
+            (
+                one_line(row["step"]),
+                one_line(sparsity),
+                _exchange(change.get("exchange")),
+                _shown(number(change.get("before")), ".3f"),
+                _shown(number(change.get("after")), ".3f"),
+            )
+        )
+        for row in run.refinement
+        for sparsity, change in row["changes"].items()
+        if isinstance(change, dict)
+    ]
+    header = ("round", "sparsity", "streaming and full head", "reward before", "after")
+    return _section(
+        "Refinement",
+        "<p>Two heads were exchanged where that raised the reward of answers written with really "
+        "split heads. Before and after are on the same problems, other ones in every row.</p>",
+        f"<table><thead>{_table_row(header, tag='th')}</thead>"
+        f"<tbody>{''.join(body)}</tbody></table>",
+    )
+
+
+def _exchange(heads: object) -> str:
+    if not isinstance(heads, list) or not all(isinstance(h, list) and len(h) == 2 for h in heads):
+        return "-"
+    return ", ".join(f"layer {one_line(layer)} head {one_line(head)}" for layer, head in heads)
 
 
 def _heads(run: RunFolder) -> str:

@@ -24,6 +24,7 @@ class RunFolder:
         profile: the head profile, if it got that far.
         metrics: a mapping per training step, in order.
         gates: (step, gates ``[layers][KV heads]``), in order.
+        refinement: a mapping per round, in order; empty without a refinement.
         curriculum: figures of the problem set.
         config: text of run.yaml.
         missing: what is not there or not readable, in words.
@@ -33,6 +34,7 @@ class RunFolder:
     profile: HeadProfile | None
     metrics: list[dict[str, Any]]
     gates: list[tuple[int, list[list[float]]]]
+    refinement: list[dict[str, Any]]
     curriculum: Mapping[str, Any]
     config: str
     missing: list[str]
@@ -64,6 +66,7 @@ def read_run(run_dir: Path) -> RunFolder:
         profile=_read_profile(run_dir / "profile.json", missing),
         metrics=_read_metrics(run_dir / "metrics.jsonl", missing),
         gates=_read_gates(run_dir / "gates.jsonl", missing),
+        refinement=_read_refinement(run_dir / "refine.jsonl", missing),
         curriculum=_read_curriculum(run_dir / "curriculum.json", missing),
         config=_read_text(run_dir / "run.yaml", "the configuration", missing),
         missing=missing,
@@ -140,6 +143,13 @@ def _read_gates(path: Path, missing: list[str]) -> list[tuple[int, list[list[flo
         if shape and all(shape) and (not found or shape == [len(x) for x in found[0][1]]):
             found.append((step, table))
     return found
+
+
+def _read_refinement(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+    if not path.exists():  # most runs have none
+        return []
+    rows = _read_lines(path, "rewards of the refinement", missing)
+    return [row for row in rows.values() if isinstance(row.get("changes"), dict)]
 
 
 def _read_curriculum(path: Path, missing: list[str]) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,31 @@ def test_a_finished_run_is_only_evaluated_again(whole: Path) -> None:
     run(config(whole), resume=True, listener=Listener(say=said.append))
     assert "training is finished" in said
     assert (whole / "gates.jsonl").read_bytes() == before
+
+
+def test_a_profile_is_refined_and_a_killed_refinement_resumes(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    refine = {"rounds": 2, "problems": 2, "reach": 2, "finalists": 2, "sparsities": [0.5]}
+    start = str(whole / "profile.json")
+    asked = config(output).model_dump(mode="json") | {"refine": {**refine, "start": start}}
+    job = make_config(asked, "test")
+
+    def die(stage: str, done: int, total: int) -> None:
+        if stage == "refinement":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, listener=Listener(report=die))
+    with pytest.raises(RlkvError, match="holds an earlier run"):
+        run(job)
+    run(job, resume=True)
+    assert [row["step"] for row in rows(output, "refine.jsonl")] == [0, 1, 2]
+    assert not (output / "metrics.jsonl").exists(), "no gates are trained"
+    profile, given = load_profile(output / "profile.json"), load_profile(start)
+    assert profile.provenance.method == "rlkv+refine"
+    assert profile.provenance.config["refine"]["start"] == "profile.json"
+    assert sorted(chain(*profile.gates)) == sorted(chain(*given.gates))
+    assert "Refinement" in (output / "report.html").read_text()
 
 
 def test_resuming_with_another_window_is_refused(whole: Path) -> None:

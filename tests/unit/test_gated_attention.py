@@ -117,6 +117,31 @@ def test_hard_heads_equal_the_oracle(checkpoint: Path, side: str) -> None:
 
 
 @torch.no_grad()
+def test_full_heads_of_each_sequence_equal_one_allocation_at_a_time(qwen3: Path) -> None:
+    rows = sequences()
+    ids, mask = padded(rows, "left")
+    model = load(qwen3)
+    everything = [list(range(NUM_KV_HEADS))] * NUM_LAYERS
+    allocations = [FULL_HEADS, NONE_FULL, everything]
+    given = {"attention_mask": mask, "position_ids": positions(mask)}
+    with attach_gates(model, SINK, WINDOW, "sdpa") as gates:
+        gates.set_hard_each(allocations)
+        together = model(ids, **given).logits
+        keep = torch.tensor([2, 0])
+        gates.select_sequences(keep)
+        fewer = model(ids[keep], **{name: value[keep] for name, value in given.items()}).logits
+        for i, full_heads in enumerate(allocations):
+            gates.set_hard(full_heads)
+            alone = model(ids, **given).logits[i]
+            here = mask[i].bool()
+            torch.testing.assert_close(together[i][here], alone[here], atol=1e-6, rtol=0)
+            for place in (keep == i).nonzero().flatten().tolist():
+                torch.testing.assert_close(fewer[place][here], alone[here], atol=1e-6, rtol=0)
+        with pytest.raises(RlkvError, match="full head 4 of layer 3 does not exist"):
+            gates.set_hard_each([FULL_HEADS, [*NONE_FULL[:3], [4]]])
+
+
+@torch.no_grad()
 def test_cached_left_padded_generation_equals_the_oracle(checkpoint: Path) -> None:
     rows = sequences()
     ids, mask = padded(rows, "left")

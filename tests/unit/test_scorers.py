@@ -280,6 +280,25 @@ def test_masked_decoding_equals_the_oracle(
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_a_split_for_every_problem_equals_one_split_at_a_time(
+    model: Any, tokenizer: Any, batch_size: int
+) -> None:
+    task = WordTask()
+    problems = task.problems(5, 0)
+    none, everything = [[] for _ in FULL_HEADS], [list(range(4)) for _ in FULL_HEADS]
+    splits = [HeadSplit(full, SINK, WINDOW) for full in (FULL_HEADS, none, everything) * 2][:5]
+    # Some rows end early, so that the others go on in a smaller batch.
+    free = solve(model, tokenizer, task, problems, split=splits, max_new_tokens=12)
+    model.generation_config.eos_token_id = [free.answers[1].output_ids[3]]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "batch_size": batch_size}
+    together = solve(model, tokenizer, task, problems, split=splits, **settings)
+    assert len({len(answer.output_ids) for answer in together.answers}) > 1
+    for i, split in enumerate(splits):
+        alone = solve(model, tokenizer, task, problems, split=split, **settings)
+        assert together.answers[i] == alone.answers[i]
+
+
 def test_decoding_stops_at_the_end_token_or_the_cap(model: Any, tokenizer: Any) -> None:
     task = WordTask()
     problems = task.problems(4, 0)

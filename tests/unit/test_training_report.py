@@ -155,6 +155,23 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "sparsity 0.4" in heads  # the recommended one
 
 
+def test_the_rounds_of_a_refinement(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "Refinement" not in page(run).text
+    changes = {
+        "0.5": {"exchange": [[3, 1], [2, 0]], "before": 0.625, "after": 0.75},
+        "0.4": {"exchange": None, "before": 0.875, "after": 0.875},
+    }
+    rounds = [{"step": 0, "ranking": []}, {"step": 1, "changes": changes}]
+    (run / "refine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rounds))
+    found = page(run)
+    for words in ("Refinement", "layer 3 head 1, layer 2 head 0", "0.625", "0.750", "0.875"):
+        assert words in found.text, words
+    assert "Not in this report" not in found.text
+    (run / "refine.jsonl").write_text('{"step": 1, "changes": {"0.5": 3, "0.4": {}}}\n')
+    assert "Refinement" in page(run).text
+
+
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
     first = write_report(run).read_bytes()

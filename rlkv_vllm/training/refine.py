@@ -1,0 +1,218 @@
+"""Refinement: exchanges heads while the reward of really split heads rises. Not part of RLKV.
+
+Training mixes full and local attention in every head; a served head has one or the other, and
+what a mix tolerates says little about two heads of nearly the same gate. So heads on either side
+of the line between full and streaming heads are exchanged, and every exchange is judged by what
+counts when serving: the share of problems that the model solves, writing with these full heads.
+All candidates write their answers to the same problems side by side, each sequence with its own
+full heads. The model makes no backward pass.
+
+A round takes one sparsity after the other, the highest first. Every exchange of one of the `reach`
+last streaming heads with one of the `reach` next full heads is tried on a few problems: pairs, and
+not single heads, because two heads may do the same work, of which one is needed. The best
+`finalists` are tried again on twice as many fresh problems, at all sparsities whose allocation they
+change, and the best one is made if it solves more of those than no exchange does.
+
+The log of the rounds is the checkpoint: a round depends on nothing but the ranking before it, the
+seed and its own number.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import write_text_atomic
+from rlkv_vllm.training.config import RefineConfig
+from rlkv_vllm.training.run_folder import step_rows
+
+REFINE_LOG_FILE = "refine.jsonl"
+
+Head = tuple[int, int]
+#: All heads, the one that becomes a streaming head first at the front.
+Ranking = tuple[Head, ...]
+#: Full heads per layer.
+Allocation = tuple[tuple[int, ...], ...]
+#: Gets problems, an allocation for each, and a seed; gives a reward for each.
+Judge = Callable[[Sequence[int], Sequence[Allocation], int], Sequence[float]]
+
+
+def refine_gates(
+    gates: Sequence[Sequence[float]],
+    judge: Judge,
+    num_problems: int,
+    config: RefineConfig,
+    log: Path,
+    *,
+    seed: int,
+    writes: bool = True,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[float]]:
+    """Gates in an order that serves better; continues what `log` holds.
+
+    Args:
+        gates: where to start, ``[layers][KV heads]``.
+        judge: gives rewards.
+        num_problems: how many problems it has, at least one.
+        config: `refine` of the job.
+        log: a line per round.
+        seed: of the choice of problems.
+        writes: whether this process keeps the log.
+        report: called with (rounds done, rounds in all).
+
+    Returns:
+        The values of `gates`, dealt out anew.
+
+    Raises:
+        RlkvError: if `log` was made with other settings or another start.
+    """
+    heads = [(layer, head) for layer, row in enumerate(gates) for head in range(len(row))]
+    # As `allocate` breaks ties: of equal gates the lower layer, then the lower head, stays full.
+    start = sorted(heads, key=lambda head: (gates[head[0]][head[1]], -head[0], -head[1]))
+    made_with = {"config": config.model_dump(mode="json"), "seed": seed, "start": start}
+    rows = _read(log, json.loads(json.dumps(made_with)))
+    if writes:
+        write_text_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
+    ranking: Ranking = tuple((layer, head) for layer, head in rows[-1]["ranking"])
+    before, started = rows[-1]["elapsed"], time.monotonic()
+    lines = {round(sparsity * len(heads)): f"{sparsity:g}" for sparsity in config.sparsities}
+    for step in range(rows[-1]["step"] + 1, config.rounds + 1):
+        this = _Round(judge, num_problems, config, seed, step)
+        changes: dict[str, dict[str, Any]] = {}
+        for line in sorted(lines, reverse=True):
+            change = this.improve(ranking, list(lines), line)
+            ranking = change.ranking
+            changes[lines[line]] = {
+                "exchange": change.exchange,
+                "before": change.before,
+                "after": change.after,
+            }
+        row = {
+            "step": step,
+            "changes": changes,
+            "answers": this.answers,
+            "ranking": ranking,
+            "elapsed": before + time.monotonic() - started,
+        }
+        if writes:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        report(step, config.rounds)
+    values = sorted(gate for row in gates for gate in row)
+    dealt = dict(zip(ranking, values, strict=True))
+    return [[dealt[layer, head] for head in range(len(row))] for layer, row in enumerate(gates)]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a round did at one sparsity.
+
+    Attributes:
+        ranking: the next one.
+        exchange: streaming head and full head, if the next one is another one.
+        before: mean reward of the old ranking over all sparsities, on the finalists' problems.
+        after: that of the next one.
+    """
+
+    ranking: Ranking
+    exchange: tuple[Head, Head] | None
+    before: float
+    after: float
+
+
+class _Round:
+    """One round; its random numbers are its own.
+
+    Attributes:
+        answers: how many the model wrote.
+    """
+
+    def __init__(
+        self, judge: Judge, num_problems: int, config: RefineConfig, seed: int, step: int
+    ) -> None:
+        self._judge = judge
+        self._config = config
+        self._seed = seed * 1_000_003 + step
+        self._order = random.Random(self._seed).sample(range(num_problems), num_problems)
+        self.answers = 0
+
+    def improve(self, ranking: Ranking, lines: Sequence[int], line: int) -> _Change:
+        """The best exchange across `line`, or none.
+
+        Args:
+            ranking: the old one.
+            lines: numbers of streaming heads that count.
+            line: one of them.
+        """
+        reach, problems = self._config.reach, self._config.problems
+        tried = {
+            _exchanged(ranking, out, into): (out, into)
+            for out in ranking[max(0, line - reach) : line]
+            for into in ranking[line : line + reach]
+        }
+        worth = self._worth([ranking, *tried], [line], problems)
+        best = sorted(tried, key=lambda other: -worth[other])[: self._config.finalists]
+        worth = self._worth([ranking, *best], lines, 2 * problems)
+        after = max([ranking, *best], key=lambda other: worth[other])  # the old one, if as good
+        return _Change(after, tried.get(after), worth[ranking], worth[after])
+
+    def _worth(
+        self, rankings: Iterable[Ranking], lines: Sequence[int], problems: int
+    ) -> dict[Ranking, float]:
+        """Mean reward of rankings over `lines`, all on the same problems."""
+        at = {
+            ranking: [_allocation(ranking, frozenset(ranking[:line])) for line in lines]
+            for ranking in rankings
+        }
+        reward = self._rewards(chain(*at.values()), problems)
+        return {ranking: fmean(reward[one] for one in row) for ranking, row in at.items()}
+
+    def _rewards(self, allocations: Iterable[Allocation], problems: int) -> dict[Allocation, float]:
+        """Mean reward of allocations on the next problems."""
+        wanted = sorted(set(allocations))
+        chosen, self._order = self._order[:problems], self._order[problems:]
+        self._order += chosen  # a small curriculum is gone through again
+        asked = [(problem, allocation) for problem in chosen for allocation in wanted]
+        given = self._judge(
+            [problem for problem, _ in asked], [one for _, one in asked], self._seed
+        )
+        self.answers += len(asked)
+        return {
+            allocation: fmean(given[index :: len(wanted)])
+            for index, allocation in enumerate(wanted)
+        }
+
+
+def _exchanged(ranking: Ranking, out: Head, into: Head) -> Ranking:
+    """`ranking` with two heads in each other's place."""
+    other = {out: into, into: out}
+    return tuple(other.get(head, head) for head in ranking)
+
+
+def _allocation(ranking: Ranking, streaming: frozenset[Head]) -> Allocation:
+    layers = 1 + max(layer for layer, _ in ranking)
+    full = sorted(set(ranking) - streaming)
+    return tuple(tuple(head for at, head in full if at == layer) for layer in range(layers))
+
+
+def _read(log: Path, made_with: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rounds that were done, the start as step 0 first."""
+    rows: list[dict[str, Any]] = []
+    if log.exists():
+        rows = list(step_rows(log.read_text(encoding="utf-8"))[0].values())
+    if not rows:
+        return [{"step": 0, "ranking": made_with["start"], "elapsed": 0.0, "made_with": made_with}]
+    if rows[0].get("made_with") != made_with:
+        raise RlkvError(
+            f"{log}: made with other settings of refine, another seed or other gates to start "
+            "from: delete it to begin the refinement again, or choose another --output"
+        )
+    return rows
