@@ -33,6 +33,9 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # One thread each: the tests share the machine with the engines that they start.
 TEST_ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
 
+# Servers in one process, engines in the other, unit tests in both (tests/conftest.py).
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+
 .PHONY: help setup serve check lint types contracts unit test doctor soak audit docs wheel lock image image-test clean
 
 help:  ## this list
@@ -45,7 +48,7 @@ serve: $(SERVE_STAMP)  ## serve the embedded model on PORT (8000)
 		$(if $(PROFILE),--profile '$(PROFILE)') $(if $(SPARSITY),--sparsity '$(SPARSITY)') $(ARGS)
 
 test: $(DEV_STAMP)  ## all tests: unit, integration, end to end
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: lint types contracts unit  ## what CI asks: lint, types, import contracts, fast tests
 
@@ -60,7 +63,7 @@ contracts: $(DEV_STAMP)
 	$(BIN)/lint-imports
 
 unit: $(DEV_STAMP)  ## the fast tests
-	$(TEST_ENV) $(BIN)/python -m pytest tests/unit -q $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(ARGS)
 
 doctor: $(SERVE_STAMP)  ## what serving needs, one line each
 	@$(BIN)/python -m rlkv_vllm doctor --port $(PORT)

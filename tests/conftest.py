@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Triton's library functions and our kernels are interpreted or compiled as decided when they are
@@ -17,3 +19,15 @@ if importlib.util.find_spec("triton") and os.environ.get("RLKV_TEST_DEVICE", "cp
 # The same examples every time: a red build must be red again on the next run.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers (`make test`): one for servers, one for engines, and unit tests for both.
+
+    Tests of a group run in one worker and in order, so that they share servers and engines.
+    """
+    here = Path(__file__).parent
+    for item in items:
+        kind, *rest = item.path.relative_to(here).parts
+        group = "/".join((kind, *rest)) if kind == "unit" else kind
+        item.add_marker(pytest.mark.xdist_group(group))
