@@ -29,7 +29,6 @@ from typing import Any
 from dummy_model import Shape, enter_into_prefix_cache, write_model
 
 VARIANTS = ("stock", "all-full", "split")
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,12 +48,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8, help="turns of each variant")
     parser.add_argument("--steps", type=int, default=4, help="decode steps in a turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: CPU time of the process, for one thread on a machine with other work",
-    )
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -63,9 +56,6 @@ def parse_args() -> argparse.Namespace:
 
 def worker(args: argparse.Namespace) -> None:
     """Serve turns: one line in, step times in seconds as one JSON line out."""
-    clock = CLOCKS[args.clock]
-    started = clock()
-
     import torch
     from vllm import LLM, SamplingParams
 
@@ -92,7 +82,6 @@ def worker(args: argparse.Namespace) -> None:
         enable_prefix_caching=True,
         additional_config=additional,
     )
-    print(f"STARTED {clock() - started}", flush=True)
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
     pattern = torch.randn(1 << 22).to(torch.bfloat16)
@@ -119,17 +108,14 @@ def worker(args: argparse.Namespace) -> None:
     for _ in sys.stdin:
         times = []
         for _ in range(args.steps):
-            start = clock()
+            start = time.perf_counter()
             llm.llm_engine.step()
-            times.append(clock() - start)
+            times.append(time.perf_counter() - start)
         assert len(core.scheduler.running) == args.batch
         print("TIMES " + json.dumps(times), flush=True)
 
 
-def start(
-    args: argparse.Namespace, variant: str, folder: Path
-) -> tuple[subprocess.Popen[str], float]:
-    """An engine that waits for its turn, and the seconds that it took to start."""
+def start(args: argparse.Namespace, variant: str, folder: Path) -> subprocess.Popen[str]:
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -154,9 +140,8 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE if not os.environ.get("VERBOSE") else None,
     )
-    started = float(read(process, "STARTED"))
     read(process, "READY")
-    return process, started
+    return process
 
 
 def read(process: subprocess.Popen[str], word: str) -> str:
@@ -184,8 +169,7 @@ def main() -> None:
             args.head_dim,
         )
         write_model(shape, folder, sink=args.sink, window=args.window)
-        started = {variant: start(args, variant, folder) for variant in variants}
-        processes = {variant: process for variant, (process, _) in started.items()}
+        processes = {variant: start(args, variant, folder) for variant in variants}
         times: dict[str, list[float]] = {variant: [] for variant in variants}
         for _ in range(args.rounds):
             for variant, process in processes.items():
@@ -196,21 +180,16 @@ def main() -> None:
         for process in processes.values():
             process.kill()
             process.wait()
-    report(args, variants, times, {variant: seconds for variant, (_, seconds) in started.items()})
+    report(args, variants, times)
 
 
-def report(
-    args: argparse.Namespace,
-    variants: list[str],
-    times: dict[str, list[float]],
-    started: dict[str, float],
-) -> None:
+def report(args: argparse.Namespace, variants: list[str], times: dict[str, list[float]]) -> None:
     medians = {variant: statistics.median(times[variant]) for variant in variants}
     base = medians[variants[0]]
     print(
         f"decode step, batch {args.batch}, context {args.context}, {args.layers} layers x "
         f"{args.kv_heads} KV heads x {args.head_dim}, bf16, sparsity {args.sparsity}, "
-        f"{args.threads} threads, {args.clock} time, {platform.machine()} CPU, {date.today()}"
+        f"{args.threads} threads, {platform.machine()} CPU, {date.today()}"
     )
     for variant in variants:
         spread = sorted(times[variant])
@@ -218,8 +197,7 @@ def report(
         print(
             f"{variant:>9}: median {medians[variant] * 1e3:7.1f} ms "
             f"(10-90%: {low * 1e3:.1f}-{high * 1e3:.1f}), "
-            f"{base / medians[variant]:.3f} x the speed of {variants[0]}; "
-            f"started in {started[variant]:.1f} s"
+            f"{base / medians[variant]:.3f} x the speed of {variants[0]}"
         )
     if args.output:
         figures: dict[str, Any] = {
@@ -229,7 +207,6 @@ def report(
             },
             "machine": platform.processor() or platform.machine(),
             "median_seconds": medians,
-            "start_seconds": started,
             "seconds": times,
         }
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
