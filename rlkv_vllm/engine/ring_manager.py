@@ -100,6 +100,8 @@ class RingManager(SlidingWindowManager):
     ) -> int:
         """Blocks that ``allocate_new_blocks`` will take, and hits it revives."""
         first = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        if first * self.block_size >= num_tokens and not new_computed_blocks:
+            return 0  # most decode steps
         needed = self._num_real_blocks(first, num_tokens)
         kept = self._kept_of_hit(new_computed_blocks, total_computed_tokens)
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
@@ -118,8 +120,8 @@ class RingManager(SlidingWindowManager):
     ) -> list[KVCacheBlock]:
         """Extend the block table to ``num_tokens``; out-of-window positions get null blocks."""
         table = self.req_to_blocks[request_id]
-        first, end = len(table), cdiv(num_tokens, self.block_size)
-        if first >= end:
+        first = len(table)
+        if first * self.block_size >= num_tokens:
             return []
         window_start = self._window_start(num_tokens)
         taken = self.block_pool.get_new_blocks(self._num_real_blocks(first, num_tokens))
@@ -127,7 +129,7 @@ class RingManager(SlidingWindowManager):
         real = iter(taken)
         new_blocks = [
             next(real) if i < self.num_sink_blocks or i >= window_start else self._null_block
-            for i in range(first, end)
+            for i in range(first, cdiv(num_tokens, self.block_size))
         ]
         if self.enable_caching:
             self._add_tails(request_id, new_blocks, first, window_start)
@@ -213,10 +215,13 @@ class RingManager(SlidingWindowManager):
         Only retained blocks stay in the prefix cache: a long answer would push
         out everything else with blocks that nobody can resume at.
         """
+        first = self._swept.get(request_id, self.num_sink_blocks)
+        skipped = processed_computed_tokens - self.sliding_window + 1
+        if skipped < (first + 1) * self.block_size:
+            return  # most decode steps
         table = self.req_to_blocks.get(request_id)
         if table is None:
             return
-        first = max(self.num_sink_blocks, self._swept.get(request_id, 0))
         last = min(self._window_start(processed_computed_tokens), len(table))
         if first >= last:
             return
