@@ -16,9 +16,9 @@ class Serve(Case):
     name = "serve"
     title = "A server under load, over HTTP"
     note = (
-        "vLLM's server and `rlkv serve`, loaded by the client of `vllm bench serve`: random prompts, "
-        "Poisson arrivals. Client and servers share the machine. What the roofline allows depends on "
-        "how many requests meet, so it is left out."
+        "vLLM's server and `rlkv serve`, loaded by the client of `vllm bench serve`: random "
+        "prompts, Poisson arrivals. Client and servers share the machine. What the roofline allows "
+        "depends on how many requests meet, so it is left out."
     )
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("ttft_ms", "median TTFT (ms)"),
