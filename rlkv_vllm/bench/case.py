@@ -54,6 +54,7 @@ class Setup:
         stock_block_size: tokens per block of stock vLLM.
         task: whose problems are solved.
         turn_seconds: how long a turn of endless requests takes.
+        has_tokenizer: whether the model has one.
     """
 
     model: ModelSize
@@ -64,6 +65,7 @@ class Setup:
     stock_block_size: int
     task: str
     turn_seconds: float
+    has_tokenizer: bool
 
     def cache(self, variant: str) -> HeadCache:
         """What attention of a variant reads."""
@@ -123,6 +125,8 @@ class Case(ABC):
     columns: ClassVar[Mapping[str, str]] = {}
     #: Whether each turn starts an engine of its own.
     starts_engines: ClassVar[bool] = False
+    #: Whether servers take turns instead of engines.
+    runs_servers: ClassVar[bool] = False
 
     @abstractmethod
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:

@@ -13,11 +13,14 @@ from rlkv_vllm.allocation.roofline import Device
 from rlkv_vllm.bench.case import Case, Point
 from rlkv_vllm.bench.record import Record, Result
 from rlkv_vllm.bench.report import gain_text
+from rlkv_vllm.bench.server import ServerSession
 from rlkv_vllm.bench.session import Session
 from rlkv_vllm.bench.target import Target
 
 #: What a process needs beside weights and cache.
 PROCESS_BYTES = 2 * 2**30
+#: For cases that expect nothing of the device.
+UNKNOWN = Device("", 0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Runner:
         self.free_bytes = free_bytes
         self.folder = folder
         self.say = say
-        self._sessions: dict[tuple[str, str], Session] = {}
+        self._sessions: dict[tuple[str, str, bool], Session | ServerSession] = {}
         self._seconds: dict[str, list[float]] = {}
         self._left: list[str] = []
 
@@ -101,39 +104,46 @@ class Runner:
 
     # ---- engines
 
-    def _engines(self, target: Target, variants: Sequence[str]) -> dict[str, Session]:
-        """Running engines of exactly these variants."""
-        wanted = {(target.key, variant) for variant in variants}
-        for key in list(self._sessions.keys() - wanted):
+    def _engines(
+        self, target: Target, variants: Sequence[str], as_servers: bool
+    ) -> dict[str, Session | ServerSession]:
+        """Running engines, or servers, of exactly these variants."""
+        keys = {variant: (target.key, variant, as_servers) for variant in variants}
+        for key in list(self._sessions.keys() - set(keys.values())):
             self._sessions.pop(key).close()
-        for variant in variants:
-            if (target.key, variant) not in self._sessions:
-                self._sessions[target.key, variant] = self._start(target, variant)
-        return {variant: self._sessions[target.key, variant] for variant in variants}
+        for variant, key in keys.items():
+            if key not in self._sessions:
+                self._sessions[key] = self._start(target, variant, as_servers)
+        return {variant: self._sessions[key] for variant, key in keys.items()}
 
-    def _start(self, target: Target, variant: str) -> Session:
+    def _start(
+        self, target: Target, variant: str, as_server: bool = False
+    ) -> Session | ServerSession:
         start = time.monotonic()
-        session = Session(target.specs[variant], self.folder / f"{variant}.log")
-        self.say(f"{target.name}: {variant} engine started in {time.monotonic() - start:.0f} s")
+        kind = ServerSession if as_server else Session
+        session = kind(target.specs[variant], self.folder / f"{variant}.log")
+        what = "server" if as_server else "engine"
+        self.say(f"{target.name}: {variant} {what} started in {time.monotonic() - start:.0f} s")
         return session
 
     def _close_all(self) -> None:
         while self._sessions:
             self._sessions.popitem()[1].close()
 
-    def _device(self, target: Target, sessions: Mapping[str, Session]) -> Device:
-        device = self.record.device(target.key)
-        if device is None:
+    def _device(self, job: Job, sessions: Mapping[str, Session | ServerSession]) -> Device:
+        device = self.record.device(job.target.key)
+        if device is None and not job.case.runs_servers:
             session = next(iter(sessions.values()))
-            device = Device(**session.ask("probe", dtype_bytes=target.setup.model.dtype_bytes))
-            self.record.set_device(target.key, device)
-        return device
+            dtype_bytes = job.target.setup.model.dtype_bytes
+            device = Device(**session.ask("probe", dtype_bytes=dtype_bytes))
+            self.record.set_device(job.target.key, device)
+        return device or UNKNOWN
 
     # ---- points
 
     def _run_job(self, job: Job, points: Sequence[Point], variants: Sequence[str]) -> None:
-        sessions = self._engines(job.target, variants)
-        device = self._device(job.target, sessions)
+        sessions = self._engines(job.target, variants, job.case.runs_servers)
+        device = self._device(job, sessions)
         for point in points:
             with self._measuring(job, point, device) as result:
                 for session in sessions.values():
@@ -150,7 +160,7 @@ class Runner:
                 result["alternating"] = len(variants) > 1
 
     def _run_startup(self, job: Job, points: Sequence[Point]) -> None:
-        device = self.record.device(job.target.key) or Device("", 0, 1.0, 1.0)
+        device = self.record.device(job.target.key) or UNKNOWN
         for point in points:
             with self._measuring(job, point, device) as result:
                 result["samples"] = {variant: [] for variant in job.case.variants}

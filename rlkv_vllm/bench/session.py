@@ -16,7 +16,7 @@ from rlkv_vllm.bench.worker import MARK, EngineSpec
 from rlkv_vllm.errors import RlkvError
 
 #: Without what would override the size of the cache.
-_ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
 
 
 class Session:
@@ -41,7 +41,7 @@ class Session:
         command = [sys.executable, "-m", "rlkv_vllm.bench.worker", json.dumps(asdict(spec))]
         self._process = subprocess.Popen(
             [*command, str(time.time())],
-            env=_ENVIRONMENT | spec.environment(),
+            env=ENVIRONMENT | spec.environment(),
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -235,8 +234,3 @@ def _config(max_model_len: int, max_num_seqs: int) -> Any:
             enable_prefix_caching=False,
             kv_cache_memory_bytes=1 << 30,
         ).create_engine_config()
-
-
-def agreement(planned: float, simulated: Sequence[float]) -> float:
-    """How far the plan is off, e.g. 0.05."""
-    return abs(planned / statistics.fmean(simulated) - 1)

@@ -195,6 +195,7 @@ def find_target(key: str, options: Options, folder: Path) -> Target:
         stock_block_size=16 if options.is_cuda else 128,
         task=options.task,
         turn_seconds=options.turn_seconds,
+        has_tokenizer=not is_random,
     )
     fitting = (setup.blocks(STOCK) - 1) * setup.stock_block_size
     if fitting < max_model_len:

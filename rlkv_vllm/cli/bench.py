@@ -39,7 +39,7 @@ def bench(
         str,
         typer.Option(
             help="Comma-separated, of solve, capacity, decode, short, prefill, prefix, overhead, "
-            "startup [default: all]."
+            "serve, startup [default: all]."
         ),
     ] = "",
     memory: Annotated[

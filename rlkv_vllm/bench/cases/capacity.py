@@ -121,9 +121,10 @@ class Capacity(Case):
         }
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
-        """A single request must fit, and the cache must be what limits."""
-        if point["at_once"][STOCK] < 2:
-            return f"a full cache of more than {setup.memory_bytes / 2**30:.1f} GiB"
+        """Two requests must fit, and the cache must be what limits."""
+        lacks = setup.lacks(2, point["tokens"] - 1)
+        if lacks is not None:
+            return lacks
         if point["at_once"][STOCK] >= setup.max_num_seqs:
             return "a smaller --memory or a larger --max-num-seqs, or the cache is never full"
         return None
