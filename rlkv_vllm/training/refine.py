@@ -10,8 +10,8 @@ full heads. The model makes no backward pass.
 A round takes one sparsity after the other, the highest first. Every exchange of one of the `reach`
 last streaming heads with one of the `reach` next full heads is tried on a few problems: pairs, and
 not single heads, because two heads may do the same work, of which one is needed. The best
-`finalists` are tried again on twice as many fresh problems, at all sparsities whose allocation they
-change, and the best one is made if it solves more of those than no exchange does.
+`finalists` are tried again on twice as many fresh problems, at all sparsities, and the best one is
+made if it solves more of those than no exchange does. A round without an exchange is the last one.
 
 The log of the rounds is the checkpoint: a round depends on nothing but the ranking before it, the
 seed and its own number.
@@ -77,7 +77,9 @@ def refine_gates(
     heads = [(layer, head) for layer, row in enumerate(gates) for head in range(len(row))]
     # As `allocate` breaks ties: of equal gates the lower layer, then the lower head, stays full.
     start = sorted(heads, key=lambda head: (gates[head[0]][head[1]], -head[0], -head[1]))
-    made_with = {"config": config.model_dump(mode="json"), "seed": seed, "start": start}
+    # More rounds go on where fewer ended.
+    settings = config.model_dump(mode="json", exclude={"rounds", "start", "batch_size"})
+    made_with = {"config": settings, "seed": seed, "start": start}
     rows = _read(log, json.loads(json.dumps(made_with)))
     if writes:
         write_text_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
@@ -85,6 +87,8 @@ def refine_gates(
     before, started = rows[-1]["elapsed"], time.monotonic()
     lines = {round(sparsity * len(heads)): f"{sparsity:g}" for sparsity in config.sparsities}
     for step in range(rows[-1]["step"] + 1, config.rounds + 1):
+        if _is_settled(rows[-1]):
+            break
         this = _Round(judge, num_problems, config, seed, step)
         changes: dict[str, dict[str, Any]] = {}
         for line in sorted(lines, reverse=True):
@@ -102,6 +106,7 @@ def refine_gates(
             "ranking": ranking,
             "elapsed": before + time.monotonic() - started,
         }
+        rows.append(row)
         if writes:
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -201,6 +206,11 @@ def _allocation(ranking: Ranking, streaming: frozenset[Head]) -> Allocation:
     layers = 1 + max(layer for layer, _ in ranking)
     full = sorted(set(ranking) - streaming)
     return tuple(tuple(head for at, head in full if at == layer) for layer in range(layers))
+
+
+def _is_settled(row: dict[str, Any]) -> bool:
+    """Whether a round made no exchange."""
+    return row["step"] > 0 and not any(change["exchange"] for change in row["changes"].values())
 
 
 def _read(log: Path, made_with: dict[str, Any]) -> list[dict[str, Any]]:

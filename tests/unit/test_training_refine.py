@@ -72,6 +72,7 @@ def test_nothing_to_gain_changes_nothing(tmp_path: Path) -> None:
 
     log = tmp_path / REFINE_LOG_FILE
     assert refine_gates(gates(0), blind, 7, CONFIG, log, seed=0) == gates(0)
+    assert len(log_rows(tmp_path)) == 2  # the start and one round
 
 
 def test_equal_gates_keep_the_allocation_they_have(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_killed_refinement_goes_on_with_the_same_rounds(tmp_path: Path) -> Non
     def dies(problems: Sequence[int], allocations: Sequence[Allocation], seed: int) -> list[float]:
         nonlocal calls
         calls += 1
-        if calls > 4:  # in the middle of the second round
+        if calls > 3:  # in the middle of the second round
             raise KeyboardInterrupt
         return planted(problems, allocations, seed)
 
@@ -113,7 +114,17 @@ def test_a_killed_refinement_goes_on_with_the_same_rounds(tmp_path: Path) -> Non
         return [{k: v for k, v in row.items() if k != "elapsed"} for row in log_rows(folder)]
 
     assert figures(killed) == figures(whole)
-    assert [row["step"] for row in log_rows(whole)] == list(range(CONFIG.rounds + 1))
+    assert [row["step"] for row in log_rows(whole)] == list(range(len(log_rows(whole))))
+    assert len(log_rows(whole)) > 2
+
+
+def test_more_rounds_go_on_where_fewer_ended(tmp_path: Path) -> None:
+    fewer, more = tmp_path / "fewer", tmp_path / "more"
+    fewer.mkdir()
+    more.mkdir()
+    refined(fewer, CONFIG.model_copy(update={"rounds": 2}))
+    assert len(log_rows(fewer)) == 3
+    assert refined(fewer) == refined(more)
 
 
 def test_another_refinement_is_not_continued(tmp_path: Path) -> None:
