@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
 from rlkv_vllm.profile.schema import HeadProfile, Provenance
-from rlkv_vllm.serving.arguments import SCHEDULER
+from rlkv_vllm.serving.arguments import engine_classes
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -67,7 +67,7 @@ def engine(model: Path, profile: Path | None = None, **options: Any) -> Iterator
     } | options
     if profile is not None:
         options["additional_config"] = {"rlkv": {"profile": str(profile)}}
-        options["scheduler_cls"] = SCHEDULER  # as `rlkv serve` does
+        options |= engine_classes()  # as `rlkv serve` does
     llm = LLM(str(model), **options)
     try:
         yield llm

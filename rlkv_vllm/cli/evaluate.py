@@ -94,7 +94,7 @@ def evaluate(
     from rlkv_vllm.evaluation.served import Sampling, answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
     from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
-    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, WORKER_EXTENSION
+    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, engine_classes
     from rlkv_vllm.serving.progress import quiet_logging
     from rlkv_vllm.tasks import get_task, skip_note
     from rlkv_vllm.testbed import MODEL_NAME, model_source
@@ -103,10 +103,7 @@ def evaluate(
     shares = read_sparsities(sparsity, "--sparsity")
     if not 0 < top_p <= 1:
         raise RlkvError(f"--top-p {top_p:g}: must be above 0 and at most 1")
-    options: dict[str, Any] = {
-        "kv_cache_memory_bytes": _bytes(memory),
-        "worker_extension_cls": WORKER_EXTENSION,
-    }
+    options: dict[str, Any] = {"kv_cache_memory_bytes": _bytes(memory)}
     outputs = output or []
     for path in outputs:
         output_format(path)
@@ -169,7 +166,7 @@ def evaluate(
     try:
         sweep.run(
             splits,
-            lambda one: answer(source, one, chosen, problems, sampling, options),
+            lambda one: answer(source, one, chosen, problems, sampling, options | engine_classes()),
             record,
             on_row,
         )

@@ -250,9 +250,11 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         ),
         _works(
             "`seed`",
-            "on the CPU only for prompts of one chunk: with a seed and a chunked prefill stock "
-            "vLLM 0.32 stops with `CPU Generator does not use offset`",
+            "on the CPU with `--worker-cls rlkv_vllm.engine.cpu_worker.SplitCPUWorker`, which "
+            "`rlkv serve` sets: a seed and a chunked prefill end stock vLLM 0.32 with `CPU "
+            "Generator does not use offset`",
             f"{_SAMPLING}::test_a_seed_repeats_its_answer",
+            f"{_SERVING}::test_a_seed_survives_a_chunked_prompt",
         ),
         _works(
             "`logprobs`, `prompt_logprobs`",

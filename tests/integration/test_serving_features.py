@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from vllm import LLM
+import torch
+from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
 
@@ -14,7 +16,7 @@ from rlkv_vllm.engine.scheduler import BlockUse
 from tests.engines import EngineCache, generate, greedy, pool_is_restored, scheduler
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import ALL_STREAMING, PROMPT_LENGTHS, UNEVEN
-from tests.oracle import count_differences
+from tests.oracle import count_differences, logprobs
 
 SINK, WINDOW, BLOCK = 16, 64, 16
 RETENTION = 256
@@ -49,6 +51,26 @@ def test_chunked_prefill(chunk: int, model: Path, profile: Path, engines: Engine
     )
     prompts = [random_prompt(n, 2) for n in PROMPT_LENGTHS]
     assert_exact(model, prompts, generate(llm, prompts))
+    assert pool_is_restored(llm)
+
+
+def test_a_seed_survives_a_chunked_prompt(model: Path, profile: Path, engines: EngineCache) -> None:
+    """Drawn from the oracle's logits by vLLM's sampler, with the first draws of the seed."""
+    llm = engines.get(
+        model, profile, block_size=BLOCK, max_num_batched_tokens=100, enable_chunked_prefill=True
+    )
+    # Chunks of their own, and of what the others leave of a step.
+    prompts = [random_prompt(n, 2) for n in (700, 17, 200)]
+    inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+    params = [SamplingParams(seed=n, max_tokens=40, detokenize=False) for n in range(3)]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    for seed, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        tokens = list(output.outputs[0].token_ids)
+        rows = logprobs(model, [*prompt, *tokens[:-1]], UNEVEN, SINK, WINDOW)[len(prompt) - 1 :]
+        generator = torch.Generator().manual_seed(seed)
+        draws = [torch.randint(0, 2**31, (1,), generator=generator) for _ in tokens]
+        expected = torch.ops._C.fused_gumbel_argmax(rows.contiguous(), torch.cat(draws))
+        assert tokens == expected.tolist()
     assert pool_is_restored(llm)
 
 
