@@ -130,7 +130,7 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
     # vLLM knows best what it will run: heads may be implied by the architecture.
     text_config["num_key_value_heads"] = model.get_total_num_kv_heads()
     text_config["head_dim"] = model.get_head_size()
-    return _plan(
+    plan = _plan(
         vllm_config.instance_id,
         config,
         str(model.model),
@@ -143,6 +143,15 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
         model.max_model_len,
         vllm_config.max_concurrent_batches,
     )
+    window, draft = plan.geometry.window, vllm_config.num_speculative_tokens
+    if draft >= window:
+        # A chunk gets no blocks for what is out of the window at its end: at most a window of it
+        # may be taken back.
+        raise RlkvError(
+            f"--speculative-config with num_speculative_tokens {draft}: a draft must be shorter "
+            f"than the window of the streaming heads, {window} tokens"
+        )
+    return plan
 
 
 def _freeze(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

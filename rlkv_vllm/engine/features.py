@@ -56,6 +56,12 @@ _LAYER = (f"{_REFUSALS}::test_unsupported_layers",)
 _SERVER_MODE = ("tests/unit/test_serving_preflight.py::test_modes_without_proof_are_refused",)
 
 
+_CUDA_ONLY = (
+    "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::"
+    "test_what_only_the_cpu_has_shown_is_refused",
+)
+
+
 def _works(name: str, meaning: str, *tests: str) -> Feature:
     return Feature(name, State.WORKS, meaning, tests)
 
@@ -216,7 +222,12 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             (f"{_REFUSALS}::test_sleep_mode_is_vllms_to_refuse",),
             "vLLM has none there",
         ),
-        _unmeasured("`--enable-sleep-mode` on CUDA", ""),
+        _refused(
+            "`--enable-sleep-mode` on CUDA",
+            "--enable-sleep-mode",
+            _CUDA_ONLY,
+            "not shown yet: the views of the heads on the pool would have to survive its sleep",
+        ),
         _unmeasured("`vllm bench serve`", "the server is vLLM's own"),
     ),
     "Parallelism": (
@@ -286,10 +297,27 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _unmeasured("other decoders whose layers are plain attention, all alike", ""),
         _unmeasured("LoRA (`--enable-lora`)", ""),
         _unmeasured("quantised weights (`--quantization`)", ""),
+        _works(
+            "speculative decoding with n-grams (`--speculative-config`)",
+            "on the CPU; drafts shorter than the window",
+            f"{_SAMPLING}::test_rejected_drafts_do_not_disturb_a_ring",
+            f"{_REFUSALS}::test_unsupported_flags",
+        ),
         _refused(
-            "speculative decoding",
-            "--speculative-config (rejected tokens would have overwritten the ring)",
-            _FLAG,
+            "speculative decoding with a draft model, EAGLE, MTP and others",
+            "--speculative-config with another method than ngram (drafters with a cache of their "
+            "own)",
+            (
+                f"{_REFUSALS}::test_drafters_with_a_cache_of_their_own",
+                f"{_REFUSALS}::test_unsupported_flags",
+            ),
+            "the drafter's layers would need pages of another size in the pool of the heads",
+        ),
+        _refused(
+            "speculative decoding on a GPU",
+            "--speculative-config on a GPU",
+            _CUDA_ONLY,
+            "shown to be exact on the CPU only",
         ),
         _refused(
             "quantised KV cache (`--kv-cache-dtype fp8`)",

@@ -72,6 +72,12 @@ def _cache_dtype_differs(config: VllmConfig) -> bool:
     return given != "auto" and given != str(config.model_config.dtype).removeprefix("torch.")
 
 
+def _speculates_on_a_gpu(config: VllmConfig) -> bool:
+    from vllm.platforms import current_platform
+
+    return config.speculative_config is not None and current_platform.is_cuda()
+
+
 def _has_sliding_window(config: VllmConfig) -> bool:
     text = config.model_config.hf_text_config
     layer_types = getattr(text, "layer_types", None) or ()
@@ -98,6 +104,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "serve the model with plain vLLM",
     ),
     Refusal(
+        "--enable-sleep-mode",
+        lambda c: bool(c.model_config.enable_sleep_mode),
+        "remove the flag",
+    ),
+    Refusal(
         "--enable-dbo, --ubatch-size (micro-batches)",
         lambda c: bool(c.parallel_config.use_ubatching),
         "remove the flag",
@@ -116,9 +127,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove the flag",
     ),
     Refusal(
-        "--speculative-config (rejected tokens would have overwritten the ring)",
-        lambda c: c.speculative_config is not None,
-        "remove the flag",
+        "--speculative-config with another method than ngram (drafters with a cache of their own)",
+        lambda c: c.speculative_config is not None and c.speculative_config.method != "ngram",
+        'use {"method": "ngram", ...} or remove the flag',
+    ),
+    Refusal(
+        "--speculative-config on a GPU",
+        _speculates_on_a_gpu,
+        "remove the flag: it has been shown to be exact on the CPU only",
     ),
     Refusal(
         "--kv-transfer-config (KV connectors and offloading)",

@@ -74,8 +74,12 @@ def test_sink_window_and_sparsity_override_the_profile(model: Path, profile: Pat
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
-            "--speculative-config",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 64}},
+            "num_speculative_tokens 64: a draft must be shorter than the window",
+        ),
+        (
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 3}},
+            "another method than ngram",
         ),
         ({"block_size": 24}, "--block-size 24"),
         ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype"),
@@ -88,6 +92,12 @@ def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, pro
     with pytest.raises(RlkvError, match=words) as error:
         split_plan(vllm_config)
     assert "\n" not in str(error.value)
+
+
+def test_drafters_with_a_cache_of_their_own(model: Path, profile: Path) -> None:
+    draft = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 3}
+    with pytest.raises(RlkvError, match="another method than ngram"):
+        split_plan(config(model, {"profile": str(profile)}, speculative_config=draft))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +125,7 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         "is_hybrid": what == "state-space",
         "is_attention_free": False,
         "use_mla": what == "MLA",
+        "enable_sleep_mode": False,
         "original_max_model_len": -1 if what == "--max-model-len auto" else 1024,
         "dtype": real.model_config.dtype,
         "runner_type": "pooling" if what == "pooling" else "generate",

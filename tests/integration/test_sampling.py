@@ -291,3 +291,55 @@ def test_reset_of_the_prefix_cache_while_requests_run(llm: LLM, expected: Expect
     rows = assert_logprobs_are_the_oracles(expected, question, done[0].outputs[0])
     assert rows.argmax(-1).tolist() == list(done[0].outputs[0].token_ids)
     assert pool_is_restored(llm)
+
+
+def test_rejected_drafts_do_not_disturb_a_ring(
+    profile_path: Path, engines: EngineCache, expected: Expected
+) -> None:
+    """Speculative decoding with n-grams, in chunks, from the prefix cache, with preemptions."""
+    llm = engines.get(
+        model_dir(),
+        profile_path,
+        skip_tokenizer_init=False,
+        enable_prefix_caching=True,
+        num_gpu_blocks_override=100,
+        max_model_len=512,
+        max_num_batched_tokens=100,
+        block_size=16,
+        disable_log_stats=False,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 5,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+    )
+    drafted = accepted = preempted = 0
+    count, preempt = scheduler(llm).make_spec_decoding_stats, scheduler(llm)._preempt_request
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal drafted, accepted
+        drafted += kwargs["num_draft_tokens"]
+        accepted += kwargs["num_accepted_tokens"]
+        return count(*args, **kwargs)
+
+    def counting_preempt(*args: Any, **kwargs: Any) -> Any:
+        nonlocal preempted
+        preempted += 1
+        return preempt(*args, **kwargs)
+
+    scheduler(llm).make_spec_decoding_stats = counting
+    scheduler(llm)._preempt_request = counting_preempt
+    asked = [prompt(llm, n) for n in range(12)]
+    try:
+        outputs = ask(llm, asked, greedy(max_tokens=150, ignore_eos=True))
+        again = ask(llm, asked[-1:], greedy(max_tokens=20))
+    finally:
+        del scheduler(llm).make_spec_decoding_stats, scheduler(llm)._preempt_request
+    assert accepted > 200
+    assert drafted - accepted > 200
+    assert preempted
+    assert again[0].num_cached_tokens
+    for question, output in zip([*asked, asked[-1]], outputs + again, strict=True):
+        rows = assert_logprobs_are_the_oracles(expected, question, output.outputs[0])
+        assert rows.argmax(-1).tolist() == list(output.outputs[0].token_ids)
