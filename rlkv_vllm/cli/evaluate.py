@@ -62,6 +62,9 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, ... [default: vLLM's choice].")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="auto, fp8, fp8_e5m2 [default: the model's own].")
+    ] = None,
     sink: Annotated[int | None, typer.Option(min=0, help="Instead of the profiles'.")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Instead of the profiles'.")] = None,
     memory: Annotated[
@@ -125,6 +128,8 @@ def evaluate(
         options["dtype"] = dtype
     if max_model_len is not None:
         options["max_model_len"] = max_model_len
+    if kv_cache_dtype is not None:
+        options["kv_cache_dtype"] = kv_cache_dtype
     candidates = find_candidates(profile or [MODEL_NAME], sink, window)
     splits = plan(candidates, shares)
     source = model_source(model)
@@ -146,7 +151,12 @@ def evaluate(
         typer.echo(note, err=True)
     problems = chosen.problems(n, seed)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed)
-    changing = {"dtype": options.get("dtype"), "max_model_len": max_model_len, "reward": reward}
+    changing = {
+        "dtype": options.get("dtype"),
+        "kv_cache_dtype": kv_cache_dtype,
+        "max_model_len": max_model_len,
+        "reward": reward,
+    }
     settings = (
         sweep.settings_of(fingerprint, source, chosen.name, problems, seed, sampling, changing)
         if outputs

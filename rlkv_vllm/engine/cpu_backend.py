@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 
+#: What the bytes of a quantised cache are, by ``--kv-cache-dtype``.
+_FP8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
 class SplitCPUBackend(CPUAttentionBackend):
     """Stands in for ``CPU_ATTN``; vLLM's own classes do the work without a split plan."""
 
@@ -152,7 +160,9 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         super().process_weights_after_loading(act_dtype)
         if self.plan is None or self.heads is not None:
             return
-        self._isa = _get_attn_isa(act_dtype, self.plan.geometry.block_size, self.head_size)
+        self._isa = _get_attn_isa(
+            act_dtype, self.plan.geometry.block_size, self.head_size, self.kv_cache_dtype
+        )
         self.heads = register_layer(self, self.plan, self._vllm_config, act_dtype, self._drop_views)
         self._head_index = [self._indices(group) for group in self.heads.groups]
 
@@ -223,7 +233,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
                 k, v = k.index_select(1, kv_heads), v.index_select(1, kv_heads)
                 out = torch.empty_like(q)
             attend = self._full if group is self.heads.full else self._streaming
-            attend(metadata[group.metadata_name], view, q, k, v, out)
+            attend(layer, metadata[group.metadata_name], view, q, k, v, out)
             if index is not None:
                 output[:n].index_copy_(1, query_heads, out)
         return output
@@ -234,6 +244,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
 
     def _full(
         self,
+        layer: AttentionLayer,
         step: SplitMetadata,
         cache: torch.Tensor,
         query: torch.Tensor,
@@ -245,8 +256,13 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         key_cache, value_cache = cache.view(
             num_blocks, num_heads, block_size * 2, self.head_size
         ).chunk(2, dim=2)
+        of_cache = {
+            "k_scale": layer._k_scale_float,
+            "v_scale": layer._v_scale_float,
+            "kv_cache_dtype": self.kv_cache_dtype,
+        }
         ops.cpu_attn_reshape_and_cache(
-            key, value, key_cache, value_cache, step.slot_mapping, self._isa
+            key, value, key_cache, value_cache, step.slot_mapping, self._isa, **of_cache
         )
         schedule = step.full_schedules.get(num_heads)
         if schedule is None:
@@ -262,6 +278,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
                 sliding_window_size=-1,
                 isa=self._isa,
                 enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                kv_cache_dtype=self.kv_cache_dtype,
             )
             step.full_schedules[num_heads] = schedule
         ops.cpu_attention_with_kv_cache(
@@ -279,10 +296,12 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             softcap=0,
             scheduler_metadata=schedule,
             s_aux=None,
+            **of_cache,
         )
 
     def _streaming(
         self,
+        layer: AttentionLayer,
         step: SplitMetadata,
         cache: torch.Tensor,
         query: torch.Tensor,
@@ -309,6 +328,8 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             (cache.stride(1), content, 1),
             cache.storage_offset(),
         )
+        if self.is_fp8_kv_cache:
+            slots = slots.view(_FP8[self.kv_cache_dtype])
         group = self.num_queries_per_kv
         streaming_attention(
             step.streaming_plan,
@@ -318,4 +339,6 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             value,
             output.view(n, num_heads, group, d),
             self.scale,
+            layer._k_scale_float,
+            layer._v_scale_float,
         )

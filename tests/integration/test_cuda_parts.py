@@ -371,6 +371,7 @@ class TestChoiceOfBackend:
     ) -> None:
         for place, name, value, words in (
             (configured.model_config, "enable_sleep_mode", True, "--enable-sleep-mode"),
+            (configured.cache_config, "cache_dtype", "fp8", "--kv-cache-dtype fp8 on a GPU"),
             (
                 configured,
                 "speculative_config",

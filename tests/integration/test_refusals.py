@@ -70,7 +70,7 @@ def test_sink_window_and_sparsity_override_the_profile(model: Path, profile: Pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype other than"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         (
@@ -82,6 +82,7 @@ def test_sink_window_and_sparsity_override_the_profile(model: Path, profile: Pat
             "another method than ngram",
         ),
         ({"block_size": 24}, "--block-size 24"),
+        ({"block_size": 48, "kv_cache_dtype": "fp8"}, "--block-size 48.* multiple of 32"),
         ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"kv_offloading_size": 1}, "--kv-transfer-config"),
@@ -92,6 +93,19 @@ def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, pro
     with pytest.raises(RlkvError, match=words) as error:
         split_plan(vllm_config)
     assert "\n" not in str(error.value)
+
+
+def test_a_cpu_without_a_cache_of_8_bits(
+    model: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_config = config(model, {"profile": str(profile)}, kv_cache_dtype="fp8")
+    plan = split_plan(vllm_config)
+    assert plan is not None
+    assert (plan.geometry.dtype_bytes, plan.geometry.block_size % 32) == (1, 0)
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    with pytest.raises(RlkvError, match="without AVX-512"):
+        split_plan(vllm_config)
 
 
 def test_drafters_with_a_cache_of_their_own(model: Path, profile: Path) -> None:
@@ -113,6 +127,9 @@ def test_drafters_with_a_cache_of_their_own(model: Path, profile: Path) -> None:
         "sliding-window",
         "--max-model-len auto",
         "micro-batches",
+        "--data-parallel-size",
+        "ray",
+        "VLLM_USE_V2_MODEL_RUNNER",
     ],
 )
 def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> None:
@@ -138,6 +155,8 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         prefill_context_parallel_size=1,
         decode_context_parallel_size=2 if what == "context-parallel" else 1,
         use_ubatching=what == "micro-batches",
+        data_parallel_size=2 if what == "--data-parallel-size" else 1,
+        distributed_executor_backend="ray" if what == "ray" else "mp",
     )
     fake: Any = SimpleNamespace(
         model_config=SimpleNamespace(**flags),
@@ -145,6 +164,7 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         cache_config=real.cache_config,
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
+        use_v2_model_runner=what == "VLLM_USE_V2_MODEL_RUNNER",
         kv_transfer_config=object() if what == "kv-transfer" else None,
     )
     with pytest.raises(RlkvError, match=what):
