@@ -185,6 +185,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove the flag: it has been shown to be exact on the CPU only",
     ),
     Refusal(
+        "--enable-lora",
+        lambda c: c.lora_config is not None,
+        "merge the adapter into the weights",
+    ),
+    Refusal(
         "--kv-transfer-config (KV connectors and offloading)",
         lambda c: c.kv_transfer_config is not None,
         "remove the flag",

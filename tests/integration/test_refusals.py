@@ -84,6 +84,7 @@ def test_sink_window_and_sparsity_override_the_profile(model: Path, profile: Pat
         ({"block_size": 24}, "--block-size 24"),
         ({"block_size": 48, "kv_cache_dtype": "fp8"}, "--block-size 48.* multiple of 32"),
         ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype"),
+        ({"enable_lora": True}, "--enable-lora"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"kv_offloading_size": 1}, "--kv-transfer-config"),
     ],
@@ -164,6 +165,7 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         cache_config=real.cache_config,
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
+        lora_config=None,
         use_v2_model_runner=what == "VLLM_USE_V2_MODEL_RUNNER",
         kv_transfer_config=object() if what == "kv-transfer" else None,
     )
