@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
 )
 
 ARCHITECTURES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
@@ -27,6 +33,9 @@ ARCHITECTURES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "ernie4_5": (Ernie4_5Config, Ernie4_5ForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
+    "seed_oss": (SeedOssConfig, SeedOssForCausalLM),
 }
 
 NUM_LAYERS, NUM_KV_HEADS, NUM_Q_HEADS, HEAD_DIM, VOCAB = 4, 4, 8, 32, 512
@@ -42,6 +51,7 @@ def make_checkpoint(architecture: str, path: Path, *, seed: int = 0, **overrides
         "num_attention_heads": NUM_Q_HEADS,
         "num_key_value_heads": NUM_KV_HEADS,
         "head_dim": HEAD_DIM,
+        "attention_multiplier": HEAD_DIM**-0.5,  # Granite's, whose default is 1
         "vocab_size": VOCAB,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,

@@ -19,13 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
 from rlkv_vllm.profile.schema import HeadProfile, Provenance
-from rlkv_vllm.serving.arguments import SCHEDULER
+from rlkv_vllm.serving.arguments import engine_classes
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.request import Request
 
 GREEDY_TOKENS = 100
 
@@ -67,7 +68,7 @@ def engine(model: Path, profile: Path | None = None, **options: Any) -> Iterator
     } | options
     if profile is not None:
         options["additional_config"] = {"rlkv": {"profile": str(profile)}}
-        options["scheduler_cls"] = SCHEDULER  # as `rlkv serve` does
+        options |= engine_classes()  # as `rlkv serve` does
     llm = LLM(str(model), **options)
     try:
         yield llm
@@ -131,6 +132,23 @@ def pool_is_restored(llm: LLM) -> bool:
     )
 
 
+@contextmanager
+def preemptions(llm: LLM) -> Iterator[list[Request]]:
+    """The requests that are preempted meanwhile."""
+    preempted: list[Request] = []
+    preempt = scheduler(llm)._preempt_request
+
+    def recording(request: Request, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request)
+        preempt(request, *args, **kwargs)
+
+    scheduler(llm)._preempt_request = recording
+    try:
+        yield preempted
+    finally:
+        del scheduler(llm)._preempt_request
+
+
 def greedy(max_tokens: int = GREEDY_TOKENS) -> Any:
     """Sampling parameters of all comparisons with the oracle."""
     from vllm import SamplingParams
@@ -141,8 +159,11 @@ def greedy(max_tokens: int = GREEDY_TOKENS) -> Any:
 
 
 def generate(
-    llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int = GREEDY_TOKENS
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int = GREEDY_TOKENS,
+    **more: Any,
 ) -> list[RequestOutput]:
     """Greedy completions with log-probabilities."""
     inputs: Any = [{"prompt_token_ids": list(p)} for p in prompts]
-    return llm.generate(inputs, greedy(max_tokens), use_tqdm=False)
+    return llm.generate(inputs, greedy(max_tokens), use_tqdm=False, **more)

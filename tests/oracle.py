@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ from rlkv_vllm.kernels.reference import head_mask
 
 FullHeads = Sequence[Sequence[int]]
 
-_split: tuple[FullHeads, int, int] = ((), 0, 0)
+_split: tuple[FullHeads, int, int, torch.dtype | None] = ((), 0, 0, None)
+
+
+def truncated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 numbers cut off to an 8-bit type, as vLLM's CPU kernel does for its caches."""
+    info = torch.finfo(dtype)
+    bits = 23 + int(math.log2(info.eps))
+    cut = (x.contiguous().view(torch.int32) >> bits << bits).view(torch.float32)
+    step = info.smallest_normal * info.eps
+    cut = torch.where(x.abs() < info.smallest_normal, torch.trunc(x / step) * step, cut)
+    return cut.clamp(info.min, info.max)
 
 
 def _attention(
@@ -29,8 +40,15 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [B, Q, T, D], key and value [B, H, T, D]; no cache, no padding."""
-    full_heads, sink, window = _split
+    full_heads, sink, window, cache_dtype = _split
     num_kv_heads, length = key.shape[1], query.shape[2]
+    if cache_dtype is not None:
+        is_full_H11 = torch.tensor([h in full_heads[module.layer_idx] for h in range(num_kv_heads)])
+        key, value = (
+            torch.where(is_full_H11[:, None, None], truncated(x, cache_dtype), rounded)
+            for x in (key, value)
+            for rounded in (x.to(cache_dtype).to(x.dtype),)
+        )
     group = query.shape[1] // num_kv_heads
     position = torch.arange(length)
     mask_HTS = head_mask(
@@ -54,11 +72,20 @@ def _model(path: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def logprobs(
-    model: Path, token_ids: Sequence[int], full_heads: FullHeads, sink: int, window: int
+    model: Path,
+    token_ids: Sequence[int],
+    full_heads: FullHeads,
+    sink: int,
+    window: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Log-probabilities ``[tokens, vocabulary]`` of the next token after each position."""
+    """Log-probabilities ``[tokens, vocabulary]`` of the next token after each position.
+
+    Keys and values are rounded to ``cache_dtype`` where one is given: cut off in full heads,
+    to the nearest in streaming heads.
+    """
     global _split
-    _split = (full_heads, sink, window)
+    _split = (full_heads, sink, window, cache_dtype)
     return torch.log_softmax(_model(model)(torch.tensor([list(token_ids)])).logits[0], -1)
 
 
@@ -69,6 +96,7 @@ def count_differences(
     full_heads: FullHeads,
     sink: int,
     window: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> tuple[int, float]:
     """Compare a greedy completion of the engine with the oracle.
 
@@ -80,7 +108,7 @@ def count_differences(
         difference of the chosen tokens' log-probabilities.
     """
     tokens = list(completion.token_ids)
-    expected = logprobs(model, [*prompt, *tokens[:-1]], full_heads, sink, window)
+    expected = logprobs(model, [*prompt, *tokens[:-1]], full_heads, sink, window, cache_dtype)
     expected = expected[len(prompt) - 1 :]
     wrong = sum(a != b for a, b in zip(expected.argmax(-1).tolist(), tokens, strict=True))
     worst = max(

@@ -62,6 +62,9 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, ... [default: vLLM's choice].")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="auto, fp8, fp8_e5m2 [default: the model's own].")
+    ] = None,
     sink: Annotated[int | None, typer.Option(min=0, help="Instead of the profiles'.")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Instead of the profiles'.")] = None,
     memory: Annotated[
@@ -95,7 +98,7 @@ def evaluate(
     from rlkv_vllm.evaluation.served import Sampling, answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
     from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
-    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, WORKER_EXTENSION
+    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, engine_classes
     from rlkv_vllm.serving.progress import quiet_logging
     from rlkv_vllm.tasks import get_task, skip_note
     from rlkv_vllm.testbed import MODEL_NAME, model_source
@@ -104,10 +107,7 @@ def evaluate(
     shares = read_sparsities(sparsity, "--sparsity")
     if not 0 < top_p <= 1:
         raise RlkvError(f"--top-p {top_p:g}: must be above 0 and at most 1")
-    options: dict[str, Any] = {
-        "kv_cache_memory_bytes": parse_size("--memory", memory),
-        "worker_extension_cls": WORKER_EXTENSION,
-    }
+    options: dict[str, Any] = {"kv_cache_memory_bytes": parse_size("--memory", memory)}
     outputs = output or []
     for path in outputs:
         output_format(path)
@@ -129,6 +129,8 @@ def evaluate(
         options["dtype"] = dtype
     if max_model_len is not None:
         options["max_model_len"] = max_model_len
+    if kv_cache_dtype is not None:
+        options["kv_cache_dtype"] = kv_cache_dtype
     candidates = find_candidates(profile or [MODEL_NAME], sink, window)
     splits = plan(candidates, shares)
     source = model_source(model)
@@ -150,7 +152,12 @@ def evaluate(
         typer.echo(note, err=True)
     problems = chosen.problems(n, seed)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed)
-    changing = {"dtype": options.get("dtype"), "max_model_len": max_model_len, "reward": reward}
+    changing = {
+        "dtype": options.get("dtype"),
+        "kv_cache_dtype": kv_cache_dtype,
+        "max_model_len": max_model_len,
+        "reward": reward,
+    }
     settings = (
         sweep.settings_of(fingerprint, source, chosen.name, problems, seed, sampling, changing)
         if outputs
@@ -170,7 +177,7 @@ def evaluate(
     try:
         sweep.run(
             splits,
-            lambda one: answer(source, one, chosen, problems, sampling, options),
+            lambda one: answer(source, one, chosen, problems, sampling, options | engine_classes()),
             record,
             on_row,
         )

@@ -36,7 +36,7 @@ class ExportFormat(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Cache types, named as by vLLM's --dtype."""
+    """Cache types, named as by vLLM's --dtype and --kv-cache-dtype."""
 
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -44,11 +44,12 @@ class Dtype(StrEnum):
     half = "half"
     float32 = "float32"
     float = "float"
+    fp8 = "fp8"
 
     @property
     def num_bytes(self) -> int:
         """Bytes per element. vLLM's auto is 2 bytes: it serves float32 models in bfloat16."""
-        return 4 if self.value in ("float32", "float") else 2
+        return {"float32": 4, "float": 4, "fp8": 1}.get(self.value, 2)
 
 
 @app.command("list")

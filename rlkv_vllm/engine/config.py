@@ -23,7 +23,7 @@ from rlkv_vllm.allocation.forecast import (
 )
 from rlkv_vllm.allocation.groups import CacheGroups
 from rlkv_vllm.engine.compat import block_size_is_the_users
-from rlkv_vllm.engine.support import check_supported
+from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_supported
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import check_matches, fingerprint_from_config
 from rlkv_vllm.profile.lookup import find_profile
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CONFIG_KEY = "rlkv"
+
+FP8_BLOCK_SIZE_MULTIPLE = 32
 
 #: Prompt tokens between two places at which a different prompt with the same
 #: beginning can resume from the prefix cache.
@@ -125,12 +127,14 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
     if config is None:
         return None
     check_supported(vllm_config)
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
     model = vllm_config.model_config
     text_config = model.hf_text_config.to_dict()
     # vLLM knows best what it will run: heads may be implied by the architecture.
     text_config["num_key_value_heads"] = model.get_total_num_kv_heads()
     text_config["head_dim"] = model.get_head_size()
-    return _plan(
+    plan = _plan(
         vllm_config.instance_id,
         config,
         str(model.model),
@@ -139,10 +143,19 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
         vllm_config.parallel_config.tensor_parallel_size,
         _block_sizes(vllm_config),
         _retention_interval(vllm_config, config),
-        model.dtype.itemsize,
+        kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model).itemsize,
         model.max_model_len,
         vllm_config.max_concurrent_batches,
     )
+    window, draft = plan.geometry.window, vllm_config.num_speculative_tokens
+    if draft >= window:
+        # A chunk gets no blocks for what is out of the window at its end: at most a window of it
+        # may be taken back.
+        raise RlkvError(
+            f"--speculative-config with num_speculative_tokens {draft}: a draft must be shorter "
+            f"than the window of the streaming heads, {window} tokens"
+        )
+    return plan
 
 
 def _freeze(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -218,13 +231,18 @@ def _profile_id(name: str) -> str:
 
 def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...]:
     """Block sizes to choose from: the user's, else those that the kernels like."""
+    cache = vllm_config.cache_config
+    # vLLM's CPU kernel reads 8-bit caches by whole vectors of 32 tokens only.
+    is_fp8 = cache.cache_dtype in FP8_CACHE_DTYPES
+    multiple = FP8_BLOCK_SIZE_MULTIPLE if is_fp8 else BLOCK_SIZE_MULTIPLE
     if not block_size_is_the_users(vllm_config):
-        return block_sizes_for(vllm_config.model_config.get_head_size())
-    block_size: int = vllm_config.cache_config.block_size
-    if block_size % BLOCK_SIZE_MULTIPLE:
+        sizes = block_sizes_for(vllm_config.model_config.get_head_size())
+        return tuple(size for size in sizes if size % multiple == 0)
+    block_size: int = cache.block_size
+    if block_size % multiple:
         raise RlkvError(
-            f"--block-size {block_size}: the split cache needs a multiple of "
-            f"{BLOCK_SIZE_MULTIPLE}; 16 or 32 waste least"
+            f"--block-size {block_size}: the split cache needs a multiple of {multiple}"
+            + (" with --kv-cache-dtype fp8" if is_fp8 else "; 16 or 32 waste least")
         )
     return (block_size,)
 

@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from rlkv_vllm.allocation.forecast import BLOCK_SIZE_MULTIPLE
 from rlkv_vllm.engine.config import split_config, split_plan
 from rlkv_vllm.engine.cpu_heads import FullHeads, Heads, RingHeads, SplitMetadata, StreamingHeads
+from rlkv_vllm.engine.cpu_paged import CacheNumber
 from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads
 from rlkv_vllm.engine.split_layer import StepMetadata, register_layer, step_metadata
 from rlkv_vllm.engine.support import check_layer_supported
@@ -174,18 +175,22 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         """Derive from the layer's heads what every step needs."""
         assert self.plan is not None
         assert self.heads is not None
-        self._isa = _get_attn_isa(act_dtype, self.plan.geometry.block_size, self.head_size)
+        self._isa = _get_attn_isa(
+            act_dtype, self.plan.geometry.block_size, self.head_size, self.kv_cache_dtype
+        )
         self._names = [group.metadata_name for group in self.heads.groups]
         self._split = _HeadIndex.of(self.heads, self.num_queries_per_kv)
 
-    def _bind(self, group: HeadGroup) -> Heads:
+    def _bind(self, group: HeadGroup, layer: AttentionLayer) -> Heads:
         assert self.heads is not None
         assert self.plan is not None
         geometry = self.plan.geometry
+        number = CacheNumber(self.kv_cache_dtype, layer._k_scale_float, layer._v_scale_float)
         if group is self.heads.full:
-            return FullHeads(group.view(), self._isa, self.scale)
-        kind = RingHeads if serves(geometry.sink, geometry.window) else StreamingHeads
-        return kind(group.view(), geometry, self.scale)
+            return FullHeads(group.view(), self._isa, self.scale, number)
+        if serves(geometry.sink, geometry.window) and not self.is_fp8_kv_cache:
+            return RingHeads(group.view(), geometry, self.scale)
+        return StreamingHeads(group.view(), geometry, self.scale, number)
 
     def _unbind(self) -> None:
         self._bound = None
@@ -233,7 +238,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             )
         assert self.heads is not None
         if self._bound is None:
-            self._bound = [self._bind(group) for group in self.heads.groups]
+            self._bound = [self._bind(group, layer) for group in self.heads.groups]
         metadata = step_metadata()
         n = attn_metadata.num_actual_tokens
         answer = output

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from rlkv_vllm.engine.cpu_paged import PagedCache, PagedRequests
+from rlkv_vllm.engine.cpu_paged import CacheNumber, PagedCache, PagedRequests
 from rlkv_vllm.engine.split_layer import StepMetadata
 from rlkv_vllm.kernels.ring_tiles import PAGE, Scratch, Tiles, plan_ring_step
 from rlkv_vllm.kernels.streaming import StepPlan, plan_step, streaming_attention
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 #: vLLM's kernel for pages of 16; compiled on every platform.
 _RING_ISA = "vec16"
+
+#: vLLM's names of 8-bit caches, which it keeps as bytes.
+_FP8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass
@@ -57,10 +64,11 @@ class FullHeads:
         blocks: ``[blocks, heads, block_size, 2 * head_dim]``.
         isa: vLLM's kernel for the block size.
         scale: factor on ``q @ k``.
+        number: how a number stands in the cache.
     """
 
-    def __init__(self, blocks: torch.Tensor, isa: str, scale: float) -> None:
-        self._cache = PagedCache(blocks, isa)
+    def __init__(self, blocks: torch.Tensor, isa: str, scale: float, number: CacheNumber) -> None:
+        self._cache = PagedCache(blocks, isa, number)
         self._scale = scale
 
     def attend(
@@ -171,20 +179,26 @@ class RingHeads:
 
 
 class StreamingHeads:
-    """Streaming heads with any sink.
+    """Streaming heads with any sink and any type of cache.
 
     Args:
         blocks: ``[blocks, heads, block_size, 2 * head_dim]``.
         geometry: sizes of the cache.
         scale: factor on ``q @ k``.
+        number: how a number stands in the cache.
     """
 
-    def __init__(self, blocks: torch.Tensor, geometry: CacheGeometry, scale: float) -> None:
+    def __init__(
+        self, blocks: torch.Tensor, geometry: CacheGeometry, scale: float, number: CacheNumber
+    ) -> None:
         num_blocks, num_heads, block_size, content = blocks.shape
         # [heads, slots, 2 * head_dim]: a head's blocks are dense, so slots are rows.
         self._slots = blocks.as_strided(
             (num_heads, num_blocks * block_size, content), (blocks.stride(1), content, 1)
         )
+        if number.dtype in _FP8:
+            self._slots = self._slots.view(_FP8[number.dtype])
+        self._number = number
         self._geometry = geometry
         self._scale = scale
 
@@ -217,4 +231,6 @@ class StreamingHeads:
             value,
             output.view(per_head),
             self._scale,
+            self._number.k_scale,
+            self._number.v_scale,
         )

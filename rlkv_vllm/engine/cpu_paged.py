@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
+
+
+@dataclass(frozen=True)
+class CacheNumber:
+    """How a number stands in the cache.
+
+    Attributes:
+        dtype: as vLLM names it; ``auto``: that of the model.
+        k_scale: what a key in the cache is to be multiplied by.
+        v_scale: the same of a value.
+    """
+
+    dtype: str = "auto"
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    def of_cache(self) -> dict[str, Any]:
+        """Arguments of the operators."""
+        return {"k_scale": self.k_scale, "v_scale": self.v_scale, "kv_cache_dtype": self.dtype}
 
 
 class PagedCache:
@@ -15,12 +35,14 @@ class PagedCache:
     Args:
         pages: ``[pages, heads, page_size, 2 * head_dim]``; a page of a head is dense.
         isa: vLLM's name of the kernel, which is also the layout inside a page.
+        number: how a number stands in it.
     """
 
-    def __init__(self, pages: torch.Tensor, isa: str) -> None:
+    def __init__(self, pages: torch.Tensor, isa: str, number: CacheNumber = CacheNumber()) -> None:
         num_pages, num_heads, page_size, content = pages.shape
         self.pages = pages
         self.isa = isa
+        self.number = number
         self.num_heads = num_heads
         self.head_dim = content // 2
         self.keys, self.values = pages.view(
@@ -35,7 +57,9 @@ class PagedCache:
             value: as ``key``.
             slots: int64, ``page * page_size + place`` of each token; negative: not written.
         """
-        ops.cpu_attn_reshape_and_cache(key, value, self.keys, self.values, slots, self.isa)
+        ops.cpu_attn_reshape_and_cache(
+            key, value, self.keys, self.values, slots, self.isa, **self.number.of_cache()
+        )
 
 
 @dataclass
@@ -80,6 +104,7 @@ class PagedRequests:
                 sliding_window_size=self.window,
                 isa=cache.isa,
                 enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                kv_cache_dtype=cache.number.dtype,
             )
         ops.cpu_attention_with_kv_cache(
             query=query,
@@ -96,4 +121,5 @@ class PagedRequests:
             softcap=0,
             scheduler_metadata=schedule,
             s_aux=None,
+            **cache.number.of_cache(),
         )

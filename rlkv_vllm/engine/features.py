@@ -48,12 +48,18 @@ _SAMPLING = "tests/integration/test_sampling.py"
 _PARITY = "tests/integration/test_parity.py"
 _REFUSALS = "tests/integration/test_refusals.py"
 _TP = "tests/integration/test_tensor_parallel.py"
+_WEIGHTS = "tests/integration/test_weights.py"
 _RING = "tests/unit/test_engine_ring_manager.py"
 _MACHINE = "tests/unit/test_engine_ring_machine.py::test_no_sequence_of_events_breaks_the_rings"
 _FLAG = (f"{_REFUSALS}::test_unsupported_flags",)
 _MODE = (f"{_REFUSALS}::test_unsupported_models_and_modes",)
 _LAYER = (f"{_REFUSALS}::test_unsupported_layers",)
-_SERVER_MODE = ("tests/unit/test_serving_preflight.py::test_modes_without_proof_are_refused",)
+
+
+_CUDA_ONLY = (
+    "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::"
+    "test_what_only_the_cpu_has_shown_is_refused",
+)
 
 
 def _works(name: str, meaning: str, *tests: str) -> Feature:
@@ -113,7 +119,12 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             f"{_SAMPLING}::test_reset_of_the_prefix_cache",
             f"{_SAMPLING}::test_reset_of_the_prefix_cache_while_requests_run",
         ),
-        _unmeasured("`--kv-events-config`", "the events name blocks of each KV cache group"),
+        _works(
+            "`--kv-events-config`",
+            "events by KV cache group: group 0 is the full heads', the others look like sliding "
+            "windows; a reader that routes by prefix takes group 0",
+            f"{_SAMPLING}::test_kv_events_tell_what_is_cached",
+        ),
     ),
     "Scheduling": (
         _works(
@@ -143,7 +154,11 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "random events on vLLM's scheduler against a model of every cache slot",
             _MACHINE,
         ),
-        _unmeasured("`--scheduling-policy priority`", "preempts by the same path as above"),
+        _works(
+            "`--scheduling-policy priority`",
+            "the least urgent request is preempted",
+            f"{_SERVING}::test_preemption_in_a_small_pool",
+        ),
         _refused(
             "head dimensions other than 32, 64, 96, 128, 256 on a GPU",
             "head dimensions other than 32, 64, 96, 128, 256 on a GPU",
@@ -174,12 +189,11 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             f"{_PARITY}::test_compiled_model_equals_the_oracle",
         ),
         _works(
-            "`--dtype float32`, `bfloat16`",
-            "bfloat16 within its rounding",
+            "`--dtype float32`, `bfloat16`, `float16`",
+            "the half ones within their rounding",
             f"{_PARITY}::test_equals_the_oracle",
-            f"{_PARITY}::test_bfloat16_is_the_oracle_within_rounding",
+            f"{_PARITY}::test_half_precision_is_the_oracle_within_rounding",
         ),
-        _unmeasured("`--dtype float16`", ""),
         _works(
             "`--block-size`",
             "multiples of 16; others are refused",
@@ -216,31 +230,55 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             (f"{_REFUSALS}::test_sleep_mode_is_vllms_to_refuse",),
             "vLLM has none there",
         ),
-        _unmeasured("`--enable-sleep-mode` on CUDA", ""),
-        _unmeasured("`vllm bench serve`", "the server is vLLM's own"),
+        _refused(
+            "`--enable-sleep-mode` on CUDA",
+            "--enable-sleep-mode",
+            _CUDA_ONLY,
+            "not shown yet: the views of the heads on the pool would have to survive its sleep",
+        ),
+        _works(
+            "`vllm bench serve`",
+            "from Python on the CPU: the console script of its wheel does not start",
+            "tests/e2e/test_clients.py::test_vllms_own_benchmark",
+        ),
+        _refused(
+            "vLLM's V2 model runner on the CPU",
+            "VLLM_USE_V2_MODEL_RUNNER on the CPU",
+            _MODE,
+            "not shown; vLLM takes it by itself where triton-cpu is installed",
+        ),
     ),
     "Parallelism": (
         _works(
-            "`--tensor-parallel-size 2`",
-            "every rank gets the same number of full heads, give or take one; also a rank "
-            "without full heads",
-            f"{_TP}::test_two_ranks_equal_the_oracle",
+            "`--tensor-parallel-size`",
+            "shown with 2 and 4: every rank gets the same number of full heads, give or take "
+            "one; also ranks without full heads",
+            f"{_TP}::test_ranks_equal_the_oracle",
         ),
-        _unmeasured("`--tensor-parallel-size` 4 and more", ""),
-        _refused("`--pipeline-parallel-size`", "--pipeline-parallel-size > 1", _FLAG),
+        _refused(
+            "`--pipeline-parallel-size`",
+            "--pipeline-parallel-size > 1",
+            _FLAG,
+            "every stage would register the padding of all; stock vLLM 0.32's own pipeline "
+            "fails on the CPU in eager mode",
+        ),
         _refused(
             "`--data-parallel-size`",
             "--data-parallel-size > 1",
-            _SERVER_MODE,
-            "by `rlkv serve`: one HTTP server per engine instead; through vLLM's Python API it "
-            "is let through and not measured",
+            _MODE,
+            "status, forecast and metrics are those of one engine: one server per replica instead",
         ),
         _refused(
             "context parallelism",
             "--decode-context-parallel-size / --prefill-context-parallel-size > 1",
             _MODE,
         ),
-        _unmeasured("`--distributed-executor-backend ray`", ""),
+        _refused(
+            "`--distributed-executor-backend ray`",
+            "--distributed-executor-backend ray",
+            _MODE,
+            "not shown",
+        ),
     ),
     "Requests": (
         _works(
@@ -250,9 +288,11 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         ),
         _works(
             "`seed`",
-            "on the CPU only for prompts of one chunk: with a seed and a chunked prefill stock "
-            "vLLM 0.32 stops with `CPU Generator does not use offset`",
+            "on the CPU with `--worker-cls rlkv_vllm.engine.cpu_worker.SplitCPUWorker`, which "
+            "`rlkv serve` sets: a seed and a chunked prefill end stock vLLM 0.32 with `CPU "
+            "Generator does not use offset`",
             f"{_SAMPLING}::test_a_seed_repeats_its_answer",
+            f"{_SERVING}::test_a_seed_survives_a_chunked_prompt",
         ),
         _works(
             "`logprobs`, `prompt_logprobs`",
@@ -273,7 +313,11 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "tests/e2e/test_server.py::test_right_answers_with_the_reasoning_separated",
             "tests/e2e/test_server.py::test_streaming_says_the_same_in_order",
         ),
-        _unmeasured("`--enable-prompt-embeds`", ""),
+        _works(
+            "`--enable-prompt-embeds`",
+            "embeddings of tokens are answered, and cached, as the tokens are",
+            f"{_SAMPLING}::test_prompt_embeddings",
+        ),
     ),
     "Models": (
         _works(
@@ -281,18 +325,73 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "their architectures with random weights, and the embedded reasoner",
             f"{_PARITY}::test_equals_the_oracle",
         ),
-        _unmeasured("other decoders whose layers are plain attention, all alike", ""),
-        _unmeasured("LoRA (`--enable-lora`)", ""),
-        _unmeasured("quantised weights (`--quantization`)", ""),
+        _works(
+            "other decoders whose layers are plain attention, all alike",
+            "shown with Granite, ERNIE 4.5 and, through vLLM's Transformers backend, Seed-OSS; a "
+            "layer that is not plain is refused when the model is built",
+            f"{_PARITY}::test_equals_the_oracle",
+            f"{_PARITY}::test_a_model_that_vllm_runs_through_transformers",
+            f"{_REFUSALS}::test_layers_unlike_the_others",
+        ),
         _refused(
-            "speculative decoding",
-            "--speculative-config (rejected tokens would have overwritten the ring)",
+            "LoRA (`--enable-lora`)",
+            "--enable-lora",
+            _FLAG,
+            "on the CPU stock vLLM 0.32 gives requests without an adapter the answers of the last "
+            "one when both are in a batch; not shown on a GPU",
+        ),
+        _works(
+            "quantised weights (`--quantization`)",
+            "shown with compressed-tensors W8A8, within its rounding; the split sees keys and "
+            "values after the projections, whatever the scheme",
+            f"{_WEIGHTS}::test_weights_of_8_bits_are_the_oracle_within_rounding",
+        ),
+        _works(
+            "speculative decoding with n-grams (`--speculative-config`)",
+            "on the CPU; drafts shorter than the window",
+            f"{_SAMPLING}::test_rejected_drafts_do_not_disturb_a_ring",
+            f"{_REFUSALS}::test_unsupported_flags",
+        ),
+        _refused(
+            "speculative decoding with a draft model, EAGLE, MTP and others",
+            "--speculative-config with another method than ngram (drafters with a cache of their "
+            "own)",
+            (
+                f"{_REFUSALS}::test_drafters_with_a_cache_of_their_own",
+                f"{_REFUSALS}::test_unsupported_flags",
+            ),
+            "the drafter's layers would need pages of another size in the pool of the heads",
+        ),
+        _refused(
+            "speculative decoding on a GPU",
+            "--speculative-config on a GPU",
+            _CUDA_ONLY,
+            "shown to be exact on the CPU only",
+        ),
+        _works(
+            "8-bit KV cache (`--kv-cache-dtype fp8`, `fp8_e4m3`, `fp8_e5m2`)",
+            "on the CPU (AVX-512): a block is half of bfloat16's; vLLM's "
+            "kernel cuts keys and values of full heads off, ours rounds those of streaming heads; "
+            "blocks of a multiple of 32 tokens",
+            f"{_PARITY}::test_a_cache_of_8_bits_is_the_oracle_with_rounded_keys",
+            "tests/unit/test_kernels_streaming.py::test_a_cache_of_8_bits_holds_rounded_keys",
+        ),
+        _refused(
+            "other quantised KV caches",
+            "--kv-cache-dtype other than the model's own and fp8, fp8_e4m3, fp8_e5m2",
             _FLAG,
         ),
         _refused(
-            "quantised KV cache (`--kv-cache-dtype fp8`)",
-            "--kv-cache-dtype other than the model's own",
-            _FLAG,
+            "8-bit KV cache on a GPU",
+            "--kv-cache-dtype fp8 on a GPU",
+            _CUDA_ONLY,
+            "the Triton kernels read no 8-bit caches",
+        ),
+        _refused(
+            "8-bit KV cache on a CPU that vLLM's kernel does not take",
+            "--kv-cache-dtype fp8 on a CPU without AVX-512, or with head dimensions that are no "
+            "multiple of 32",
+            (f"{_REFUSALS}::test_a_cpu_without_a_cache_of_8_bits",),
         ),
         _refused(
             "KV connectors and offloading (`--kv-transfer-config`, `--kv-offloading-size`)",
@@ -306,6 +405,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "models with sliding-window layers (Gemma 3 style)",
             "models with their own sliding-window layers",
             _MODE,
+            "their layers would need pages of another size in the pool of the heads",
         ),
         _refused("multi-head latent attention", "multi-head latent attention (MLA) models", _MODE),
         _refused("encoder-decoder models", "encoder-decoder models", _MODE),

@@ -11,6 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionImpl
 
 from rlkv_vllm.engine.compat import attention_layer_name
@@ -82,12 +83,15 @@ def register_layer(
     name = attention_layer_name(vllm_config, impl)
     layer = vllm_config.compilation_config.static_forward_context[name]
     cache_dtype = layer.kv_cache_torch_dtype
+    expected_dtype = kv_cache_dtype_str_to_dtype(
+        vllm_config.cache_config.cache_dtype, vllm_config.model_config
+    )
     check_layer_shape(
         layer_class=type(layer).__name__,
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_size,
         expected=(plan.groups.allocation.heads_per_rank, plan.geometry.head_dim),
-        dtypes="" if cache_dtype == act_dtype else f"{act_dtype}, cache {cache_dtype}",
+        dtypes="" if cache_dtype == expected_dtype else f"{act_dtype}, cache {cache_dtype}",
     )
     layer_index = extract_layer_index(name)
     rank = get_tensor_model_parallel_rank()

@@ -18,6 +18,9 @@ MIN_CUDA_CAPABILITY = (8, 0)
 #: Head dimensions that the GPU kernels are tested with.
 CUDA_HEAD_DIMS = (32, 64, 96, 128, 256)
 
+#: 8-bit floats of one scale per layer for keys and one for values.
+FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -67,9 +70,45 @@ def _uses_another_backend(config: VllmConfig) -> bool:
     )
 
 
+def _cache_is_quantised(config: VllmConfig) -> bool:
+    return config.cache_config.cache_dtype in FP8_CACHE_DTYPES
+
+
 def _cache_dtype_differs(config: VllmConfig) -> bool:
-    given = config.cache_config.cache_dtype
-    return given != "auto" and given != str(config.model_config.dtype).removeprefix("torch.")
+    model_dtype = str(config.model_config.dtype).removeprefix("torch.")
+    return config.cache_config.cache_dtype not in ("auto", model_dtype, *FP8_CACHE_DTYPES)
+
+
+def _cpu_has_no_fp8_cache(config: VllmConfig) -> bool:
+    import torch
+    from vllm.platforms import current_platform
+
+    return (
+        _cache_is_quantised(config)
+        and current_platform.is_cpu()
+        and (
+            config.model_config.get_head_size() % 32 != 0
+            or not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
+        )
+    )
+
+
+def _gpu_has_no_fp8_cache(config: VllmConfig) -> bool:
+    from vllm.platforms import current_platform
+
+    return _cache_is_quantised(config) and current_platform.is_cuda()
+
+
+def _speculates_on_a_gpu(config: VllmConfig) -> bool:
+    from vllm.platforms import current_platform
+
+    return config.speculative_config is not None and current_platform.is_cuda()
+
+
+def _runs_v2_on_the_cpu(config: VllmConfig) -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and bool(config.use_v2_model_runner)
 
 
 def _has_sliding_window(config: VllmConfig) -> bool:
@@ -98,6 +137,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "serve the model with plain vLLM",
     ),
     Refusal(
+        "--enable-sleep-mode",
+        lambda c: bool(c.model_config.enable_sleep_mode),
+        "remove the flag",
+    ),
+    Refusal(
         "--enable-dbo, --ubatch-size (micro-batches)",
         lambda c: bool(c.parallel_config.use_ubatching),
         "remove the flag",
@@ -108,6 +152,21 @@ REFUSALS: tuple[Refusal, ...] = (
         "use --tensor-parallel-size",
     ),
     Refusal(
+        "--data-parallel-size > 1",
+        lambda c: c.parallel_config.data_parallel_size > 1,
+        "run one server per replica behind a load balancer",
+    ),
+    Refusal(
+        "--distributed-executor-backend ray",
+        lambda c: c.parallel_config.distributed_executor_backend == "ray",
+        "use mp, vLLM's own processes on one machine",
+    ),
+    Refusal(
+        "VLLM_USE_V2_MODEL_RUNNER on the CPU",
+        _runs_v2_on_the_cpu,
+        "unset the variable",
+    ),
+    Refusal(
         "--decode-context-parallel-size / --prefill-context-parallel-size > 1",
         lambda c: (
             c.parallel_config.decode_context_parallel_size > 1
@@ -116,9 +175,19 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove the flag",
     ),
     Refusal(
-        "--speculative-config (rejected tokens would have overwritten the ring)",
-        lambda c: c.speculative_config is not None,
-        "remove the flag",
+        "--speculative-config with another method than ngram (drafters with a cache of their own)",
+        lambda c: c.speculative_config is not None and c.speculative_config.method != "ngram",
+        'use {"method": "ngram", ...} or remove the flag',
+    ),
+    Refusal(
+        "--speculative-config on a GPU",
+        _speculates_on_a_gpu,
+        "remove the flag: it has been shown to be exact on the CPU only",
+    ),
+    Refusal(
+        "--enable-lora",
+        lambda c: c.lora_config is not None,
+        "merge the adapter into the weights",
     ),
     Refusal(
         "--kv-transfer-config (KV connectors and offloading)",
@@ -126,9 +195,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove the flag",
     ),
     Refusal(
-        "--kv-cache-dtype other than the model's own",
+        "--kv-cache-dtype other than the model's own and fp8, fp8_e4m3, fp8_e5m2",
         _cache_dtype_differs,
         "remove the flag",
+    ),
+    Refusal(
+        "--kv-cache-dtype fp8 on a GPU",
+        _gpu_has_no_fp8_cache,
+        "remove the flag: the Triton kernels read no 8-bit caches",
+    ),
+    Refusal(
+        "--kv-cache-dtype fp8 on a CPU without AVX-512, or with head dimensions that are no "
+        "multiple of 32",
+        _cpu_has_no_fp8_cache,
+        "remove the flag: vLLM's kernel does not take it",
     ),
     Refusal(
         "--kv-sharing-fast-prefill",

@@ -238,36 +238,57 @@ def streaming_attention(
     value: torch.Tensor,
     output: torch.Tensor,
     scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """One layer's streaming heads: write the step's KV, then attend.
 
+    A query sees every key as the cache holds it, also those of its own step: an answer does
+    not depend on how its prompt was cut into chunks.
+
     Args:
         plan: from :func:`plan_step`, of the block table of these heads.
-        cache_HSD: ``[H, slots, 2 * D]`` view on the cache, K then V.
+        cache_HSD: ``[H, slots, 2 * D]`` view on the cache, K then V; of the type of the
+            keys or of 8-bit floats.
         query: ``[N, H, G, D]``.
         key: ``[N, H, D]``.
         value: ``[N, H, D]``.
         output: ``[N, H, G, D]``, written at the rows of the plan's requests.
         scale: factor on ``q @ k``.
+        k_scale: what a key in the cache stands for, a number that it is to be multiplied by.
+        v_scale: the same of a value.
     """
-    kv_HND = torch.cat([key, value], dim=-1).transpose(0, 1)
+    if cache_HSD.dtype == key.dtype:
+        kv_HND = torch.cat([key, value], dim=-1).transpose(0, 1)
+        writable = cache_HSD
+    else:
+        most = torch.finfo(cache_HSD.dtype).max
+        scaled = torch.cat([key / k_scale, value / v_scale], dim=-1).clamp(-most, most)
+        kv_HND = scaled.transpose(0, 1).to(cache_HSD.dtype)
+        writable = cache_HSD.view(torch.uint8)  # torch copies no 8-bit floats by index
     written = kv_HND if plan.write_rows is None else kv_HND[:, plan.write_rows]
-    cache_HSD.index_copy_(1, plan.write_slots, written)
+    writable.index_copy_(1, plan.write_slots, written.view(writable.dtype))
+    scales = (scale * k_scale, v_scale)
     if plan.decode is not None:
-        _decode(plan.decode, cache_HSD, query, output, scale)
+        _decode(plan.decode, cache_HSD, query, output, scales)
     if plan.prefill is not None:
-        _prefill(plan.prefill, cache_HSD, kv_HND, query, output, scale)
+        _prefill(plan.prefill, cache_HSD, kv_HND, query, output, scales)
 
 
 def _attend(
-    q: torch.Tensor, kv: torch.Tensor, visible: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    visible: torch.Tensor | None,
+    scales: tuple[float, float],
 ) -> torch.Tensor:
     """q [..., G*T, D], kv [..., S, 2D], visible broadcastable to [..., G*T, S]; float32."""
     d = q.shape[-1]
-    scores = torch.matmul(q, kv[..., :d].transpose(-1, -2)).mul_(scale)
+    on_scores, on_values = scales
+    scores = torch.matmul(q, kv[..., :d].transpose(-1, -2)).mul_(on_scores)
     if visible is not None:
         scores.masked_fill_(~visible, float("-inf"))
-    return torch.matmul(scores.softmax(-1), kv[..., d:])
+    out = torch.matmul(scores.softmax(-1), kv[..., d:])
+    return out if on_values == 1 else out.mul_(on_values)
 
 
 def _decode(
@@ -275,14 +296,14 @@ def _decode(
     cache_HSD: torch.Tensor,
     query: torch.Tensor,
     output: torch.Tensor,
-    scale: float,
+    scales: tuple[float, float],
 ) -> None:
     _, num_heads, _group, d = query.shape
     num_requests = len(index.rows_R)
     kv = cache_HSD.index_select(1, index.slots_RK).float()
     kv_HRKD = kv.view(num_heads, num_requests, -1, 2 * d)
     q_HRGD = query.index_select(0, index.rows_R).float().transpose(0, 1)
-    out_HRGD = _attend(q_HRGD, kv_HRKD, index.visible_R1K, scale)
+    out_HRGD = _attend(q_HRGD, kv_HRKD, index.visible_R1K, scales)
     output.index_copy_(0, index.rows_R, out_HRGD.transpose(0, 1).to(output.dtype))
 
 
@@ -292,7 +313,7 @@ def _prefill(
     kv_HND: torch.Tensor,
     query: torch.Tensor,
     output: torch.Tensor,
-    scale: float,
+    scales: tuple[float, float],
 ) -> None:
     _, num_heads, group, d = query.shape
     num_tiles, tile = index.rows_PT.shape
@@ -309,7 +330,7 @@ def _prefill(
         q = query.index_select(0, index.rows_PT[a:b].reshape(-1)).float()
         q_HPGTD = q.view(b - a, tile, num_heads, group, d).permute(2, 0, 3, 1, 4)
         visible = index.visible_PTS[a:b].repeat(1, group, 1)
-        o = _attend(q_HPGTD.reshape(num_heads, b - a, group * tile, d), kv_HPSD, visible, scale)
+        o = _attend(q_HPGTD.reshape(num_heads, b - a, group * tile, d), kv_HPSD, visible, scales)
         out[a:b] = o.view(num_heads, b - a, group, tile, d).permute(1, 3, 0, 2, 4).to(out.dtype)
     flat = out.view(num_tiles * tile, num_heads, group, d)
     output.index_copy_(0, index.out_rows, flat.index_select(0, index.out_index))

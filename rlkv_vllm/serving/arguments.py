@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WORKER_EXTENSION = "rlkv_vllm.engine.worker_extension.RlkvWorkerExtension"
 SCHEDULER = "rlkv_vllm.engine.scheduler.SplitScheduler"
+CPU_WORKER = "rlkv_vllm.engine.cpu_worker.SplitCPUWorker"
 
 #: How the embedded reasoner is served where the user says nothing: in the
 #: precision it was measured in (vLLM's "auto" makes bfloat16 of float32), and
@@ -150,12 +151,20 @@ def _server_parser() -> FlexibleArgumentParser:
     return parser
 
 
+def engine_classes() -> dict[str, str]:
+    """The classes that take places of vLLM's, by the name of vLLM's setting."""
+    from vllm.platforms import current_platform
+
+    classes = {"worker_extension_cls": WORKER_EXTENSION, "scheduler_cls": SCHEDULER}
+    return classes | ({"worker_cls": CPU_WORKER} if current_platform.is_cpu() else {})
+
+
 def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
     """Put the split configuration where vLLM hands it to every process.
 
     Args:
-        args: parsed flags; ``additional_config``, ``worker_extension_cls`` and
-            ``scheduler_cls`` are set.
+        args: parsed flags; ``additional_config`` and those of :func:`engine_classes`
+            are set.
         split: ``additional_config["rlkv"]``.
 
     Raises:
@@ -172,10 +181,9 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
             "--additional-config already has an entry 'rlkv': with `rlkv serve` say it with "
             "--profile, --sparsity, --sink and --window, and remove the entry"
         )
-    ours = {"worker_extension_cls": WORKER_EXTENSION, "scheduler_cls": SCHEDULER}
-    for name, value in ours.items():
+    for name, value in engine_classes().items():
         given = getattr(args, name)
-        if given not in ("", None, value):
+        if given not in ("", "auto", None, value):
             raise RlkvError(
                 f"--{name.replace('_', '-')} {given}: the split cache needs this place for "
                 f"{value}: remove the flag"

@@ -171,6 +171,7 @@ def _embedded_model() -> str:
         additional_config=None,
         worker_extension_cls="",
         scheduler_cls=None,
+        worker_cls="auto",
     )
     add_split(wanted, preflight.split_options(wanted))
     config = AsyncEngineArgs(

@@ -84,7 +84,6 @@ SERVER_REFUSALS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "--headless": lambda args: args.headless,
     "--grpc": lambda args: args.grpc,
     "--grpc-port": lambda args: args.grpc_port is not None,
-    "--data-parallel-size > 1": lambda args: args.data_parallel_size > 1,
     "--data-parallel-multi-port-external-lb": lambda args: (
         args.data_parallel_multi_port_external_lb
     ),

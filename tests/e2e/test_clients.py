@@ -5,13 +5,19 @@ The official client is used by all other tests.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import litellm
 import pytest
 from langchain_openai import ChatOpenAI
 
+from rlkv_vllm.testbed import model_dir
 from rlkv_vllm.testbed.problems import ReasonedProblem
 from tests.e2e.asking import is_right, problems
-from tests.e2e.server import KEY, Server
+from tests.e2e.server import KEY, Server, environment, metric
 
 #: Of litellm's own types.
 pytestmark = pytest.mark.filterwarnings("ignore:.*ReadOnly.*:UserWarning")
@@ -83,3 +89,41 @@ def test_langchain_hands_the_reasoning_on_in_responses_mode(
     (block,) = (block for block in message.content if block["type"] == "reasoning")
     assert len(block["content"][0]["text"].split()) > 20
     assert message.usage_metadata["output_tokens"] > 20
+
+
+#: `vllm bench serve`; the console script of the CPU wheel does not start.
+_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
+def test_vllms_own_benchmark(server: Server, tmp_path: Path) -> None:
+    flags = {
+        "--base-url": server.url,
+        "--model": "embedded",
+        "--tokenizer": str(model_dir()),
+        "--dataset-name": "random",
+        "--num-prompts": "6",
+        "--random-input-len": "100",
+        "--random-output-len": "30",
+        "--result-dir": str(tmp_path),
+        "--result-filename": "result.json",
+    }
+    before = metric(server, "vllm:generation_tokens_total")
+    subprocess.run(
+        [
+            *(sys.executable, "-c", _BENCH, "--ignore-eos", "--save-result", "--disable-tqdm"),
+            *(word for pair in flags.items() for word in pair),
+        ],
+        env=environment(OPENAI_API_KEY=KEY),
+        check=True,
+        timeout=180,
+    )
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["failed"]) == (6, 0)
+    assert result["total_output_tokens"] == 6 * 30
+    assert metric(server, "vllm:generation_tokens_total") - before >= 6 * 30

@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -365,3 +365,21 @@ class TestChoiceOfBackend:
         monkeypatch.setattr(self.gpu, "capability", DeviceCapability(7, 5))
         with pytest.raises(RlkvError, match=r"compute capability 8\.0"):
             check_supported(configured)
+
+    def test_what_only_the_cpu_has_shown_is_refused(
+        self, configured: VllmConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for place, name, value, words in (
+            (configured.model_config, "enable_sleep_mode", True, "--enable-sleep-mode"),
+            (configured.cache_config, "cache_dtype", "fp8", "--kv-cache-dtype fp8 on a GPU"),
+            (
+                configured,
+                "speculative_config",
+                SimpleNamespace(method="ngram"),
+                "--speculative-config on a GPU",
+            ),
+        ):
+            with monkeypatch.context() as one:
+                one.setattr(place, name, value)
+                with pytest.raises(RlkvError, match=words):
+                    check_supported(configured)

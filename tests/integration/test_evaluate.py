@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlkv_vllm.evaluation import masked
 from rlkv_vllm.evaluation.served import Sampling, answer
 from rlkv_vllm.evaluation.splits import find_candidates, plan
-from rlkv_vllm.serving.arguments import WORKER_EXTENSION
+from rlkv_vllm.serving.arguments import engine_classes
 from rlkv_vllm.tasks import get_task
 from rlkv_vllm.testbed import model_dir
 from tests.engines import EngineCache
@@ -34,7 +34,7 @@ def test_served_answers_are_those_of_the_masked_model(engines: EngineCache) -> N
                 "dtype": "float32",
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": 64 << 20,
-                "worker_extension_cls": WORKER_EXTENSION,
+                **engine_classes(),
             },
         )
     finally:

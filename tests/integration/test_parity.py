@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rlkv_vllm.engine.config import split_plan
 from tests.checkpoints import NUM_KV_HEADS, NUM_LAYERS
 from tests.engines import EngineCache, generate, pool_is_restored
 from tests.integration.conftest import random_prompt
-from tests.oracle import count_differences
+from tests.oracle import count_differences, logprobs
 
 #: Layers with some, without any, with all, and with one full head.
 UNEVEN = ((0, 1), (), (0, 1, 2, 3), (2,))
@@ -37,6 +39,8 @@ PROMPT_LENGTHS = (17, 50, 64, 65, 200, 700, 1000)
         ("qwen2", 32, 20, 64, UNEVEN),
         ("mistral", 16, 20, 64, UNEVEN),
         ("mistral", 32, 0, 33, UNEVEN),
+        ("granite", 32, 20, 33, UNEVEN),
+        ("ernie4_5", 16, 16, 64, UNEVEN),
     ],
 )
 def test_equals_the_oracle(
@@ -60,6 +64,23 @@ def test_equals_the_oracle(
     assert pool_is_restored(llm)
 
 
+def test_a_model_that_vllm_runs_through_transformers(
+    checkpoint: Callable[[str], Path], profile_of: Callable[..., Path], engines: EngineCache
+) -> None:
+    model = checkpoint("seed_oss")
+    expected = [random_prompt(n, 4) for n in (17, 150)]
+    # Before the engine starts: it changes the class of the model that the oracle runs.
+    for _ in range(20):
+        for tokens in expected:
+            tokens.append(int(logprobs(model, tokens, UNEVEN, 16, 64)[-1].argmax()))
+    llm = engines.get(model, profile_of(model, UNEVEN, sink=16, window=64))
+    outputs = generate(llm, [tokens[:-20] for tokens in expected], 20)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        tokens[-20:] for tokens in expected
+    ]
+    assert pool_is_restored(llm)
+
+
 def test_compiled_model_equals_the_oracle(
     checkpoint: Callable[[str], Path],
     profile_of: Callable[..., Path],
@@ -78,14 +99,16 @@ def test_compiled_model_equals_the_oracle(
         assert worst < 1e-4
 
 
-def test_bfloat16_is_the_oracle_within_rounding(
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_the_oracle_within_rounding(
+    dtype: str,
     checkpoint: Callable[[str], Path],
     profile_of: Callable[..., Path],
     engines: EngineCache,
 ) -> None:
     model = checkpoint("llama")
     profile = profile_of(model, UNEVEN, sink=16, window=64)
-    llm = engines.get(model, profile, dtype="bfloat16")
+    llm = engines.get(model, profile, dtype=dtype)
     prompts = [random_prompt(n, 5) for n in PROMPT_LENGTHS]
     worst = [
         count_differences(model, prompt, output.outputs[0], UNEVEN, 16, 64)[1]
@@ -98,6 +121,48 @@ def test_bfloat16_is_the_oracle_within_rounding(
     assert max(worst) < 0.1
     # Another mask is much further away than rounding.
     assert max(other) > 5 * max(worst)
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "rounding"),
+    [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)],
+)
+def test_a_cache_of_8_bits_is_the_oracle_with_rounded_keys(
+    cache_dtype: str,
+    rounding: torch.dtype,
+    checkpoint: Callable[[str], Path],
+    profile_of: Callable[..., Path],
+    engines: EngineCache,
+) -> None:
+    """In chunks, and again from the prefix cache: each sees the same rounded keys."""
+    model = checkpoint("qwen3")
+    profile = profile_of(model, UNEVEN, sink=16, window=64)
+    llm = engines.get(
+        model,
+        profile,
+        kv_cache_dtype=cache_dtype,
+        max_num_batched_tokens=300,
+        enable_prefix_caching=True,
+    )
+    assert split_plan(llm.llm_engine.vllm_config).geometry.dtype_bytes == 1
+    prompts = [random_prompt(n, 0) for n in (17, 64, 200, 700)]
+    outputs = generate(llm, prompts, 40)
+    again = generate(llm, prompts, 40)
+    assert [o.num_cached_tokens for o in again] == [(len(p) - 1) // 32 * 32 for p in prompts]
+    assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
+    assert pool_is_restored(llm)
+
+    def worst(heads: tuple[tuple[int, ...], ...], dtype: torch.dtype | None) -> float:
+        return max(
+            count_differences(model, prompt, output.outputs[0], heads, 16, 64, dtype)[1]
+            for prompt, output in zip(prompts, outputs, strict=True)
+        )
+
+    # A key that differs in its last bit may be rounded to another 8-bit number.
+    right = worst(UNEVEN, rounding)
+    assert right < 0.1
+    assert worst(UNEVEN, None) > 5 * right
+    assert worst(ALL_FULL, rounding) > 5 * right
 
 
 _STOCK = """
@@ -144,9 +209,9 @@ def test_all_full_profile_and_idle_plugin_equal_stock_vllm(
     all_full = profile_of(model, ALL_FULL, sink=16, window=64)
     for profile in (None, all_full):
         llm = engines.get(model, profile, block_size=block_size)
-        for (tokens, logprobs), output in zip(expected, generate(llm, prompts), strict=True):
+        for (tokens, stocks), output in zip(expected, generate(llm, prompts), strict=True):
             completion = output.outputs[0]
             assert list(completion.token_ids) == tokens
             ours = [p[t].logprob for p, t in zip(completion.logprobs, tokens, strict=True)]
-            assert ours == logprobs
+            assert ours == stocks
         assert pool_is_restored(llm)

@@ -70,15 +70,21 @@ def test_sink_window_and_sparsity_override_the_profile(model: Path, profile: Pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype other than"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
-            "--speculative-config",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 64}},
+            "num_speculative_tokens 64: a draft must be shorter than the window",
+        ),
+        (
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 3}},
+            "another method than ngram",
         ),
         ({"block_size": 24}, "--block-size 24"),
+        ({"block_size": 48, "kv_cache_dtype": "fp8"}, "--block-size 48.* multiple of 32"),
         ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype"),
+        ({"enable_lora": True}, "--enable-lora"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"kv_offloading_size": 1}, "--kv-transfer-config"),
     ],
@@ -88,6 +94,25 @@ def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, pro
     with pytest.raises(RlkvError, match=words) as error:
         split_plan(vllm_config)
     assert "\n" not in str(error.value)
+
+
+def test_a_cpu_without_a_cache_of_8_bits(
+    model: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_config = config(model, {"profile": str(profile)}, kv_cache_dtype="fp8")
+    plan = split_plan(vllm_config)
+    assert plan is not None
+    assert (plan.geometry.dtype_bytes, plan.geometry.block_size % 32) == (1, 0)
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    with pytest.raises(RlkvError, match="without AVX-512"):
+        split_plan(vllm_config)
+
+
+def test_drafters_with_a_cache_of_their_own(model: Path, profile: Path) -> None:
+    draft = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 3}
+    with pytest.raises(RlkvError, match="another method than ngram"):
+        split_plan(config(model, {"profile": str(profile)}, speculative_config=draft))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +128,9 @@ def test_unsupported_flags(options: dict[str, Any], words: str, model: Path, pro
         "sliding-window",
         "--max-model-len auto",
         "micro-batches",
+        "--data-parallel-size",
+        "ray",
+        "VLLM_USE_V2_MODEL_RUNNER",
     ],
 )
 def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> None:
@@ -115,6 +143,7 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         "is_hybrid": what == "state-space",
         "is_attention_free": False,
         "use_mla": what == "MLA",
+        "enable_sleep_mode": False,
         "original_max_model_len": -1 if what == "--max-model-len auto" else 1024,
         "dtype": real.model_config.dtype,
         "runner_type": "pooling" if what == "pooling" else "generate",
@@ -127,6 +156,8 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         prefill_context_parallel_size=1,
         decode_context_parallel_size=2 if what == "context-parallel" else 1,
         use_ubatching=what == "micro-batches",
+        data_parallel_size=2 if what == "--data-parallel-size" else 1,
+        distributed_executor_backend="ray" if what == "ray" else "mp",
     )
     fake: Any = SimpleNamespace(
         model_config=SimpleNamespace(**flags),
@@ -134,6 +165,8 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         cache_config=real.cache_config,
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
+        lora_config=None,
+        use_v2_model_runner=what == "VLLM_USE_V2_MODEL_RUNNER",
         kv_transfer_config=object() if what == "kv-transfer" else None,
     )
     with pytest.raises(RlkvError, match=what):

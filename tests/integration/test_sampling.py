@@ -6,21 +6,29 @@ masks and penalties: the oracle's at every position of every completion.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
+from vllm.config.kv_events import KVEventsConfig
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.testbed import MODEL_NAME, model_dir
 from rlkv_vllm.testbed.problems import FAMILIES, make_problems
 from tests import oracle
-from tests.engines import EngineCache, pool_is_restored, scheduler
+from tests.engines import EngineCache, block_pool, pool_is_restored, scheduler
 
 SPARSITY, END = 0.5, 3  # <|end|>
 BLOCKS = 150
@@ -49,6 +57,8 @@ def llm(profile_path: Path, engines: EngineCache) -> LLM:
         num_gpu_blocks_override=BLOCKS,
         max_model_len=1024,
         block_size=16,
+        enable_prompt_embeds=True,
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
     assert llm.reset_prefix_cache()
     return llm
@@ -265,6 +275,52 @@ def test_eviction_and_refill(llm: LLM, expected: Expected) -> None:
     assert answers == [answers[0]] * 4
 
 
+def test_kv_events_tell_what_is_cached(
+    llm: LLM, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader of the events knows the prefix cache, group by group, block by block."""
+    batches: list[Any] = []
+    monkeypatch.setattr(scheduler(llm).kv_event_publisher, "publish", batches.append)
+    others = [[4 + (n * 31 + i * 7) % 300 for i in range(500)] for n in range(BLOCKS // 31)]
+    for prompts in ([prompt(llm, n) for n in range(4)], others, [prompt(llm, 0)]):
+        ask(llm, prompts, greedy(max_tokens=40, ignore_eos=True))
+    known: Counter[tuple[int, Any]] = Counter()
+    removed = 0
+    for event in (event for batch in batches for event in batch.events):
+        if isinstance(event, AllBlocksCleared):
+            known.clear()
+        elif isinstance(event, BlockStored):
+            kind = "full_attention" if event.group_idx == 0 else "sliding_window"
+            assert event.kv_cache_spec_kind == kind
+            known.update((event.group_idx, block) for block in event.block_hashes)
+        elif isinstance(event, BlockRemoved):
+            removed += len(event.block_hashes)
+            known.subtract((event.group_idx, block) for block in event.block_hashes)
+    cached = {
+        (get_group_id(key), maybe_convert_block_hash(get_block_hash(key)))
+        for key in block_pool(llm).cached_block_hash_to_block._cache
+    }
+    assert removed
+    assert {group for group, _ in cached} == set(
+        range(len(scheduler(llm).kv_cache_config.kv_cache_groups))
+    )
+    assert set(+known) == cached
+
+
+def test_prompt_embeddings(llm: LLM, expected: Expected) -> None:
+    """The embeddings of a prompt's tokens are answered as the tokens are."""
+    question = prompt(llm, 1)
+    table = load_file(model_dir() / "model.safetensors")["model.embed_tokens.weight"].float()
+    for _ in range(2):
+        output = llm.generate(
+            {"prompt_embeds": table[question]}, greedy(max_tokens=60), use_tqdm=False
+        )[0]
+        rows = assert_logprobs_are_the_oracles(expected, question, output.outputs[0])
+        assert rows.argmax(-1).tolist() == list(output.outputs[0].token_ids)
+    assert output.num_cached_tokens == (len(question) - 1) // 16 * 16
+    assert pool_is_restored(llm)
+
+
 def test_reset_of_the_prefix_cache(llm: LLM, expected: Expected) -> None:
     question = prompt(llm, 1)
     cached = []
@@ -291,3 +347,65 @@ def test_reset_of_the_prefix_cache_while_requests_run(llm: LLM, expected: Expect
     rows = assert_logprobs_are_the_oracles(expected, question, done[0].outputs[0])
     assert rows.argmax(-1).tolist() == list(done[0].outputs[0].token_ids)
     assert pool_is_restored(llm)
+
+
+#: A process of its own: where numba is imported, as for n-grams, vLLM starts no second engine.
+_DRAFTS = """
+import json, sys
+from pathlib import Path
+from tests.engines import engine, generate, pool_is_restored, preemptions, scheduler
+model, profile, options, waves = json.loads(sys.stdin.read())
+with engine(Path(model), Path(profile), **options) as llm:
+    drafts, count = [], scheduler(llm).make_spec_decoding_stats
+    def counting(*args, **kwargs):
+        drafts.append([kwargs["num_draft_tokens"], kwargs["num_accepted_tokens"]])
+        return count(*args, **kwargs)
+    scheduler(llm).make_spec_decoding_stats = counting
+    with preemptions(llm) as preempted:
+        outputs = [output for wave in waves for output in generate(llm, wave)]
+    print("RESULT", json.dumps({
+        "drafts": drafts, "preempted": len(preempted), "restored": pool_is_restored(llm),
+        "cached": [output.num_cached_tokens for output in outputs],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+    }))
+"""
+
+
+def test_rejected_drafts_do_not_disturb_a_ring(
+    llm: LLM, profile_path: Path, expected: Expected
+) -> None:
+    """Speculative decoding with n-grams, in chunks, from the prefix cache, with preemptions."""
+    asked = [prompt(llm, n) for n in range(12)]
+    options = {
+        "enable_prefix_caching": True,
+        "num_gpu_blocks_override": 100,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 100,
+        "block_size": 16,
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 5,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _DRAFTS],
+        input=json.dumps([str(model_dir()), str(profile_path), options, [asked, asked[-1:]]]),
+        cwd=Path(__file__).parents[2],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    drafted, accepted = map(sum, zip(*result["drafts"], strict=True))
+    assert accepted > 200
+    assert drafted - accepted > 200
+    assert result["preempted"]
+    assert result["cached"][-1]
+    assert result["restored"]
+    for question, tokens in zip([*asked, asked[-1]], result["tokens"], strict=True):
+        rows = expected([*question, *tokens[:-1]])[len(question) - 1 :]
+        assert rows.argmax(-1).tolist() == tokens

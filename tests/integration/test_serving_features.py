@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from vllm import LLM
+import torch
+from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
 
 from rlkv_vllm.engine.scheduler import BlockUse
-from tests.engines import EngineCache, generate, greedy, pool_is_restored, scheduler
+from tests.engines import EngineCache, generate, greedy, pool_is_restored, preemptions, scheduler
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import ALL_STREAMING, PROMPT_LENGTHS, UNEVEN
-from tests.oracle import count_differences
+from tests.oracle import count_differences, logprobs
 
 SINK, WINDOW, BLOCK = 16, 64, 16
 RETENTION = 256
@@ -49,6 +51,26 @@ def test_chunked_prefill(chunk: int, model: Path, profile: Path, engines: Engine
     )
     prompts = [random_prompt(n, 2) for n in PROMPT_LENGTHS]
     assert_exact(model, prompts, generate(llm, prompts))
+    assert pool_is_restored(llm)
+
+
+def test_a_seed_survives_a_chunked_prompt(model: Path, profile: Path, engines: EngineCache) -> None:
+    """Drawn from the oracle's logits by vLLM's sampler, with the first draws of the seed."""
+    llm = engines.get(
+        model, profile, block_size=BLOCK, max_num_batched_tokens=100, enable_chunked_prefill=True
+    )
+    # Chunks of their own, and of what the others leave of a step.
+    prompts = [random_prompt(n, 2) for n in (700, 17, 200)]
+    inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+    params = [SamplingParams(seed=n, max_tokens=40, detokenize=False) for n in range(3)]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    for seed, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        tokens = list(output.outputs[0].token_ids)
+        rows = logprobs(model, [*prompt, *tokens[:-1]], UNEVEN, SINK, WINDOW)[len(prompt) - 1 :]
+        generator = torch.Generator().manual_seed(seed)
+        draws = [torch.randint(0, 2**31, (1,), generator=generator) for _ in tokens]
+        expected = torch.ops._C.fused_gumbel_argmax(rows.contiguous(), torch.cat(draws))
+        assert tokens == expected.tolist()
     assert pool_is_restored(llm)
 
 
@@ -96,9 +118,11 @@ class TestPrefixCaching:
         assert pool_is_restored(llm)
 
 
-@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize(
+    ("caching", "policy"), [(False, "fcfs"), (True, "fcfs"), (True, "priority")]
+)
 def test_preemption_in_a_small_pool(
-    caching: bool, model: Path, profile: Path, engines: EngineCache
+    caching: bool, policy: str, model: Path, profile: Path, engines: EngineCache
 ) -> None:
     llm = engines.get(
         model,
@@ -107,16 +131,15 @@ def test_preemption_in_a_small_pool(
         num_gpu_blocks_override=150,
         enable_prefix_caching=caching,
         max_model_len=1024,
+        scheduling_policy=policy,
     )
     prompts = [random_prompt(40 + 13 * n, 8) for n in range(30)]
-    preempted = []
-    preempt = scheduler(llm)._preempt_request
-    scheduler(llm)._preempt_request = lambda *a, **k: (preempted.append(a), preempt(*a, **k))[1]
-    try:
-        outputs = generate(llm, prompts, 150)
-    finally:
-        del scheduler(llm)._preempt_request
+    # The last come first, and the longest: by order of arrival they would be driven out.
+    urgency = [-(n // 27) for n in range(30)] if policy == "priority" else None
+    with preemptions(llm) as preempted:
+        outputs = generate(llm, prompts, 150, priority=urgency)
     assert len(preempted) >= 3, "the pool was large enough: nothing was tested"
+    assert {request.priority for request in preempted} == {0}
     assert_exact(model, prompts, outputs)
     assert pool_is_restored(llm)
 
@@ -181,11 +204,9 @@ def test_two_steps_in_flight(
     shared = random_prompt(300, 9)
     prompts = [random_prompt(40 + 13 * n, 8) for n in range(12)]
     prompts += [shared + random_prompt(20 + n, n) for n in range(3)]
-    preempted = []
-    preempt = scheduler(llm)._preempt_request
-    scheduler(llm)._preempt_request = lambda *a, **k: (preempted.append(a), preempt(*a, **k))[1]
     try:
-        outputs = generate(llm, prompts, 60)
+        with preemptions(llm) as preempted:
+            outputs = generate(llm, prompts, 60)
         assert pool_is_restored(llm)
     finally:
         engines.close()

@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks answer what one does."""
+"""Several tensor-parallel ranks answer what one does."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from tests.oracle import count_differences
 _ENGINE = """
 import json, sys
 from vllm import LLM, SamplingParams
+from rlkv_vllm.serving.arguments import engine_classes
 if __name__ == "__main__":
-    model, profile, prompts = json.loads(sys.stdin.read())
+    model, profile, ranks, prompts = json.loads(sys.stdin.read())
     llm = LLM(
         model, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=1024,
-        tensor_parallel_size=2, kv_cache_memory_bytes=32 << 20, block_size=16,
+        tensor_parallel_size=ranks, kv_cache_memory_bytes=32 << 20, block_size=16,
         additional_config={"rlkv": {"profile": profile}},
-        worker_extension_cls="rlkv_vllm.engine.worker_extension.RlkvWorkerExtension",
+        **engine_classes(),
     )
     params = SamplingParams(
         temperature=0, max_tokens=100, logprobs=1, ignore_eos=True, detokenize=False
@@ -43,12 +44,14 @@ if __name__ == "__main__":
 """
 
 
-def two_ranks(folder: Path, model: Path, profile: Path, prompts: list[list[int]]) -> Any:
+def served_by(
+    ranks: int, folder: Path, model: Path, profile: Path, prompts: list[list[int]]
+) -> Any:
     script = folder / "engine.py"  # vLLM starts its workers from a file
     script.write_text(_ENGINE)
     done = subprocess.run(
         [sys.executable, str(script)],
-        input=json.dumps([str(model), str(profile), prompts]),
+        input=json.dumps([str(model), str(profile), ranks, prompts]),
         env=os.environ
         | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         text=True,
@@ -62,9 +65,12 @@ def two_ranks(folder: Path, model: Path, profile: Path, prompts: list[list[int]]
 
 
 @pytest.mark.parametrize(
-    "full_heads", [UNEVEN, ((), (), (1,), ())], ids=["uneven", "a rank without full heads"]
+    ("ranks", "full_heads"),
+    [(2, UNEVEN), (4, ((), (), (1,), ()))],
+    ids=["two ranks", "four ranks, three without full heads"],
 )
-def test_two_ranks_equal_the_oracle(
+def test_ranks_equal_the_oracle(
+    ranks: int,
     full_heads: tuple[tuple[int, ...], ...],
     tmp_path: Path,
     checkpoint: Callable[[str], Path],
@@ -74,11 +80,13 @@ def test_two_ranks_equal_the_oracle(
     path = profile_of(model, full_heads, sink=16, window=64)
     profile = load_profile(path)
     assert profile.recommended_sparsity is not None
-    allocation = allocate(profile.gates, profile.recommended_sparsity, 2)
+    allocation = allocate(profile.gates, profile.recommended_sparsity, ranks)
     prompts = [random_prompt(n, 11) for n in (17, 200, 700)]
-    reports, completions = two_ranks(tmp_path, model, path, prompts)
-    assert [report["active"] for report in reports] == [True, True]
-    assert [r["full_head_caches"] for r in reports] == [allocation.num_full_on(r) for r in (0, 1)]
+    reports, completions = served_by(ranks, tmp_path, model, path, prompts)
+    assert [report["active"] for report in reports] == [True] * ranks
+    assert [r["full_head_caches"] for r in reports] == [
+        allocation.num_full_on(r) for r in range(ranks)
+    ]
     for prompt, (tokens, logprobs) in zip(prompts, completions, strict=True):
         completion = SimpleNamespace(
             token_ids=tokens,

@@ -204,6 +204,7 @@ def test_profiles_that_split_alike_are_measured_once(engine: FakeEngine) -> None
         (["--temperature", "1"], "temperature"),
         (["--task", "chain"], "task"),
         (["--dtype", "bfloat16"], "dtype null there"),
+        (["--kv-cache-dtype", "fp8"], "kv_cache_dtype null there"),
     ],
 )
 def test_other_settings_are_not_mixed(more: list[str], words: str, engine: FakeEngine) -> None:

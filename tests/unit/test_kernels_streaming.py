@@ -185,3 +185,38 @@ def test_bfloat16_inputs_are_computed_in_float32(requests: list[tuple[int, int]]
         dtype=torch.bfloat16,
     )
     torch.testing.assert_close(step.run(), step.expected(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_cache_of_8_bits_holds_rounded_keys(dtype: torch.dtype) -> None:
+    """Also of the step's own tokens; what is too large for the type becomes its largest number."""
+    head_dim, k_scale, v_scale = 32, 0.5, 2.0
+    step = Step(
+        [(0, 70), (200, 1), (90, 40), (17, 5)],
+        sink=4,
+        window=33,
+        block_size=16,
+        num_heads=2,
+        group=2,
+        head_dim=head_dim,
+    )
+    step.v[0][60] = 1e6
+    scales = torch.tensor([k_scale] * head_dim + [v_scale] * head_dim)
+    cache = (step.cache / scales).to(dtype)
+    q, k, v = (step.new_tokens(t) for t in (step.q, step.k, step.v))
+    out = torch.full_like(q, float("nan"))
+    streaming_attention(
+        step.plan,
+        cache,
+        q.view(len(q), *step.shape),
+        k,
+        v,
+        out.view(len(q), *step.shape),
+        step.scale,
+        k_scale,
+        v_scale,
+    )
+    most = torch.finfo(dtype).max
+    for tensors, scale in ((step.k, k_scale), (step.v, v_scale)):
+        tensors[:] = [(t / scale).clamp(-most, most).to(dtype).float() * scale for t in tensors]
+    torch.testing.assert_close(out, step.expected(), rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ from rlkv_vllm import testbed
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving import arguments as arguments_module
 from rlkv_vllm.serving.arguments import (
+    CPU_WORKER,
     EMBEDDED_DEFAULTS,
     SCHEDULER,
     WORKER_EXTENSION,
@@ -102,12 +103,13 @@ def test_the_split_joins_the_users_additional_config() -> None:
     assert args.additional_config == {"mine": 1, "rlkv": SPLIT}
     assert args.worker_extension_cls == WORKER_EXTENSION
     assert args.scheduler_cls == SCHEDULER
+    assert args.worker_cls == CPU_WORKER
 
 
 def test_the_classes_exist() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    for name in (WORKER_EXTENSION, SCHEDULER):
+    for name in (WORKER_EXTENSION, SCHEDULER, CPU_WORKER):
         assert isinstance(resolve_obj_by_qualname(name), type)
 
 
@@ -122,6 +124,7 @@ def test_places_that_are_taken_are_named() -> None:
         ("--additional-config", '{"rlkv": {}}'),
         ("--worker-extension-cls", "my.Extension"),
         ("--scheduler-cls", "my.Scheduler"),
+        ("--worker-cls", "my.Worker"),
     ):
         args = parse(["m", flag, value])
         with pytest.raises(RlkvError) as caught:

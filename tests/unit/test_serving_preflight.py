@@ -119,7 +119,6 @@ def mode(**changes: Any) -> Namespace:
         "headless": False,
         "grpc": False,
         "grpc_port": None,
-        "data_parallel_size": 1,
         "data_parallel_multi_port_external_lb": False,
     }
     return Namespace(**(plain | changes))
@@ -135,7 +134,6 @@ def test_a_plain_server_is_accepted() -> None:
         ({"headless": True}, "--headless"),
         ({"grpc": True}, "--grpc"),
         ({"grpc_port": 1}, "--grpc-port"),
-        ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"data_parallel_multi_port_external_lb": True}, "--data-parallel-multi-port"),
     ],
 )
