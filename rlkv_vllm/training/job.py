@@ -32,6 +32,7 @@ from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
 from rlkv_vllm.training.gated_attention import attach_gates
 from rlkv_vllm.training.loading import load_model
 from rlkv_vllm.training.report import write_report
+from rlkv_vllm.training.rollouts import Rollouts
 from rlkv_vllm.training.run_log import METRICS_FILE, OnStep, RunLog, best_gates
 from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
 
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 
 PROFILE_FILE, FINISHED_FILE = "profile.json", "finished.json"
 SOURCE = "arXiv:2510.08525 (RLKV)"
-#: Published sink and window, in training and when serving.
-TRAIN_SINK, TRAIN_WINDOW, SERVE_SINK, SERVE_WINDOW = 128, 256, 16, 64
+#: Published sink and window when serving.
+SERVE_SINK, SERVE_WINDOW = 16, 64
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ class Listener:
 
 
 def run(
-    config: TrainConfig, *, resume: bool = False, listener: Listener = Listener()
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    listener: Listener = Listener(),
+    rollouts: Rollouts | None = None,
 ) -> HeadProfile | None:
     """Make a head profile by reinforcement learning.
 
@@ -70,6 +75,7 @@ def run(
         config: the job.
         resume: continue what `config.output` holds.
         listener: told about progress.
+        rollouts: the engine of `config.rollout`; None: transformers' generate.
 
     Returns:
         The profile, on the main process; None on others.
@@ -79,7 +85,7 @@ def run(
             `config.output`.
     """
     try:
-        return _run(config, resume, listener)
+        return _run(config, resume, listener, rollouts)
     except (OSError, RuntimeError, RlkvError) as error:
         reason = _failed_file(error)
         if reason is None:
@@ -103,7 +109,9 @@ def _failed_file(error: BaseException) -> str | None:
     return f"a checkpoint is cut off: {error}" if is_save else None
 
 
-def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile | None:
+def _run(
+    config: TrainConfig, resume: bool, listener: Listener, rollouts: Rollouts | None
+) -> HeadProfile | None:
     output = config.output
     if output.exists() and not output.is_dir():
         raise RlkvError(f"--output {output}: is a file: give a folder")
@@ -127,7 +135,7 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
     model, tokenizer, fingerprint = load_model(
         config.model, config.revision, config.dtype, args.device
     )
-    sink, window = _train_span(config)
+    sink, window = config.span
     if resume and (output / RUN_FILE).exists():
         _require_same_run(config, load_config(output / RUN_FILE))
     if is_main:
@@ -158,6 +166,7 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             args,
             curriculum.problems,
             tokenizer,
+            rollouts=rollouts,
         )
         # First, so that TensorBoard and others see what it adds.
         trainer.callback_handler.callbacks.insert(0, log)
@@ -234,12 +243,6 @@ def _trainer_args(config: TrainConfig) -> RlkvConfig:
     return args
 
 
-def _train_span(config: TrainConfig) -> tuple[int, int]:
-    embedded = config.model == MODEL_NAME
-    sink = config.sink if config.sink is not None else SINK if embedded else TRAIN_SINK
-    return sink, config.window or (WINDOW if embedded else TRAIN_WINDOW)
-
-
 def _curriculum(
     config: TrainConfig,
     args: RlkvConfig,
@@ -295,7 +298,7 @@ def _profile(
     settings = config.model_dump(mode="json", exclude={"output", "evaluation"})
     # Where a local copy lies is nobody else's business.
     settings |= {"model": fingerprint.id, "task": {**settings["task"], "name": task.name}}
-    train_sink, train_window = _train_span(config)
+    train_sink, train_window = config.span
     settings |= {"sink": train_sink, "window": train_window, "step": step}
     settings["trainer"] |= {
         name: getattr(args, name)
