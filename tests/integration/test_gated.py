@@ -89,7 +89,7 @@ def test_equals_the_trainers_gated_model(
         gates = random_gates(seed)
         before = get_gates(llm).version
         assert set_gates(llm, gates) == before + 1
-        assert get_gates(llm).gates == pytest.approx(torch.tensor(gates).tolist())
+        assert get_gates(llm).gates == torch.tensor(gates).tolist()
         outputs = generate(llm, prompts, 40)
         # Nothing of earlier gates is hit, and the very same again is.
         assert [output.num_cached_tokens for output in outputs] == [0] * len(prompts)
