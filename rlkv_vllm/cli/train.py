@@ -40,7 +40,7 @@ def train(
     missing = [name for name in ("trl", "datasets", "accelerate") if not find_spec(name)]
     if missing:
         raise RlkvError(f"rlkv train needs {', '.join(missing)}: pip install 'rlkv-vllm[train]'")
-    # Only its own vLLM rollouts would be concerned, and those are refused.
+    # Only its own vLLM rollouts would be concerned: ours do not go through them.
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     from rlkv_vllm.cli.progress import StageProgress
     from rlkv_vllm.training.config import load_config
@@ -52,6 +52,7 @@ def train(
         changes.append(f"seed={seed}")
     job = load_config(config, changes)
 
+    from rlkv_vllm.rollout import open_rollouts
     from rlkv_vllm.training.job import PROFILE_FILE, Listener, run
 
     if threads is not None:
@@ -72,7 +73,10 @@ def train(
                 progress.say(f"step {row['step']} of {total}: {state}, {left / 60:.1f} min left")
 
         listener = Listener(progress.report, on_step, progress.say) if is_main else Listener()
-        profile = run(job, resume=resume, listener=listener)
+        if job.rollout.engine != "transformers":
+            listener.say(f"rollouts by {job.rollout.engine}")
+        with open_rollouts(job) as rollouts:
+            profile = run(job, resume=resume, listener=listener, rollouts=rollouts)
     if profile is None:
         return
     if profile.evaluation:

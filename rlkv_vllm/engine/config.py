@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,7 +23,7 @@ from rlkv_vllm.allocation.forecast import (
 )
 from rlkv_vllm.allocation.groups import CacheGroups
 from rlkv_vllm.engine.compat import block_size_is_the_users
-from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_supported
+from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_gated_supported, check_supported
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import check_matches, fingerprint_from_config
 from rlkv_vllm.profile.lookup import find_profile
@@ -32,7 +32,10 @@ from rlkv_vllm.profile.schema import HeadProfile
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+_Options = TypeVar("_Options", bound=BaseModel)
+
 CONFIG_KEY = "rlkv"
+GATED = "gated"
 
 FP8_BLOCK_SIZE_MULTIPLE = 32
 
@@ -42,16 +45,32 @@ DEFAULT_RETENTION_INTERVAL = 256
 
 
 class SplitConfig(BaseModel):
-    """``additional_config["rlkv"]``."""
+    """``additional_config["rlkv"]`` of a served head profile."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    mode: Literal["split"] = "split"
     profile: Annotated[str, Field(min_length=1)]
     sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
     sink: Annotated[int, Field(ge=0)] | None = None
     window: Annotated[int, Field(ge=1)] | None = None
     retention_interval: Annotated[int, Field(ge=0)] = DEFAULT_RETENTION_INTERVAL
     sha256: str | None = None
+
+
+class GatedConfig(BaseModel):
+    """``additional_config["rlkv"]`` of gated mode: whole caches, a gate per KV head.
+
+    Attributes:
+        sink: first tokens that local attention sees.
+        window: last tokens that local attention sees, the query's own included.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["gated"]
+    sink: Annotated[int, Field(ge=0)] = 128
+    window: Annotated[int, Field(ge=1)] = 256
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,26 @@ class SplitPlan:
 
 
 def split_config(vllm_config: VllmConfig) -> SplitConfig | None:
-    """The user's options, or None when the plugin is installed but not asked for."""
+    """The options of a split cache, or None when none is asked for."""
+    raw = _options(vllm_config)
+    return None if raw is None or raw.get("mode") == GATED else _parse(SplitConfig, raw)
+
+
+def gated_config(vllm_config: VllmConfig) -> GatedConfig | None:
+    """The options of gated mode, or None when it is not asked for.
+
+    Raises:
+        RlkvError: the configuration uses a feature that gated mode does not support.
+    """
+    raw = _options(vllm_config)
+    if raw is None or raw.get("mode") != GATED:
+        return None
+    config = _parse(GatedConfig, raw)
+    check_gated_supported(vllm_config)
+    return config
+
+
+def _options(vllm_config: VllmConfig) -> dict[str, Any] | None:
     raw = (vllm_config.additional_config or {}).get(CONFIG_KEY)
     if raw is None:
         return None
@@ -104,14 +142,18 @@ def split_config(vllm_config: VllmConfig) -> SplitConfig | None:
             f"additional_config['{CONFIG_KEY}'] must be an object such as "
             f'{{"profile": "embedded", "sparsity": 0.4}}, got {type(raw).__name__}'
         )
+    return raw
+
+
+def _parse(schema: type[_Options], raw: dict[str, Any]) -> _Options:
     try:
-        return SplitConfig.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RlkvError(
             f"additional_config['{CONFIG_KEY}']['{where}']: {first['msg']}, got "
-            f"{first['input']!r}; allowed keys are {', '.join(SplitConfig.model_fields)}"
+            f"{first['input']!r}; allowed keys are {', '.join(schema.model_fields)}"
         ) from None
 
 

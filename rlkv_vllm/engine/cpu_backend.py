@@ -22,9 +22,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from rlkv_vllm.allocation.forecast import BLOCK_SIZE_MULTIPLE
-from rlkv_vllm.engine.config import split_config, split_plan
+from rlkv_vllm.engine.config import gated_config, split_config, split_plan
 from rlkv_vllm.engine.cpu_heads import FullHeads, Heads, RingHeads, SplitMetadata, StreamingHeads
 from rlkv_vllm.engine.cpu_paged import CacheNumber
+from rlkv_vllm.engine.gated_cpu import GatedCPUImpl
 from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads
 from rlkv_vllm.engine.split_layer import StepMetadata, register_layer, step_metadata
 from rlkv_vllm.engine.support import check_layer_supported
@@ -53,8 +54,10 @@ class SplitCPUBackend(CPUAttentionBackend):
         return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
 
     @staticmethod
-    def get_impl_cls() -> type[SplitCPUImpl]:
+    def get_impl_cls() -> type[SplitCPUImpl | GatedCPUImpl]:
         """The attention implementation."""
+        if gated_config(get_current_vllm_config()) is not None:
+            return GatedCPUImpl
         return SplitCPUImpl
 
     @staticmethod

@@ -19,7 +19,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from rlkv_vllm.engine.config import split_config
+from rlkv_vllm.engine.config import gated_config, split_config
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ def _guard(name: str) -> type[AttentionBackend]:
 
         @classmethod
         def get_impl_cls(cls) -> Any:
+            config = get_current_vllm_config_or_none()
+            if config is not None:
+                gated_config(config)  # refuses: there is no gated attention on GPUs yet
             if _split_is_configured():
                 raise RlkvError(
                     f"the split KV cache does not run on attention backend {name}: "

@@ -51,6 +51,12 @@ def platform_problem() -> str:
     return ""
 
 
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def _head_dim_is_untested(config: VllmConfig) -> bool:
     from vllm.platforms import current_platform
 
@@ -277,6 +283,32 @@ def check_supported(vllm_config: VllmConfig) -> None:
     for refusal in REFUSALS:
         if refusal.used(vllm_config):
             raise RlkvError(f"the split KV cache does not support {refusal.what}: {refusal.mend}")
+
+
+#: What gated mode refuses beyond :data:`REFUSALS`.
+GATED_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "GPUs: its attention exists for the CPU only",
+        lambda _: not _is_cpu(),
+        "roll out on the CPU, or with `rollout: transformers`",
+    ),
+    Refusal(
+        "--dtype float16",
+        lambda c: str(c.model_config.dtype) == "torch.float16",
+        "use float32 or bfloat16",
+    ),
+)
+
+
+def check_gated_supported(vllm_config: VllmConfig) -> None:
+    """Refuse a configuration in which gates would not act exactly.
+
+    Raises:
+        RlkvError: names the feature and what to do.
+    """
+    for refusal in (*GATED_REFUSALS, *REFUSALS):
+        if refusal.used(vllm_config):
+            raise RlkvError(f"gated mode does not support {refusal.what}: {refusal.mend}")
 
 
 def check_layer_supported(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
 
+from rlkv_vllm.engine.gated_cpu import GatedCPUImpl
 from rlkv_vllm.engine.head_cache import HeadCacheLayer
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.engine.specs import RingSpec
@@ -21,6 +25,9 @@ class RlkvWorkerExtension:
 
     if TYPE_CHECKING:
         vllm_config: VllmConfig
+
+    #: How often the gates of gated mode were set.
+    _rlkv_gates_version = 0
 
     def rlkv_split_report(self) -> dict[str, Any]:
         """Count what is really allocated on this worker.
@@ -61,3 +68,35 @@ class RlkvWorkerExtension:
             return {"active": False, **found}
         num_blocks = next(iter(heads.values())).kv_cache.shape[0]
         return {"active": True, **found, **SplitReport.of(plan, rank, num_blocks).to_dict()}
+
+    def rlkv_gates(self) -> dict[str, Any]:
+        """The gates that this worker attends with, in gated mode.
+
+        Returns:
+            ``version``, and per layer ``kv_heads`` (of the model) and their ``gates``; no layers
+            when this engine is not in gated mode.
+        """
+        impls = self._rlkv_gated_layers()
+        return {
+            "version": self._rlkv_gates_version,
+            "kv_heads": [list(impl.kv_heads) for impl in impls],
+            "gates": [impl.gates.tolist() for impl in impls],
+        }
+
+    def rlkv_set_gates(self, gates: Sequence[Sequence[float]], version: int) -> None:
+        """Attend with other gates from the next step on; checked by :mod:`rlkv_vllm.engine.gates`.
+
+        Args:
+            gates: ``[layers][KV heads of the model]``.
+            version: of the gates.
+        """
+        for impl, row in zip(self._rlkv_gated_layers(), gates, strict=True):
+            impl.gates.copy_(torch.tensor([row[head] for head in impl.kv_heads]))
+        self._rlkv_gates_version = version
+
+    def _rlkv_gated_layers(self) -> list[GatedCPUImpl]:
+        base: type[Any] = AttentionLayerBase
+        layers = get_layers_from_vllm_config(self.vllm_config, base)
+        impls = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
+        gated = {name: impl for name, impl in impls.items() if isinstance(impl, GatedCPUImpl)}
+        return [gated[name] for name in sorted(gated, key=extract_layer_index)]

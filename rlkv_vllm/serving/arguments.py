@@ -34,7 +34,10 @@ EMBEDDED_CACHE_BYTES = 256 * 2**20
 #: the engine, which then complains.
 SHUTDOWN_TIMEOUT_S = 10
 
-_USAGE = "rlkv serve [MODEL] [--profile P] [--sparsity S] [--sink N] [--window N] [vLLM flags]"
+_USAGE = (
+    "rlkv serve [MODEL] [--profile P | --mode gated] [--sparsity S] [--sink N] [--window N] "
+    "[vLLM flags]"
+)
 
 _HELP = f"""\
 usage: {_USAGE}
@@ -81,6 +84,13 @@ def short_help() -> str:
 def _add_own_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("split KV cache")
     group.add_argument(
+        "--mode",
+        choices=("split", "gated"),
+        default="split",
+        help="split: serve a head profile. gated: whole caches and a gate per KV head that "
+        "`rlkv train` sets while the server runs (split)",
+    )
+    group.add_argument(
         "--profile",
         metavar="P",
         help="head profile: a file, a packaged name (rlkv profile list), or "
@@ -94,10 +104,16 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
         "(the profile's recommended sparsity)",
     )
     group.add_argument(
-        "--sink", metavar="N", type=int, help="first tokens that streaming heads keep (profile's)"
+        "--sink",
+        metavar="N",
+        type=int,
+        help="first tokens that streaming heads keep (profile's; gated: 128, embedded 4)",
     )
     group.add_argument(
-        "--window", metavar="N", type=int, help="last tokens that streaming heads keep (profile's)"
+        "--window",
+        metavar="N",
+        type=int,
+        help="last tokens that streaming heads keep (profile's; gated: 256, embedded 16)",
     )
 
 
@@ -125,6 +141,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if is_embedded:
         args.model = str(testbed.model_dir())
         for name, value in EMBEDDED_DEFAULTS.items():
+            if name == "profile" and args.mode == "gated":
+                continue
             if not getattr(args, name) and getattr(args, name) is not False:
                 setattr(args, name, value)
     args.model_tag = args.model
@@ -181,7 +199,11 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
             "--additional-config already has an entry 'rlkv': with `rlkv serve` say it with "
             "--profile, --sparsity, --sink and --window, and remove the entry"
         )
-    for name, value in engine_classes().items():
+    ours = engine_classes()
+    if split.get("mode") == "gated":
+        del ours["scheduler_cls"]  # it counts the blocks of a split
+        args.logprobs_mode = "processed_logprobs"  # what was sampled from, as trainers need it
+    for name, value in ours.items():
         given = getattr(args, name)
         if given not in ("", "auto", None, value):
             raise RlkvError(

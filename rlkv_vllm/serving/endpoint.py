@@ -77,6 +77,7 @@ class RlkvEndpoint:
         """Add the page and the JSON routes, and turn requests away once the server stops."""
         app.include_router(router)
         app.add_middleware(TurnAway)
+        self._app = app
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -84,13 +85,22 @@ class RlkvEndpoint:
         """Prove the split before the server listens, and show it.
 
         Raises:
-            RlkvError: the cache is not split as configured, or its metrics are missing.
+            RlkvError: the cache is not split as configured, its metrics are missing, or there are
+                no gates in gated mode.
         """
         if engine_client is None:  # vLLM's render server has no engine
             return
         type(self).engine_client = engine_client
-        from rlkv_vllm.engine.config import split_plan
+        from rlkv_vllm.engine.config import gated_config, split_plan
 
+        gated = gated_config(engine_client.vllm_config)
+        if gated is not None:
+            from rlkv_vllm.serving import gates
+
+            await gates.serve_gates(engine_client, gated, state)
+            self._app.include_router(gates.router)
+            logger.info("gated mode: sink %d, window %d, all gates 1", gated.sink, gated.window)
+            return
         plan = split_plan(engine_client.vllm_config)
         if plan is None:
             return

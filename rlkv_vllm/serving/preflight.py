@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlkv_vllm import testbed
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import check_matches, load_model_fingerprint, one_line
 from rlkv_vllm.profile.lookup import find_profile
@@ -62,10 +63,7 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
             f"--sparsity {sparsity:g}: must be from 0 (every head keeps its whole cache) to 1 "
             "(every head keeps only sink and window)"
         )
-    if args.sink is not None and args.sink < 0:
-        raise RlkvError(f"--sink {args.sink}: must be 0 or more tokens")
-    if args.window is not None and args.window < 1:
-        raise RlkvError(f"--window {args.window}: must be 1 or more tokens")
+    _check_span(args)
     return {
         "profile": str(path.resolve()),
         "sparsity": sparsity,
@@ -73,6 +71,40 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
         "window": profile.window if args.window is None else args.window,
         "sha256": profile.sha256(),
     }
+
+
+def gated_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Check the options of gated mode.
+
+    Args:
+        args: parsed flags of ``rlkv serve``.
+
+    Returns:
+        ``additional_config["rlkv"]``.
+
+    Raises:
+        RlkvError: flags of a head profile are given, or several API processes, which would not
+            know of each other's gates; sink or window are wrong.
+    """
+    for flag, given in (("--profile", args.profile), ("--sparsity", args.sparsity)):
+        if given is not None:
+            raise RlkvError(f"{flag}: a server in gated mode has no head profile: remove the flag")
+    if (args.api_server_count or 1) > 1:
+        raise RlkvError("--api-server-count: a server in gated mode has one: remove the flag")
+    _check_span(args)
+    sink, window = (testbed.SINK, testbed.WINDOW) if args.is_embedded else (128, 256)
+    return {
+        "mode": "gated",
+        "sink": sink if args.sink is None else args.sink,
+        "window": window if args.window is None else args.window,
+    }
+
+
+def _check_span(args: argparse.Namespace) -> None:
+    if args.sink is not None and args.sink < 0:
+        raise RlkvError(f"--sink {args.sink}: must be 0 or more tokens")
+    if args.window is not None and args.window < 1:
+        raise RlkvError(f"--window {args.window}: must be 1 or more tokens")
 
 
 def _uses_rust_frontend(_: argparse.Namespace) -> bool:

@@ -49,7 +49,8 @@ def serve(arguments: Sequence[str]) -> int:
     preflight.select_plugins()
     _require_vllm()
     args = parse(arguments)
-    add_split(args, preflight.split_options(args))
+    is_gated = args.mode == "gated"
+    add_split(args, preflight.gated_options(args) if is_gated else preflight.split_options(args))
     preflight.check_server_mode(args)
     preflight.check_address(args)
     _check_engine_config(args)

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line, write_text_atomic
+from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
 
 RUN_FILE = "run.yaml"
+#: Published sink and window of training.
+TRAIN_SINK, TRAIN_WINDOW = 128, 256
 #: What `trainer` may not set: the job decides it.
 _RESERVED = (
     "output_dir",
     "seed",
     "use_vllm",
+    "vllm_importance_sampling_correction",
     "beta",
     "logging_steps",
     "logging_strategy",
@@ -34,6 +38,11 @@ _RESERVED = (
     "use_transformers_continuous_batching",
     "use_transformers_paged",
 )
+
+
+def _engine_alone(value: Any) -> Any:
+    return {"engine": value} if isinstance(value, str) else value
+
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -116,6 +125,25 @@ class EvaluationConfig(_Section):
     batch_size: Positive = Field(default=64, description="Problems answered together.")
 
 
+class RolloutConfig(_Section):
+    """Who writes the answers that are trained on."""
+
+    engine: Literal["transformers", "vllm-colocate", "vllm-server"] = Field(
+        default="transformers",
+        description="`transformers`: generate of the model that is trained. `vllm-colocate`: vLLM "
+        "in gated mode, a process beside it. `vllm-server`: `rlkv serve --mode gated` elsewhere.",
+    )
+    servers: list[str] = Field(
+        default=["http://127.0.0.1:8000"],
+        description="Addresses for `vllm-server`; answers are shared among them.",
+    )
+    options: dict[str, JsonValue] = Field(
+        default={},
+        description="Engine arguments of vLLM for `vllm-colocate`, e.g. max_model_len, "
+        "kv_cache_memory_bytes.",
+    )
+
+
 class TrainConfig(_Section):
     """A profile job: model, problems, gate training, evaluation."""
 
@@ -144,11 +172,21 @@ class TrainConfig(_Section):
     curriculum: CurriculumConfig = Field(default=CurriculumConfig())
     refine: RefineConfig = Field(default=RefineConfig())
     evaluation: EvaluationConfig = Field(default=EvaluationConfig())
+    rollout: Annotated[RolloutConfig, BeforeValidator(_engine_alone)] = Field(
+        default=RolloutConfig(), description="A section, or the name of the engine alone."
+    )
     trainer: dict[str, JsonValue] = Field(
         default={},
         description="Options of RlkvConfig: those of TRL's GRPOConfig, and reg, tau, "
         "collapse_steps, average_steps.",
     )
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Sink and window of local attention in training (tokens)."""
+        embedded = self.model == MODEL_NAME
+        sink = self.sink if self.sink is not None else SINK if embedded else TRAIN_SINK
+        return sink, self.window or (WINDOW if embedded else TRAIN_WINDOW)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

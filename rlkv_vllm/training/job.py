@@ -41,6 +41,7 @@ from rlkv_vllm.training.gated_attention import attach_gates
 from rlkv_vllm.training.loading import load_model
 from rlkv_vllm.training.refine import REFINE_LOG_FILE, Allocation, refine_gates
 from rlkv_vllm.training.report import write_report
+from rlkv_vllm.training.rollouts import Rollouts
 from rlkv_vllm.training.run_log import METRICS_FILE, OnStep, RunLog, best_gates
 from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
 
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 PROFILE_FILE, FINISHED_FILE = "profile.json", "finished.json"
 SOURCE = "arXiv:2510.08525 (RLKV)"
-#: Published sink and window, in training and when serving.
-TRAIN_SINK, TRAIN_WINDOW, SERVE_SINK, SERVE_WINDOW = 128, 256, 16, 64
+#: Published sink and window when serving.
+SERVE_SINK, SERVE_WINDOW = 16, 64
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ class _Made:
 
 
 def run(
-    config: TrainConfig, *, resume: bool = False, listener: Listener = Listener()
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    listener: Listener = Listener(),
+    rollouts: Rollouts | None = None,
 ) -> HeadProfile | None:
     """Make a head profile by reinforcement learning.
 
@@ -96,6 +101,7 @@ def run(
         config: the job.
         resume: continue what `config.output` holds.
         listener: told about progress.
+        rollouts: the engine of `config.rollout`; None: transformers' generate.
 
     Returns:
         The profile, on the main process; None on others.
@@ -105,7 +111,7 @@ def run(
             `config.output`.
     """
     try:
-        return _run(config, resume, listener)
+        return _run(config, resume, listener, rollouts)
     except (OSError, RuntimeError, RlkvError) as error:
         reason = _failed_file(error)
         if reason is None:
@@ -129,7 +135,9 @@ def _failed_file(error: BaseException) -> str | None:
     return f"a checkpoint is cut off: {error}" if is_save else None
 
 
-def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile | None:
+def _run(
+    config: TrainConfig, resume: bool, listener: Listener, rollouts: Rollouts | None
+) -> HeadProfile | None:
     output = config.output
     if output.exists() and not output.is_dir():
         raise RlkvError(f"--output {output}: is a file: give a folder")
@@ -154,7 +162,7 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
     model, tokenizer, fingerprint = load_model(
         config.model, config.revision, config.dtype, args.device
     )
-    sink, window = _train_span(config)
+    sink, window = config.span
     if resume and (output / RUN_FILE).exists():
         _require_same_run(config, load_config(output / RUN_FILE))
     if is_main:
@@ -171,7 +179,9 @@ def _run(config: TrainConfig, resume: bool, listener: Listener) -> HeadProfile |
             "signal: lower window"
         )
     if config.refine.start is None:
-        is_sharded = _train(config, args, model, tokenizer, task, curriculum, resume, listener)
+        is_sharded = _train(
+            config, args, model, tokenizer, task, curriculum, resume, listener, rollouts
+        )
         PartialState().wait_for_everyone()  # the main process writes the log
         gates, step = best_gates(output, args.tau, args.average_steps)
         made = _Made(gates, "rlkv", SOURCE, step)
@@ -204,6 +214,7 @@ def _train(
     curriculum: Curriculum,
     resume: bool,
     listener: Listener,
+    rollouts: Rollouts | None,
 ) -> bool:
     """Train the gates, into the logs of the run; returns whether the model is sharded now."""
     output = config.output
@@ -214,7 +225,7 @@ def _train(
             "raise curriculum.problems, or lower trainer.per_device_train_batch_size or "
             "trainer.gradient_accumulation_steps"
         )
-    with attach_gates(model, *_train_span(config)) as gates:
+    with attach_gates(model, *config.span) as gates:
         log = RunLog(output, gates, args.tau, args.collapse_steps, listener.on_step)
         trainer = RlkvTrainer(
             gates,
@@ -222,6 +233,7 @@ def _train(
             args,
             curriculum.problems,
             tokenizer,
+            rollouts=rollouts,
         )
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if is_sharded and config.refine.rounds:
@@ -291,12 +303,6 @@ def _trainer_args(config: TrainConfig) -> RlkvConfig:
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs are for a launcher: DataParallel would share one mask
     return args
-
-
-def _train_span(config: TrainConfig) -> tuple[int, int]:
-    embedded = config.model == MODEL_NAME
-    sink = config.sink if config.sink is not None else SINK if embedded else TRAIN_SINK
-    return sink, config.window or (WINDOW if embedded else TRAIN_WINDOW)
 
 
 def _draw(config: TrainConfig, args: RlkvConfig) -> Draw | None:
@@ -405,7 +411,7 @@ def _profile(
     settings = config.model_dump(mode="json", exclude={"output", "evaluation"})
     # Where a local copy lies is nobody else's business.
     settings |= {"model": fingerprint.id, "task": {**settings["task"], "name": task.name}}
-    train_sink, train_window = _train_span(config)
+    train_sink, train_window = config.span
     settings |= {"sink": train_sink, "window": train_window, "step": made.step}
     if config.refine.start is not None:
         settings["refine"]["start"] = config.refine.start.name

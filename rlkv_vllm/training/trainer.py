@@ -1,8 +1,9 @@
 """RLKV on TRL: GRPO whose only parameters are the gates of the KV heads.
 
-Differs from `trl.GRPOTrainer` in five places: the loss has the adaptive penalty on the gates,
+Differs from `trl.GRPOTrainer` in six places: the loss has the adaptive penalty on the gates,
 gates are clamped after every step, checkpoints hold gates instead of weights, the reward text
-keeps special tokens, and a run that has collapsed stops.
+keeps special tokens, a run that has collapsed stops, and answers may come from an engine in
+gated mode.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rlkv_vllm.profile.io import write_bytes_atomic, write_text_atomic
 from rlkv_vllm.tasks import Problem, Task, output_text
 from rlkv_vllm.training.gated_attention import GatedAttention
 from rlkv_vllm.training.penalty import penalty_weight
+from rlkv_vllm.training.rollouts import Rollouts, Sampling
 
 GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
 
@@ -42,6 +44,8 @@ class RlkvConfig(GRPOConfig):
         average_steps: the profile's gates are the mean over so many last steps.
         rollout_batch_size: answers generated together on one device, the rest after them; None:
             all of a step. Bounds the memory of the KV cache.
+        max_logprob_difference: of a token, between this trainer and the engine that sampled it;
+            a step with more of it on average stops the run.
     """
 
     learning_rate: float = 1e-2
@@ -63,11 +67,15 @@ class RlkvConfig(GRPOConfig):
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Answers generated together on one device."}
     )
+    max_logprob_difference: float = field(
+        default=0.1,
+        metadata={"help": "Mean difference to the rollout engine at which the run stops."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_vllm:
-            raise ValueError("use_vllm: vLLM would answer without gates; leave it false")
+            raise ValueError("use_vllm: TRL's vLLM has no gates; use the job's `rollout`")
         if self.reg < 0 or not 0 <= self.tau <= 1:
             raise ValueError(f"reg {self.reg}, tau {self.tau}: reg must be >= 0, tau in [0, 1]")
         if self.temperature <= 0:
@@ -93,6 +101,8 @@ class RlkvTrainer(GRPOTrainer):
         problems: to train on.
         processing_class: tokenizer with a chat template.
         callbacks: more of transformers' callbacks.
+        rollouts: samples the answers instead of transformers' generate. TRL then corrects for
+            its log-probabilities (`vllm_importance_sampling_*` of the options).
     """
 
     def __init__(
@@ -103,8 +113,11 @@ class RlkvTrainer(GRPOTrainer):
         problems: Sequence[Problem],
         processing_class: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
+        rollouts: Rollouts | None = None,
     ) -> None:
         self.gates = gates
+        self.rollouts = rollouts
+        self._rollout_step = -1
         self._penalty_weight = 0.0
         super().__init__(
             model=gates.model,
@@ -114,12 +127,16 @@ class RlkvTrainer(GRPOTrainer):
             processing_class=processing_class,
             callbacks=list(callbacks),
         )
+        # TRL's own engine is not made; what it does with an engine's log-probabilities is wanted.
+        self.use_vllm = rollouts is not None
         # Its raw dictionaries drown what `callbacks` tell.
         self.remove_callback(PrinterCallback)
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
     ) -> tuple[list[list[int]], Any]:
+        if self.rollouts is not None:
+            return self._rolled_out(prompt_ids, self.rollouts)
         size = self.args.rollout_batch_size or len(prompt_ids)
         answers: list[list[int]] = []
         for start in range(0, len(prompt_ids), size):
@@ -128,12 +145,56 @@ class RlkvTrainer(GRPOTrainer):
             )[0]
         return answers, None
 
+    def _rolled_out(
+        self, prompt_ids: list[list[int]], rollouts: Rollouts
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        step = self.state.global_step
+        if step != self._rollout_step:
+            values = self.gates.values()  # on every process: may be a collective operation
+            if self.accelerator.is_main_process:
+                rollouts.set_gates(values)
+            self.accelerator.wait_for_everyone()
+            self._rollout_step = step
+        version = rollouts.version()
+        answers = rollouts.generate(
+            prompt_ids,
+            Sampling(
+                max_tokens=self.max_completion_length,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p or 0.0,
+                repetition_penalty=self.repetition_penalty,
+                stop_token_ids=tuple(self.eos_token_ids),
+                seed=hash((self.args.seed, step, self.accelerator.process_index)) % 2**31,
+            ),
+        )
+        strange = {answer.gates_version for answer in answers} - {version}
+        if strange:
+            raise RlkvError(
+                f"rollout: answers of gates {sorted(strange)} came instead of {version}: another "
+                "job sets the gates of this engine; give every job its own"
+            )
+        return [answer.token_ids for answer in answers], [answer.logprobs for answer in answers]
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         # A tensor with one entry per completion survives TRL's shuffle and split.
-        reward = self._metrics["train" if self.model.training else "eval"]["reward"][-1]
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.rollouts is not None:
+            self._check_rollouts(metrics["sampling/sampling_logp_difference/mean"][-1])
+        reward = metrics["reward"][-1]
         output["rlkv_reward"] = torch.full_like(output["advantages"], reward)
         return output
+
+    def _check_rollouts(self, difference: float) -> None:
+        limit = self.args.max_logprob_difference
+        if difference > limit:
+            raise RlkvError(
+                f"rollout: log-probabilities of engine and trainer differ by {difference:.3g} on "
+                f"average, more than trainer.max_logprob_difference {limit:g}: the engine serves "
+                "another model, precision, sink or window; continue with --resume after mending"
+            )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         reward = inputs["rlkv_reward"][0].item()

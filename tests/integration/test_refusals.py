@@ -11,7 +11,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from rlkv_vllm.engine.config import split_config, split_plan
+from rlkv_vllm.engine.config import gated_config, split_config, split_plan
 from rlkv_vllm.engine.support import (
     REFUSALS,
     check_layer_shape,
@@ -40,10 +40,9 @@ def config(model: Path, split: object, **options: Any) -> VllmConfig:
     return EngineArgs(
         model=str(model),
         skip_tokenizer_init=True,
-        dtype="float32",
         max_model_len=1024,
         additional_config={"rlkv": split} if split is not None else {},
-        **options,
+        **({"dtype": "float32"} | options),
     ).create_engine_config()
 
 
@@ -283,3 +282,28 @@ def test_no_known_sparsity(model: Path, profile: Path, tmp_path: Path) -> None:
     save_profile(load_profile(profile).model_copy(update={"recommended_sparsity": None}), path)
     with pytest.raises(RlkvError, match="--sparsity"):
         split_plan(config(model, {"profile": str(path)}))
+
+
+@pytest.mark.parametrize(
+    ("options", "rlkv", "words"),
+    [
+        ({}, {"sink": -1}, "'sink'"),
+        ({}, {"profile": "embedded"}, "'profile'"),
+        ({"dtype": "float16"}, {}, "--dtype float16"),
+        ({"kv_cache_dtype": "fp8"}, {}, "--kv-cache-dtype"),
+        ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size"),
+    ],
+)
+def test_gated_mode_refuses(
+    options: dict[str, Any], rlkv: dict[str, Any], words: str, model: Path
+) -> None:
+    with pytest.raises(RlkvError, match=words):
+        gated_config(config(model, {"mode": "gated"} | rlkv, **options))
+
+
+def test_gated_mode_on_a_gpu_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gated = config(model, {"mode": "gated"})
+    assert gated_config(gated) is not None
+    monkeypatch.setattr("rlkv_vllm.engine.support._is_cpu", lambda: False)
+    with pytest.raises(RlkvError, match="gated mode does not support GPUs"):
+        gated_config(gated)

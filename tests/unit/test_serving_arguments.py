@@ -130,3 +130,12 @@ def test_places_that_are_taken_are_named() -> None:
         with pytest.raises(RlkvError) as caught:
             add_split(args, SPLIT)
         assert_one_line(caught.value, flag, "remove")
+
+
+def test_gated_mode_has_no_profile_and_says_what_was_sampled_from() -> None:
+    args = parse(["--mode", "gated"])
+    assert args.is_embedded
+    assert args.profile is None
+    add_split(args, {"mode": "gated"})
+    assert args.logprobs_mode == "processed_logprobs"
+    assert args.scheduler_cls in (None, "")

@@ -111,6 +111,39 @@ def test_sink_and_window_out_of_range(tmp_path: Path) -> None:
     assert_one_line(refusal(options(tmp_path, window=0)), "--window 0")
 
 
+# --- gated mode ------------------------------------------------------------------------
+
+
+def gated(**changes: Any) -> Namespace:
+    given = {
+        "profile": None, "sparsity": None, "sink": None, "window": None,
+        "is_embedded": False, "api_server_count": None,
+    }  # fmt: skip
+    return Namespace(**(given | changes))
+
+
+def test_gated_mode_has_the_published_span_and_the_embedded_model_its_own() -> None:
+    assert preflight.gated_options(gated()) == {"mode": "gated", "sink": 128, "window": 256}
+    embedded = preflight.gated_options(gated(is_embedded=True, sink=0))
+    assert (embedded["sink"], embedded["window"]) == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"profile": "embedded"}, "--profile"),
+        ({"sparsity": 0.4}, "--sparsity"),
+        ({"api_server_count": 2}, "--api-server-count"),
+        ({"sink": -1}, "--sink -1"),
+        ({"window": 0}, "--window 0"),
+    ],
+)
+def test_flags_without_meaning_in_gated_mode(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(RlkvError, match=flag) as caught:
+        preflight.gated_options(gated(**changes))
+    assert_one_line(caught.value, flag)
+
+
 # --- server mode -----------------------------------------------------------------------
 
 

@@ -1,0 +1,127 @@
+"""Rollouts of the gated model: vLLM in gated mode against transformers' generate, in one run.
+
+    python benchmarks/rollouts.py embedded --prompts 64 --samples 4 --rounds 3 --output out.json
+
+Both write the same number of answers to the same prompts with the same gates (at random, in
+[0, 1]), sampled at temperature 1 and ended by the same tokens; turns alternate. A turn ends with
+the last answer. Transformers' cost per turn grows with its longest answer, vLLM's with all of
+them. Tokens per second count the answers' tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import write_text_atomic
+from rlkv_vllm.rollout.colocated import ColocatedRollouts
+from rlkv_vllm.tasks import get_task
+from rlkv_vllm.training.config import make_config
+from rlkv_vllm.training.gated_attention import attach_gates
+from rlkv_vllm.training.loading import load_model, set_threads
+from rlkv_vllm.training.rollouts import Sampling
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="`embedded`, a model folder, or org/name")
+    parser.add_argument("--task", default="embedded")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=4, help="answers to a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, for both")
+    parser.add_argument("--output", type=Path, required=True, help="JSON")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    set_threads(args.threads)
+    model, tokenizer, _ = load_model(args.model)
+    count = args.prompts * args.samples
+    config = make_config(
+        {
+            "model": args.model,
+            "output": str(args.output.parent),
+            "rollout": {
+                "engine": "vllm-colocate",
+                "options": {
+                    "max_model_len": 1024,
+                    "max_num_seqs": count,
+                    "kv_cache_memory_bytes": 1 << 30,
+                },
+            },
+        },
+        "rollouts.py",
+    )
+    prompts = [
+        list(tokenizer.apply_chat_template(p.messages, add_generation_prompt=True)["input_ids"])
+        for p in get_task(args.task).problems(args.prompts, args.seed)
+        for _ in range(args.samples)
+    ]
+    rng = random.Random(args.seed)
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    values = [[rng.random() for _ in range(shape[1])] for _ in range(shape[0])]
+    rows: dict[str, list[dict[str, float]]] = {"transformers": [], "vllm": []}
+    with ColocatedRollouts(config) as engine, attach_gates(model, *config.span) as gates:
+        gates.set_soft(values)
+        ends = model.generation_config.eos_token_id
+        stops = tuple(ends) if isinstance(ends, list) else (ends,)
+
+        def by_vllm(turn: int) -> int:
+            engine.set_gates(values)  # empties the prefix cache, as every step of a job does
+            sampling = Sampling(args.max_new_tokens, 1.0, 1.0, 0, 0.0, 1.0, stops, args.seed + turn)
+            return sum(len(answer.token_ids) for answer in engine.generate(prompts, sampling))
+
+        def by_transformers(turn: int) -> int:
+            torch.manual_seed(args.seed + turn)
+            inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+            with torch.no_grad():
+                found = model.generate(
+                    **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    max_new_tokens=args.max_new_tokens,
+                )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+            ended = torch.isin(found, torch.tensor(stops)).int().cumsum(1)
+            return int((ended.cumsum(1) <= 1).sum())
+
+        for turn in range(-1, args.rounds):  # the first is a warm-up
+            for name, write in (("transformers", by_transformers), ("vllm", by_vllm)):
+                started = time.perf_counter()
+                tokens = write(turn)
+                seconds = time.perf_counter() - started
+                if turn >= 0:
+                    rows[name].append({"seconds": seconds, "tokens": tokens})
+                print(f"turn {turn}: {name} {tokens / seconds:.0f} tok/s", file=sys.stderr)
+    rates = {
+        name: [row["tokens"] / row["seconds"] for row in found] for name, found in rows.items()
+    }
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
+        "answers": count,
+        "tokens_per_second": rates,
+        "median": medians,
+        "ratio": medians["vllm"] / medians["transformers"],
+    }
+    write_text_atomic(args.output, json.dumps(result, indent=1) + "\n")
+    print(f"vLLM / transformers: {result['ratio']:.2f} ({medians})")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except RlkvError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,216 @@
+"""Other gates for a running engine in gated mode, so that no answer mixes two versions.
+
+The gates of an engine have a version, which counts up from 0 (all gates 1). vLLM stamps it on
+every answer (``CompletionOutput.weight_versions``). They change while no request runs, and the
+prefix cache is emptied with them: keys and values of earlier gates are those of another model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlkv_vllm.errors import RlkvError
+
+if TYPE_CHECKING:
+    from vllm import LLM, CompletionOutput, SamplingParams
+    from vllm.engine.protocol import EngineClient
+
+Gates = Sequence[Sequence[float]]
+
+GET_METHOD, SET_METHOD = "rlkv_gates", "rlkv_set_gates"
+_PREFIX = "gates-"
+
+
+@dataclass(frozen=True)
+class LiveGates:
+    """The gates of all workers.
+
+    Attributes:
+        version: how often they were set.
+        gates: ``[layers][KV heads]``.
+    """
+
+    version: int
+    gates: list[list[float]]
+
+    @classmethod
+    def of(cls, answers: Sequence[dict[str, Any]]) -> LiveGates:
+        """Put the workers' answers together.
+
+        Raises:
+            RlkvError: the engine is not in gated mode, or its workers differ.
+        """
+        if not answers or not all(answer["gates"] for answer in answers):
+            raise RlkvError(
+                "this engine has no gates: start it with `rlkv serve --mode gated`, or with "
+                'additional_config={"rlkv": {"mode": "gated"}}'
+            )
+        versions = {answer["version"] for answer in answers}
+        if len(versions) > 1:
+            raise RlkvError(f"the workers have gates of versions {sorted(versions)}: restart them")
+        layers: list[dict[int, float]] = [{} for _ in answers[0]["gates"]]
+        for answer in answers:
+            for found, heads, gates in zip(
+                layers, answer["kv_heads"], answer["gates"], strict=True
+            ):
+                found.update(zip(heads, gates, strict=True))
+        return cls(versions.pop(), [[row[head] for head in sorted(row)] for row in layers])
+
+    def check(self, gates: Gates) -> list[list[float]]:
+        """The gates as plain numbers, if this engine can have them.
+
+        Raises:
+            RlkvError: their shape is not the model's, or one is not in [0, 1].
+        """
+        shape = [len(row) for row in gates]
+        expected = [len(row) for row in self.gates]
+        if shape != expected:
+            raise RlkvError(
+                f"gates: {len(shape)} layers of {_counts(shape)} KV heads, the model has "
+                f"{len(expected)} of {_counts(expected)}"
+            )
+        for layer, row in enumerate(gates):
+            for head, gate in enumerate(row):
+                if not (math.isfinite(gate) and 0 <= gate <= 1):
+                    raise RlkvError(
+                        f"gates: {gate} of layer {layer}, head {head}: must be from 0 to 1"
+                    )
+        return [list(map(float, row)) for row in gates]
+
+
+def _counts(shape: Sequence[int]) -> str:
+    return " or ".join(map(str, sorted(set(shape)))) or "0"
+
+
+def get_gates(llm: LLM) -> LiveGates:
+    """The gates of an engine in gated mode.
+
+    Raises:
+        RlkvError: it is not in gated mode.
+    """
+    return LiveGates.of(llm.collective_rpc(GET_METHOD))
+
+
+def set_gates(llm: LLM, gates: Gates) -> int:
+    """Give an engine in gated mode other gates, between two calls of ``generate``.
+
+    Args:
+        llm: the engine.
+        gates: ``[layers][KV heads]``, in [0, 1].
+
+    Returns:
+        Their version.
+
+    Raises:
+        RlkvError: not in gated mode, wrong gates, or requests are running.
+    """
+    engine = llm.llm_engine
+    if engine.has_unfinished_requests():
+        raise RlkvError("gates cannot change while requests run: let them finish first")
+    now = get_gates(llm)
+    checked, version = now.check(gates), now.version + 1
+    llm.collective_rpc(SET_METHOD, args=(checked, version))
+    if not llm.reset_prefix_cache():
+        raise RlkvError("the prefix cache of earlier gates cannot be emptied: restart the engine")
+    engine.set_weight_version(f"{_PREFIX}{version}")
+    return version
+
+
+class GatesUpdater:
+    """Reads and sets the gates of one server's engine.
+
+    Requests that run when gates are set finish with the earlier gates; those that arrive in the
+    meantime wait.
+
+    Args:
+        engine_client: the engine.
+        now: its gates when the server starts.
+    """
+
+    def __init__(self, engine_client: EngineClient, now: LiveGates) -> None:
+        self._engine = engine_client
+        self._lock = asyncio.Lock()
+        self.now = now
+
+    async def set(self, gates: Gates) -> int:
+        """Set them and return their version.
+
+        Raises:
+            RlkvError: wrong gates; nothing has changed.
+        """
+        async with self._lock:
+            checked, version = self.now.check(gates), self.now.version + 1
+            await self._engine.pause_generation(mode="wait", clear_cache=True)
+            try:
+                await self._engine.collective_rpc(SET_METHOD, args=(checked, version))
+                await self._engine.update_weight_version(f"{_PREFIX}{version}")
+                self.now = LiveGates.of(await self._engine.collective_rpc(GET_METHOD))
+            finally:
+                await self._engine.resume_generation()
+            return version
+
+
+def gates_version(completion: CompletionOutput) -> int:
+    """Which gates an answer was sampled with.
+
+    Raises:
+        RlkvError: the answer has no version, or was sampled with several.
+    """
+    spans = completion.weight_versions or []
+    names = {span.version for span in spans}
+    if len(names) != 1:
+        raise RlkvError(f"an answer was sampled with {len(names)} versions of the gates")
+    name = names.pop()
+    return int(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else 0
+
+
+class RolloutSampling(BaseModel):
+    """How the answers of a rollout are drawn; meaning and limits as in vLLM's SamplingParams."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    def params(self, index: int) -> SamplingParams:
+        """For the prompt of this index: equal prompts shall not be answered alike."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop_token_ids=list(self.stop_token_ids),
+            seed=self.seed + index,
+            ignore_eos=True,  # what ends an answer is in stop_token_ids
+            logprobs=0,  # of the sampled token
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def rolled_out(completion: CompletionOutput) -> dict[str, Any]:
+    """A finished answer: its ``token_ids``, their ``logprobs``, and its ``gates_version``."""
+    assert completion.logprobs is not None
+    tokens = list(completion.token_ids)
+    return {
+        "token_ids": tokens,
+        "logprobs": [p[t].logprob for p, t in zip(completion.logprobs, tokens, strict=True)],
+        "gates_version": gates_version(completion),
+    }

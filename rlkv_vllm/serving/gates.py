@@ -1,0 +1,148 @@
+"""Routes of a server in gated mode: read and set the gates, roll out.
+
+They exist in this mode only, and under ``/v1``, so that ``--api-key`` guards them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlkv_vllm.engine.gates import (
+    GET_METHOD,
+    GatesUpdater,
+    LiveGates,
+    RolloutSampling,
+    rolled_out,
+)
+from rlkv_vllm.errors import RlkvError
+
+if TYPE_CHECKING:
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+    from rlkv_vllm.engine.config import GatedConfig
+
+router = APIRouter(tags=["rlkv"])
+
+
+class NewGates(BaseModel):
+    """Gates to sample with from now on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    gates: list[list[float]] = Field(description="[layers][KV heads], from 0 to 1.")
+
+
+class GatesVersion(BaseModel):
+    """Version of the gates that have been set."""
+
+    version: int
+
+
+class ServedGates(BaseModel):
+    """The gates of this server."""
+
+    version: int = Field(description="How often they were set; at 0 all are 1.")
+    sink: int
+    window: int
+    gates: list[list[float]] = Field(description="[layers][KV heads].")
+
+
+class RolloutRequest(BaseModel):
+    """Prompts to answer once each."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompts: list[Annotated[list[int], Field(min_length=1)]] = Field(
+        min_length=1, description="Token ids."
+    )
+    sampling: RolloutSampling
+
+
+class RolledOut(BaseModel):
+    """An answer, the stop token included."""
+
+    token_ids: list[int]
+    logprobs: list[float] = Field(description="Of every token, as it was sampled.")
+    gates_version: int = Field(description="Of the gates that it was sampled with.")
+
+
+class RolloutAnswer(BaseModel):
+    """Answers in the order of the prompts."""
+
+    answers: list[RolledOut]
+
+
+class Rollouts:
+    """What the routes need; kept on the app's state.
+
+    Args:
+        engine_client: the engine.
+        config: its options.
+        now: its gates.
+    """
+
+    def __init__(self, engine_client: EngineClient, config: GatedConfig, now: LiveGates) -> None:
+        self.engine = engine_client
+        self.config = config
+        self.updater = GatesUpdater(engine_client, now)
+
+    async def answer(self, prompt: list[int], sampling: RolloutSampling, index: int) -> RolledOut:
+        """Answer the prompt of this index."""
+        request_id = f"rollout-{uuid.uuid4()}"
+        given: Any = {"prompt_token_ids": prompt}
+        # One output: the finished answer.
+        outputs = self.engine.generate(given, sampling.params(index), request_id)
+        finished = [output async for output in outputs][-1]
+        return RolledOut(**rolled_out(finished.outputs[0]))
+
+
+async def serve_gates(engine_client: EngineClient, config: GatedConfig, state: State) -> None:
+    """Prove that the engine has gates, and keep what the routes need.
+
+    Raises:
+        RlkvError: a worker has none.
+    """
+    now = LiveGates.of(await engine_client.collective_rpc(GET_METHOD))
+    state.rlkv_rollouts = Rollouts(engine_client, config, now)
+
+
+@router.get("/v1/rlkv/gates")
+async def show_gates(request: Request) -> ServedGates:
+    """The gates that answers are sampled with."""
+    served: Rollouts = request.app.state.rlkv_rollouts
+    now, config = served.updater.now, served.config
+    return ServedGates(version=now.version, sink=config.sink, window=config.window, gates=now.gates)
+
+
+@router.put("/v1/rlkv/gates")
+async def set_gates(request: Request, body: NewGates) -> GatesVersion:
+    """Other gates: running requests finish with the earlier ones, later ones wait."""
+    served: Rollouts = request.app.state.rlkv_rollouts
+    try:
+        return GatesVersion(version=await served.updater.set(body.gates))
+    except RlkvError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from error
+
+
+@router.post("/v1/rlkv/rollouts")
+async def roll_out(request: Request, body: RolloutRequest) -> RolloutAnswer:
+    """Answer every prompt once, with log-probabilities and the version of the gates."""
+    served: Rollouts = request.app.state.rlkv_rollouts
+    tasks = [
+        asyncio.create_task(served.answer(prompt, body.sampling, i))
+        for i, prompt in enumerate(body.prompts)
+    ]
+    try:
+        return RolloutAnswer(answers=await asyncio.gather(*tasks))
+    except (ValueError, RlkvError) as error:  # vLLM's word for a prompt it cannot take
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from error
+    finally:
+        for task in tasks:  # a client that went away wants none of the others
+            task.cancel()
