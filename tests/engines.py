@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -51,6 +52,20 @@ def write_profile(
 
 
 @contextmanager
+def _without_numba() -> Iterator[None]:
+    """Hide the module on which an engine's start fails where an earlier one imported numba.
+
+    vLLM looks through the attributes of all modules, and those of this one's `lib` are no dict.
+    """
+    hidden = sys.modules.pop("llvmlite.binding.ffi", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules["llvmlite.binding.ffi"] = hidden
+
+
+@contextmanager
 def engine(model: Path, profile: Path | None = None, **options: Any) -> Iterator[LLM]:
     """An engine that is gone, memory and process state included, when the block ends."""
     from vllm import LLM
@@ -69,7 +84,8 @@ def engine(model: Path, profile: Path | None = None, **options: Any) -> Iterator
     if profile is not None:
         options["additional_config"] = {"rlkv": {"profile": str(profile)}}
         options |= engine_classes()  # as `rlkv serve` does
-    llm = LLM(str(model), **options)
+    with _without_numba():
+        llm = LLM(str(model), **options)
     try:
         yield llm
     finally:

@@ -110,7 +110,7 @@ def test_closed_and_open_gates_are_streaming_and_full_heads(
     full_heads: Any, checkpoint: Callable[[str], Path], gated: Callable[..., Any]
 ) -> None:
     model = checkpoint("qwen3")
-    llm = gated(model, kv_cache_memory_bytes=4 << 20)
+    llm = gated(model, kv_cache_memory_bytes=6 << 20)
     set_gates(llm, [[float(h in row) for h in range(NUM_KV_HEADS)] for row in full_heads])
     prompts = [random_prompt(n, 4) for n in (200, 190, 180, 200, 17, 64) * 2]
     preempted = scheduler(llm).kv_cache_manager.block_pool.num_gpu_blocks
@@ -125,7 +125,7 @@ def test_closed_and_open_gates_are_streaming_and_full_heads(
 def test_wrong_gates_are_refused_and_nothing_changes(
     checkpoint: Callable[[str], Path], gated: Callable[..., Any], engines: EngineCache
 ) -> None:
-    llm = gated(checkpoint("qwen3"), kv_cache_memory_bytes=4 << 20)
+    llm = gated(checkpoint("qwen3"), kv_cache_memory_bytes=6 << 20)
     before = get_gates(llm)
     good = before.gates
     for gates, reason in [
