@@ -245,7 +245,7 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         metadata = step_metadata()
         n = attn_metadata.num_actual_tokens
         answer = output
-        if len(query) != n:  # padded; at one token a slice costs as much as a head's attention
+        if len(query) != n:  # padded; four slices cost as much as a call of the operator
             query, key, value, answer = query[:n], key[:n], value[:n], output[:n]
         if self._split is None:
             self._bound[0].attend(metadata[self._names[0]], query, key, value, answer)

@@ -1,4 +1,6 @@
-"""Streaming-head attention on the CPU, batched over all requests and heads of a layer.
+"""Streaming-head attention in plain torch for any sink, batched over requests and heads of a layer.
+
+The CPU backend takes it where :mod:`rlkv_vllm.kernels.ring_tiles` does not serve the sink.
 
 Two parts: :func:`plan_step` turns a step's block table and lengths into index
 tensors, once per step; :func:`streaming_attention` runs one layer with them.
@@ -23,8 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-#: Bytes that a prefill may take at once for gathered keys and values and their scores.
+#: Bytes that a prefill may take at once for gathered keys and values.
 _SLAB_BYTES = 64 << 20
 
 
@@ -281,13 +284,13 @@ def _attend(
     visible: torch.Tensor | None,
     scales: tuple[float, float],
 ) -> torch.Tensor:
-    """q [..., G*T, D], kv [..., S, 2D], visible broadcastable to [..., G*T, S]; float32."""
+    """q [H, B, G*T, D], kv [H, B, S, 2D], visible bool, broadcastable to [B, G*T, S]."""
     d = q.shape[-1]
+    kv = kv.to(q.dtype)  # 8-bit floats
     on_scores, on_values = scales
-    scores = torch.matmul(q, kv[..., :d].transpose(-1, -2)).mul_(on_scores)
-    if visible is not None:
-        scores.masked_fill_(~visible, float("-inf"))
-    out = torch.matmul(scores.softmax(-1), kv[..., d:])
+    out = scaled_dot_product_attention(
+        q, kv[..., :d], kv[..., d:], attn_mask=visible, scale=on_scores
+    )
     return out if on_values == 1 else out.mul_(on_values)
 
 
@@ -300,11 +303,11 @@ def _decode(
 ) -> None:
     _, num_heads, _group, d = query.shape
     num_requests = len(index.rows_R)
-    kv = cache_HSD.index_select(1, index.slots_RK).float()
+    kv = cache_HSD.index_select(1, index.slots_RK)
     kv_HRKD = kv.view(num_heads, num_requests, -1, 2 * d)
-    q_HRGD = query.index_select(0, index.rows_R).float().transpose(0, 1)
+    q_HRGD = query.index_select(0, index.rows_R).transpose(0, 1)
     out_HRGD = _attend(q_HRGD, kv_HRKD, index.visible_R1K, scales)
-    output.index_copy_(0, index.rows_R, out_HRGD.transpose(0, 1).to(output.dtype))
+    output.index_copy_(0, index.rows_R, out_HRGD.transpose(0, 1))
 
 
 def _prefill(
@@ -320,17 +323,17 @@ def _prefill(
     source = torch.cat([cache_HSD.index_select(1, index.old_slots), kv_HND], dim=1)
     out = torch.empty(num_tiles, tile, num_heads, group, d, dtype=output.dtype)
     keys = index.keys_PS.shape[1]
-    tile_bytes = 4 * num_heads * keys * (2 * d + 2 * group * tile)
+    tile_bytes = num_heads * keys * 2 * d * source.element_size()
     tiles_per_slab = max(1, _SLAB_BYTES // tile_bytes)
     for a in range(0, num_tiles, tiles_per_slab):
         b = min(a + tiles_per_slab, num_tiles)
         keys_PS = index.keys_PS[a:b]
-        kv = source.index_select(1, keys_PS.reshape(-1)).float()
+        kv = source.index_select(1, keys_PS.reshape(-1))
         kv_HPSD = kv.view(num_heads, b - a, -1, 2 * d)
-        q = query.index_select(0, index.rows_PT[a:b].reshape(-1)).float()
+        q = query.index_select(0, index.rows_PT[a:b].reshape(-1))
         q_HPGTD = q.view(b - a, tile, num_heads, group, d).permute(2, 0, 3, 1, 4)
         visible = index.visible_PTS[a:b].repeat(1, group, 1)
         o = _attend(q_HPGTD.reshape(num_heads, b - a, group * tile, d), kv_HPSD, visible, scales)
-        out[a:b] = o.view(num_heads, b - a, group, tile, d).permute(1, 3, 0, 2, 4).to(out.dtype)
+        out[a:b] = o.view(num_heads, b - a, group, tile, d).permute(1, 3, 0, 2, 4)
     flat = out.view(num_tiles * tile, num_heads, group, d)
     output.index_copy_(0, index.out_rows, flat.index_select(0, index.out_index))
