@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,16 @@ class LineFormatter(logging.Formatter):
         return False
 
 
-def say(message: str) -> None:
+def say(message: str, *, must: bool = False) -> None:
     """One line of progress, as :class:`LineFormatter` prints it.
 
     Like a log line, it is lost where it cannot be written: a full disk ends no server.
+
+    Args:
+        message: the line.
+        must: an OSError is raised instead; before anything is loaded.
     """
-    with suppress(OSError):
+    with nullcontext() if must else suppress(OSError):
         print(f"rlkv {time.strftime('%H:%M:%S')} {message}", flush=True)
 
 

@@ -41,7 +41,7 @@ def serve(arguments: Sequence[str]) -> int:
         print(short_help(), end="")
         return 0
     progress.quiet_logging(arguments)
-    progress.say("checking profile, model and flags")
+    progress.say("checking profile, model and flags", must=True)
     own = own_options(arguments)
     if own.profile is not None:
         find_profile(own.profile)  # the commonest mistake, told before vLLM's long import

@@ -86,8 +86,7 @@ class Server:
             return False
 
     def output(self) -> str:
-        """The log; nothing where it is no file, such as /dev/full."""
-        return self.log.read_text(errors="replace") if self.log.is_file() else ""
+        return self.log.read_text(errors="replace")
 
     def children(self, title: str = "") -> list[psutil.Process]:
         """Processes of the server whose title has this in it."""

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
 from rlkv_vllm.profile.lookup import find_profile
@@ -54,8 +55,10 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def third(server: Server, clock: Path) -> Iterator[Server]:
-    """Two workers, a disk that is full for the log, and a wall clock that can be set."""
+def third(
+    server: Server, clock: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Two workers, and a wall clock that can be set."""
     faked = {}
     if _LIBFAKETIME:
         faked = {
@@ -65,7 +68,8 @@ def third(server: Server, clock: Path) -> Iterator[Server]:
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         }
     flags = ["--api-key", KEY, "--tensor-parallel-size", "2"]
-    with Server(flags, Path("/dev/full"), VLLM_CPU_OMP_THREADS_BIND="nobind", **faked) as running:
+    log = tmp_path_factory.mktemp("third") / "log"
+    with Server(flags, log, VLLM_CPU_OMP_THREADS_BIND="nobind", **faked) as running:
         yield running
 
 
@@ -142,13 +146,6 @@ def test_an_engine_that_dies_takes_its_server_along(server: Server, second: Serv
     assert server.is_healthy(), "the other server is none of its business"
 
 
-def test_a_full_disk_for_the_log_disturbs_nobody(third: Server, client: openai.OpenAI) -> None:
-    """Not a line of it could be written since it was started."""
-    asked = problems(1)[0]
-    ours, theirs = (ask(c, asked).choices[0].message for c in (client, client_of(third)))
-    assert theirs.reasoning == ours.reasoning
-
-
 @pytest.mark.skipif(not _LIBFAKETIME, reason="libfaketime is not installed (Debian package)")
 def test_a_wall_clock_that_jumps_changes_no_answer(third: Server, clock: Path) -> None:
     asked = problems(1)[0]
@@ -164,6 +161,27 @@ def test_a_wall_clock_that_jumps_changes_no_answer(third: Server, clock: Path) -
     assert reasoning == before
     assert [round(seconds / 86400) for seconds in told] == [2, -2, 0]
     assert wait_for(lambda: is_idle(third))
+
+
+def test_a_disk_that_is_full_for_the_log_disturbs_nobody(
+    third: Server, client: openai.OpenAI
+) -> None:
+    """No process of the server can add a byte to a file any more; nor in the test below."""
+    size = third.log.stat().st_size
+    for process in [psutil.Process(third.process.pid), *third.children()]:
+        process.rlimit(psutil.RLIMIT_FSIZE, (size, size))
+    asked = problems(1)[0]
+    ours, theirs = (ask(c, asked).choices[0].message for c in (client, client_of(third)))
+    assert theirs.reasoning == ours.reasoning
+    assert third.log.stat().st_size == size, "the request was logged"
+
+
+def test_a_server_without_space_for_its_first_line_does_not_start() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*RLKV, "serve"], env=environment(), stdout=full, stderr=full, timeout=60, check=False
+        )
+    assert done.returncode != 0
 
 
 def test_a_worker_that_dies_takes_its_server_along(server: Server, third: Server) -> None:

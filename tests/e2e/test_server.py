@@ -125,7 +125,7 @@ def test_sigterm_lets_requests_finish_and_ends_everything_with_status_0(
     server: Server, client: openai.OpenAI
 ) -> None:
     """New requests are turned away with 503 from the first moment on; none gets a 500."""
-    options = {"max_tokens": 400, "stream": True, "extra_body": {"ignore_eos": True}}
+    options = {"max_tokens": 150, "stream": True, "extra_body": {"ignore_eos": True}}
     running = [ask(client, problem, **options) for problem in problems(per_family=1)[:4]]
     for stream in running:
         next(stream)

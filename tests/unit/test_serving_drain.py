@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from argparse import Namespace
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -72,3 +75,47 @@ def test_what_the_engine_refuses_meanwhile_is_turned_away_too(client: TestClient
     reply = client.post("/work?status=500&stop_meanwhile=true")
     assert reply.status_code == 503
     assert "stopping" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_what_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch, has_begun: bool) -> None:
+    """VLLM's engine is gone by then, and nobody would ever finish the answer."""
+    monkeypatch.setattr(drain, "_CUT_AFTER_S", 0.05)
+    started, sent = asyncio.Event(), []
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        if has_begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        started.set()
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    app = FastAPI()
+    app.state.args = Namespace(shutdown_timeout=0)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    async with watch_signals(app):
+        scope = {"type": "http", "method": "POST"}
+        request = asyncio.create_task(TurnAway(endless)(scope, receive, send))  # type: ignore[arg-type]
+        await started.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(request, 10)
+    assert [message["status"] for message in sent if "status" in message] == (
+        [200] if has_begun else [503]
+    )
+    assert len(sent) == (1 if has_begun else 2)
+
+
+async def test_a_request_that_is_cancelled_otherwise_is_left_alone() -> None:
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(60)
+
+    request = asyncio.create_task(TurnAway(endless)({"type": "http", "method": "POST"}, None, None))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request

@@ -21,7 +21,7 @@ from tests.profiles import assert_one_line, make_model_dir, make_profile
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}):
-        monkeypatch.setattr(progress, "say", lambda message: None)
+        monkeypatch.setattr(progress, "say", lambda message, **_: None)
         yield
 
 
