@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkv_vllm.allocation.roofline import ModelSize
-from rlkv_vllm.bench.cases.capacity import Endless, mean_context
+from rlkv_vllm.bench.cases.capacity import Endless
 from rlkv_vllm.bench.cases.decode import STEP_BUDGET, Decode
 from rlkv_vllm.bench.engine import Engine, probe_device
 from rlkv_vllm.bench.random_model import write_model
@@ -264,7 +264,7 @@ def speed(job: Job, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         load_format="dummy",
         max_model_len=max(*contexts, args.tokens) + 512,
         kv_cache_memory_bytes=cache_bytes,
-        max_num_seqs=16 if args.tiny else CAPTURE_SIZES[-1],
+        max_num_seqs=64 if args.tiny else CAPTURE_SIZES[-1],
         **({} if args.tiny else {"max_num_batched_tokens": 8192}),
     )
     engine = Engine(llm, shape.vocab, job.name)
@@ -282,7 +282,7 @@ def speed(job: Job, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "seconds": seconds,
             "roofline_seconds": step_bytes(job, shape, args.batch, context) / bandwidth,
         }
-    yield shared | {"part": "capacity"} | endless_requests(engine, job, args)
+    yield shared | {"part": "capacity"} | endless_requests(engine, args)
 
 
 def step_bytes(job: Job, shape: ModelSize, batch: int, context: int) -> float:
@@ -302,19 +302,9 @@ def decode_steps(engine: Engine, batch: int, context: int, steps: int) -> float:
     return statistics.median(times[1:])
 
 
-def endless_requests(engine: Engine, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+def endless_requests(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     """Requests of half to the whole of ``tokens`` tokens, one for each that ends."""
-    mean = mean_context(args.tokens // 2, args.tokens)
-    if job.sparsity is None:
-        at_once = engine.num_blocks * engine.config.cache_config.block_size // mean
-    else:
-        from rlkv_vllm.engine.config import split_plan
-
-        plan = split_plan(engine.config)
-        assert plan is not None
-        at_once = plan.forecast.requests_in(engine.num_blocks, mean)
-    at_once = min(at_once, engine.config.scheduler_config.max_num_seqs)
-    load = Endless(engine, args.tokens // 2, args.tokens, at_once)
+    load = Endless(engine, args.tokens // 2, args.tokens)
     load.run(args.window_s / 2)  # until the pool is full and graphs are warm
     found = load.run(args.window_s)
     engine.drain()

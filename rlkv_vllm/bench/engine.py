@@ -75,30 +75,35 @@ class Engine:
         """Forget all prompts; nothing may be running."""
         assert self.llm.reset_prefix_cache(), "requests are still running"
 
-    def enter_into_prefix_cache(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams
-    ) -> None:
+    def enter_into_prefix_cache(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Let the prompts be found in the prefix cache as if they had been computed.
 
         The pages hold whatever they hold: the time of a step does not depend on it.
+
+        Returns:
+            Blocks of the pool that a request with each prompt holds.
         """
         from vllm.v1.request import Request
 
         manager = self.scheduler.kv_cache_manager
+        held = []
         for i, prompt in enumerate(prompts):
             request = Request(
                 request_id=f"warm-{i}",
                 prompt_token_ids=list(prompt),
-                sampling_params=params,
+                sampling_params=params(1),
                 pooling_params=None,
                 block_hasher=self.core.request_block_hasher,
             )
+            before = manager.block_pool.get_num_free_blocks()
             manager.new_step_starts()
             assert manager.allocate_slots(request, len(prompt)) is not None, (
                 "the cache is too small"
             )
             manager.take_new_block_ids()
+            held.append(before - manager.block_pool.get_num_free_blocks())
             manager.free(request)
+        return held
 
     def run_until_decoding(self, count: int) -> None:
         """Step until `count` requests run and none of them has prompt tokens left."""

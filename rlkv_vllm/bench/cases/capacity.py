@@ -16,37 +16,52 @@ PROMPT = 64
 
 
 class Endless:
-    """Requests without end: at first of all ages, then one for each that ends.
+    """Users without end: as many as the pool holds when their requests are of all ages.
+
+    A pool that is filled with new requests takes thousands of steps until ages are mixed. So the
+    requests of a moment in the steady state are drawn, entered into the prefix cache, and as many
+    of them are started as vLLM's block managers have room for. One comes for each that ends.
 
     Args:
         engine: idle.
         shortest: total length of the shortest request (tokens).
         longest: of the longest; lengths are drawn evenly between the two.
-        at_once: requests that the pool holds, about.
     """
 
-    def __init__(self, engine: Engine, shortest: int, longest: int, at_once: int) -> None:
-        engine.reset_prefix_cache()
+    def __init__(self, engine: Engine, shortest: int, longest: int) -> None:
         self.engine, self.shortest, self.longest = engine, shortest, longest
         self.rng = random.Random(7)
-        # A request in flight is the likelier to be met the longer it is.
-        lengths = self.rng.choices(
-            range(shortest, longest + 1), range(shortest, longest + 1), k=at_once * 9 // 10
-        )
-        # Ages in whole multiples of the largest block size: all but the last token is cached.
-        aged = []
-        for i, length in enumerate(lengths):
-            age = PROMPT + 64 * (i * (length - PROMPT) // (64 * max(1, len(lengths))))
-            aged.append((engine.prompt(age + 1, self.rng), max(1, length - age - 1)))
-        self.rng.shuffle(aged)
-        engine.enter_into_prefix_cache([prompt for prompt, _ in aged], params(1))
-        for prompt, rest in aged:
+        most = engine.config.scheduler_config.max_num_seqs
+        drawn = [self._drawn() for _ in range(most)]
+        prompts = [prompt for prompt, _ in drawn]
+        engine.reset_prefix_cache()
+        # The first and the later ones push each other out of the cache: this is only to count.
+        needs = engine.enter_into_prefix_cache(prompts)
+        left = engine.num_blocks - 1
+        self.users = 0
+        while self.users < most and needs[self.users] <= left:
+            left -= needs[self.users]
+            self.users += 1
+        self.is_full = self.users < most
+        engine.reset_prefix_cache()
+        engine.enter_into_prefix_cache(prompts[: self.users])
+        for prompt, rest in drawn[: self.users]:
             engine.add(prompt, params(rest))
-        self.top_up()
 
-    def top_up(self) -> None:
-        """Keep requests waiting."""
-        while len(self.engine.scheduler.waiting) < 8:
+    def _drawn(self) -> tuple[list[int], int]:
+        """A request in flight: what it has so far, and how many tokens are to come."""
+        # The longer a request is, the likelier it is to be met.
+        while True:
+            length = self.rng.randint(self.shortest, self.longest)
+            if self.rng.random() * self.longest < length:
+                break
+        # Whole multiples of the largest block size: all but the last token is cached.
+        age = PROMPT + 64 * (self.rng.randrange(length - PROMPT) // 64)
+        return self.engine.prompt(age + 1, self.rng), max(1, length - age - 1)
+
+    def _replace(self) -> None:
+        """A new request for each that ended."""
+        while len(self.engine.scheduler.requests) < self.users:
             length = self.rng.randint(self.shortest, self.longest)
             self.engine.add(self.engine.prompt(PROMPT, self.rng), params(length - PROMPT))
 
@@ -68,7 +83,7 @@ class Endless:
             contexts.append(
                 statistics.fmean(r.num_computed_tokens for r in scheduler.running or requests)
             )
-            self.top_up()
+            self._replace()
         took = time.perf_counter() - start
         return {
             "tokens_per_s": tokens / took,
@@ -76,7 +91,7 @@ class Endless:
             "context": statistics.fmean(contexts),
             "preemptions": preemptions,
             "steps": len(running),
-            "pool_was_full": float(bool(scheduler.waiting)),
+            "pool_was_full": float(self.is_full),
         }
 
 
@@ -86,8 +101,9 @@ class Capacity(Case):
     name = "capacity"
     title = "Equal memory: long outputs, cache-bound"
     note = (
-        "As many bytes of KV cache for both, more requests than fit. A request is prompt (64 "
-        "tokens) and answer; lengths are drawn evenly from half to the whole of the length shown."
+        "As many bytes of KV cache for both, filled with requests of all ages; one comes for each "
+        "that ends. A request is prompt (64 tokens) and answer; lengths are drawn evenly from half "
+        "to the whole of the length shown."
     )
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("running", "requests at once", more_is_better=True),
@@ -143,8 +159,7 @@ class Capacity(Case):
 
     def prepare(self, engine: Engine, point: Point) -> Endless:
         """Fill the pool, and let a few steps pass."""
-        at_once = point["at_once"][engine.variant]
-        load = Endless(engine, point["tokens"] // 2, point["tokens"], at_once)
+        load = Endless(engine, point["tokens"] // 2, point["tokens"])
         load.run(point["seconds"] / 2)
         return load
 

@@ -66,7 +66,7 @@ class Decode(Case):
         # One token more than is cached: a context of whole blocks leaves nothing to prefill.
         prompts = [engine.prompt(point["context"] + 1, rng) for _ in range(point["batch"])]
         sampling = params(STEP_BUDGET)
-        engine.enter_into_prefix_cache(prompts, sampling)
+        engine.enter_into_prefix_cache(prompts)
         for prompt in prompts:
             engine.add(prompt, sampling)
         engine.run_until_decoding(point["batch"])
