@@ -170,7 +170,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "VLLM_USE_V2_MODEL_RUNNER on the CPU",
         _runs_v2_on_the_cpu,
-        "unset the variable",
+        "set it to 0",
     ),
     Refusal(
         "--decode-context-parallel-size / --prefill-context-parallel-size > 1",

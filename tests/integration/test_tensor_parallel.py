@@ -24,7 +24,7 @@ import json, sys
 from vllm import LLM, SamplingParams
 from rlkv_vllm.serving.arguments import engine_classes
 if __name__ == "__main__":
-    model, profile, ranks, prompts = json.loads(sys.stdin.read())
+    model, profile, ranks, max_tokens, prompts = json.loads(sys.stdin.read())
     llm = LLM(
         model, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=1024,
         tensor_parallel_size=ranks, kv_cache_memory_bytes=32 << 20, block_size=16,
@@ -32,7 +32,7 @@ if __name__ == "__main__":
         **engine_classes(),
     )
     params = SamplingParams(
-        temperature=0, max_tokens=100, logprobs=1, ignore_eos=True, detokenize=False
+        temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False
     )
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     completions = [output.outputs[0] for output in outputs]
@@ -45,18 +45,18 @@ if __name__ == "__main__":
 
 
 def served_by(
-    ranks: int, folder: Path, model: Path, profile: Path, prompts: list[list[int]]
+    ranks: int, folder: Path, model: Path, profile: Path, prompts: list[list[int]], max_tokens: int
 ) -> Any:
     script = folder / "engine.py"  # vLLM starts its workers from a file
     script.write_text(_ENGINE)
     done = subprocess.run(
         [sys.executable, str(script)],
-        input=json.dumps([str(model), str(profile), ranks, prompts]),
+        input=json.dumps([str(model), str(profile), ranks, max_tokens, prompts]),
         env=os.environ
         | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         text=True,
         capture_output=True,
-        timeout=240,
+        timeout=400,
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -66,8 +66,8 @@ def served_by(
 
 @pytest.mark.parametrize(
     ("ranks", "full_heads"),
-    [(2, UNEVEN), (4, ((), (), (1,), ()))],
-    ids=["two ranks", "four ranks, three without full heads"],
+    [(2, UNEVEN), (2, ((), (), (1,), ())), (4, ((), (), (1,), ()))],
+    ids=["two ranks", "one of two without full heads", "three of four without full heads"],
 )
 def test_ranks_equal_the_oracle(
     ranks: int,
@@ -82,7 +82,8 @@ def test_ranks_equal_the_oracle(
     assert profile.recommended_sparsity is not None
     allocation = allocate(profile.gates, profile.recommended_sparsity, ranks)
     prompts = [random_prompt(n, 11) for n in (17, 200, 700)]
-    reports, completions = served_by(ranks, tmp_path, model, path, prompts)
+    # vLLM's CPU ranks wait for each other in busy loops: more of them than cores are slow.
+    reports, completions = served_by(ranks, tmp_path, model, path, prompts, 200 // ranks**2)
     assert [report["active"] for report in reports] == [True] * ranks
     assert [r["full_head_caches"] for r in reports] == [
         allocation.num_full_on(r) for r in range(ranks)
