@@ -29,7 +29,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 import vllm
-from dummy_model import Shape, write_model
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -45,13 +44,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from rlkv_vllm.bench.random_model import parse_shape, write_model
 from rlkv_vllm.engine.config import split_plan
 from rlkv_vllm.engine.cpu_backend import SplitCPUBackend
 from rlkv_vllm.engine.head_cache import HeadCacheLayer, register_head_caches
 from rlkv_vllm.engine.scheduler import SplitScheduler
 from rlkv_vllm.plugin import register
 
-SHAPE = Shape(28, 1024, 3072, 16, 8, 128)
+SHAPE = parse_shape("random:28x8x128")
 
 
 def parse_args() -> argparse.Namespace:
