@@ -80,9 +80,13 @@ def _cache_is_quantised(config: VllmConfig) -> bool:
     return config.cache_config.cache_dtype in FP8_CACHE_DTYPES
 
 
-def _cache_dtype_differs(config: VllmConfig) -> bool:
+def _cache_is_the_models(config: VllmConfig) -> bool:
     model_dtype = str(config.model_config.dtype).removeprefix("torch.")
-    return config.cache_config.cache_dtype not in ("auto", model_dtype, *FP8_CACHE_DTYPES)
+    return config.cache_config.cache_dtype in ("auto", model_dtype)
+
+
+def _cache_dtype_differs(config: VllmConfig) -> bool:
+    return not (_cache_is_the_models(config) or _cache_is_quantised(config))
 
 
 def _cpu_has_no_fp8_cache(config: VllmConfig) -> bool:
@@ -296,6 +300,16 @@ GATED_REFUSALS: tuple[Refusal, ...] = (
         "--dtype float16",
         lambda c: str(c.model_config.dtype) == "torch.float16",
         "use float32 or bfloat16",
+    ),
+    Refusal(
+        "--kv-cache-dtype other than the model's own",
+        lambda c: not _cache_is_the_models(c),
+        "remove the flag",
+    ),
+    Refusal(
+        "--speculative-config",
+        lambda c: c.speculative_config is not None,
+        "remove the flag: it has not been shown to be exact",
     ),
 )
 

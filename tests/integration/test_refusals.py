@@ -292,6 +292,11 @@ def test_no_known_sparsity(model: Path, profile: Path, tmp_path: Path) -> None:
         ({"dtype": "float16"}, {}, "--dtype float16"),
         ({"kv_cache_dtype": "fp8"}, {}, "--kv-cache-dtype"),
         ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+            {},
+            "--speculative-config",
+        ),
     ],
 )
 def test_gated_mode_refuses(
