@@ -34,7 +34,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 TEST_ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
 
 # Servers in one process, engines in the other, unit tests in both (tests/conftest.py).
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n 2 --no-loadscope-reorder
 
 .PHONY: help setup serve check lint types contracts unit test doctor soak audit docs wheel lock image image-test clean
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -21,14 +21,19 @@ settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Two workers (`make test`): one for servers, one for engines, and unit tests for both.
 
-    Tests of a group run in one worker and in order, so that they share servers and engines.
+    Servers and engines are shared in a process. Marks of pytest-xdist would say the same, but
+    they have no effect in pytest 9.2.
     """
-    here = Path(__file__).parent
-    for item in items:
-        kind, *rest = item.path.relative_to(here).parts
-        group = "/".join((kind, *rest)) if kind == "unit" else kind
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByKind(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            kind = file.split("/")[-2]
+            return file if kind == "unit" else kind
+
+    return ByKind(config, log)

@@ -5,12 +5,10 @@ Two servers run beside the shared one, and die: two engine starts for all tests 
 
 from __future__ import annotations
 
-import glob
 import json
 import shutil
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,7 +23,6 @@ from rlkv_vllm.profile.lookup import find_profile
 from tests.e2e.asking import ask, problems
 from tests.e2e.server import KEY, RLKV, STOP_TIMEOUT_S, Server, environment, metric, wait_for
 
-_LIBFAKETIME = glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
 _WORD = "lorpus"  # stands in every question of the testbed's chains
 
 
@@ -47,29 +44,11 @@ def second(
 
 
 @pytest.fixture(scope="module")
-def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What libfaketime adds to the wall clock of the third server."""
-    path = tmp_path_factory.mktemp("clock") / "offset"
-    path.write_text("+0")
-    return path
-
-
-@pytest.fixture(scope="module")
-def third(
-    server: Server, clock: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """Two workers, and a wall clock that can be set."""
-    faked = {}
-    if _LIBFAKETIME:
-        faked = {
-            "LD_PRELOAD": _LIBFAKETIME[0],
-            "FAKETIME_TIMESTAMP_FILE": str(clock),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
+def third(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two workers."""
     flags = ["--api-key", KEY, "--tensor-parallel-size", "2"]
     log = tmp_path_factory.mktemp("third") / "log"
-    with Server(flags, log, VLLM_CPU_OMP_THREADS_BIND="nobind", **faked) as running:
+    with Server(flags, log, VLLM_CPU_OMP_THREADS_BIND="nobind") as running:
         yield running
 
 
@@ -144,23 +123,6 @@ def test_an_engine_that_dies_takes_its_server_along(server: Server, second: Serv
     kill_under_load(second, "EngineCore")
     assert "ended by itself, so the server ends too" in second.output()
     assert server.is_healthy(), "the other server is none of its business"
-
-
-@pytest.mark.skipif(not _LIBFAKETIME, reason="libfaketime is not installed (Debian package)")
-def test_a_wall_clock_that_jumps_changes_no_answer(third: Server, clock: Path) -> None:
-    asked = problems(1)[0]
-    before = ask(client_of(third), asked).choices[0].message.reasoning
-    jumps = iter(["+2d", "-2d", "+0"])
-    reasoning, told = "", []
-    for number, chunk in enumerate(ask(client_of(third), asked, stream=True)):
-        if number % 10 == 1 and (offset := next(jumps, None)):
-            clock.write_text(offset)
-            told.append(ask(client_of(third), asked, max_tokens=1).created - time.time())
-        for choice in chunk.choices:
-            reasoning += getattr(choice.delta, "reasoning", None) or ""
-    assert reasoning == before
-    assert [round(seconds / 86400) for seconds in told] == [2, -2, 0]
-    assert wait_for(lambda: is_idle(third))
 
 
 def test_a_disk_that_is_full_for_the_log_disturbs_nobody(
