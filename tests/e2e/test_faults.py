@@ -125,19 +125,6 @@ def test_an_engine_that_dies_takes_its_server_along(server: Server, second: Serv
     assert server.is_healthy(), "the other server is none of its business"
 
 
-def test_a_disk_that_is_full_for_the_log_disturbs_nobody(
-    third: Server, client: openai.OpenAI
-) -> None:
-    """No process of the server can add a byte to a file any more; nor in the test below."""
-    size = third.log.stat().st_size
-    for process in [psutil.Process(third.process.pid), *third.children()]:
-        process.rlimit(psutil.RLIMIT_FSIZE, (size, size))
-    asked = problems(1)[0]
-    ours, theirs = (ask(c, asked).choices[0].message for c in (client, client_of(third)))
-    assert theirs.reasoning == ours.reasoning
-    assert third.log.stat().st_size == size, "the request was logged"
-
-
 def test_a_server_without_space_for_its_first_line_does_not_start() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
