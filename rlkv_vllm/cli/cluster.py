@@ -138,7 +138,7 @@ def print_cluster(
         replicas_of,
         sustained,
     )
-    from rlkv_vllm.engine.features import FEATURES, State
+    from rlkv_vllm.engine.features import FEATURES
 
     assert flags.rate is not None
     assert flags.prompt_tokens is not None
@@ -148,7 +148,8 @@ def print_cluster(
         read_lengths("--output-tokens", flags.output_tokens),
         max_model_len,
     )
-    fp8 = next(f for rows in FEATURES.values() for f in rows if "--kv-cache-dtype fp8" in f.name)
+    features = [feature for rows in FEATURES.values() for feature in rows]
+    fp8_is_refused = any(f.refusal == "--kv-cache-dtype fp8 on a GPU" for f in features)
     replicas = replicas_of(
         model,
         device,
@@ -156,7 +157,7 @@ def print_cluster(
         tp_size=tp,
         memory_bytes=memory_bytes,
         max_num_seqs=flags.max_num_seqs,
-        split_fp8_note="" if fp8.state is State.WORKS else "the engine refuses it today",
+        split_fp8_note="the engine refuses it on GPUs today" if fp8_is_refused else "",
     )
     print_plain(
         f"{flags.rate:g} requests/s, prompts of {lengths.mean(lambda prompt, _: prompt):,.0f} and "

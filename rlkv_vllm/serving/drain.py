@@ -102,7 +102,7 @@ class TurnAway:
         _running.add(task)
         try:
             await self.app(scope, receive, send_unless_refused)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Exception):  # parts of the server are gone already
             if not _stopping.is_set():
                 raise
             # A stream that has begun ends without its last part: the connection is closed.

@@ -199,7 +199,7 @@ def test_plan_of_a_cluster():
     assert int(replicas) == int(gpus) == pytest.approx(400 / (0.8 * float(rate)), abs=1)
     assert int(found["full cache + FP8"][0]) == pytest.approx(2 * int(at_once), rel=0.02)
     assert 1.6 * int(at_once) < int(found["split  "][0]) < 2 * int(at_once)
-    assert row(output, "split + FP8")[-5:] == ["the", "engine", "refuses", "it", "today"]
+    assert "the engine refuses it on GPUs today" in " ".join(row(output, "split + FP8"))
 
 
 @pytest.mark.usefixtures("big")

@@ -36,6 +36,8 @@ def client() -> TestClient:
     async def work(status: int = 200, stop_meanwhile: bool = False) -> JSONResponse:
         if stop_meanwhile:
             drain._stopping.set()
+        if status == 599:
+            raise RuntimeError("cannot schedule new futures after shutdown")
         return JSONResponse({"status": status}, status)
 
     @app.get("/health")
@@ -72,7 +74,18 @@ def test_what_the_engine_refuses_meanwhile_is_turned_away_too(client: TestClient
     drain._stopping.clear()
     assert client.post("/work?status=200&stop_meanwhile=true").json() == {"status": 200}
     drain._stopping.clear()
-    reply = client.post("/work?status=500&stop_meanwhile=true")
+    with pytest.raises(RuntimeError, match="futures"):
+        client.post("/work?status=599")
+    for status in (500, 599):
+        reply = client.post(f"/work?status={status}&stop_meanwhile=true")
+        assert reply.status_code == 503
+        assert "stopping" in reply.json()["error"]["message"]
+        drain._stopping.clear()
+
+
+def test_a_signal_before_the_request_is_not_forgotten(client: TestClient) -> None:
+    drain._stopping.set()
+    reply = client.post("/work?status=500")
     assert reply.status_code == 503
     assert "stopping" in reply.json()["error"]["message"]
 
