@@ -33,6 +33,10 @@ ARCHITECTURES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+#: Served as well; not gated.
+OTHERS: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
     "ernie4_5": (Ernie4_5Config, Ernie4_5ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "seed_oss": (SeedOssConfig, SeedOssForCausalLM),
@@ -43,7 +47,7 @@ NUM_LAYERS, NUM_KV_HEADS, NUM_Q_HEADS, HEAD_DIM, VOCAB = 4, 4, 8, 32, 512
 
 def make_checkpoint(architecture: str, path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write a random float32 checkpoint without a tokenizer and return its folder."""
-    config_cls, model_cls = ARCHITECTURES[architecture]
+    config_cls, model_cls = (ARCHITECTURES | OTHERS)[architecture]
     settings: dict[str, Any] = {
         "num_hidden_layers": NUM_LAYERS,
         "hidden_size": 256,

@@ -72,8 +72,7 @@ def sampled(completion: Any) -> tuple[list[int], list[float]]:
     return tokens, [p[t].logprob for p, t in zip(completion.logprobs, tokens, strict=True)]
 
 
-# Without those that vLLM runs through transformers: their classes then are no plain ones any more.
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"seed_oss"}))
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_equals_the_trainers_gated_model(
     architecture: str, checkpoint: Callable[[str], Path], gated: Callable[..., Any]
 ) -> None:
