@@ -43,6 +43,7 @@ def vllm_config(scheduler: type | None = None) -> Any:
     from rlkv_vllm.engine.scheduler import SplitScheduler
 
     return SimpleNamespace(
+        additional_config={"rlkv": {"profile": "heads.json"}},
         model_config=SimpleNamespace(served_model_name="m"),
         scheduler_config=SimpleNamespace(get_scheduler_cls=lambda: scheduler or SplitScheduler),
     )

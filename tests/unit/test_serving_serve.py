@@ -69,7 +69,10 @@ def test_what_is_right_is_served(fitting: list[str], served: list[object]) -> No
         (["--max-model-len", "9999999"], "max_model_len"),
         (["--block-size", "24"], "--block-size 24"),
         (["-pp", "2"], "--pipeline-parallel-size"),
-        (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "specul"),
+        (
+            ["--speculative-config", '{"method": "ngram_gpu", "num_speculative_tokens": 2}'],
+            "specul",
+        ),
         (["--reasoning-parser", "mind_reader"], "mind_reader"),
         (["--kv-cache-memory-bytes", "200k"], "--kv-cache-memory-bytes 200,000"),
     ],
