@@ -29,6 +29,7 @@ _HEADERS = {"Retry-After": str(SHUTDOWN_TIMEOUT_S), "Connection": "close"}
 _CUT_AFTER_S = 1.0
 
 _stopping = threading.Event()
+_engine_died = threading.Event()
 _running: set[asyncio.Task[Any]] = set()
 
 
@@ -40,6 +41,7 @@ async def watch_signals(app: FastAPI) -> AsyncIterator[None]:
     event loop whatever handler Python has, and whoever had one before us is called too.
     """
     _stopping.clear()
+    _engine_died.clear()
     args = getattr(app.state, "args", None)
     seconds = getattr(args, "shutdown_timeout", SHUTDOWN_TIMEOUT_S) + _CUT_AFTER_S
     loop = asyncio.get_running_loop()
@@ -53,6 +55,15 @@ async def watch_signals(app: FastAPI) -> AsyncIterator[None]:
         for number in (signal.SIGTERM, signal.SIGINT):
             _notice(number, stop)
     yield
+    # Nothing has been taken down yet: an engine that fails now was not told to end.
+    engine = getattr(app.state, "engine_client", None)
+    if not _stopping.is_set() and getattr(engine, "errored", False):
+        _engine_died.set()
+
+
+def engine_died() -> bool:
+    """Whether this process's server ended because its engine failed."""
+    return _engine_died.is_set()
 
 
 def _notice(number: signal.Signals, stop: Callable[[], None]) -> None:

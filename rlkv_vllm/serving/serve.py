@@ -64,12 +64,14 @@ def serve(arguments: Sequence[str]) -> int:
 
 def _status_at_the_end() -> int:
     from rlkv_vllm.engine.compat import failed_engine
+    from rlkv_vllm.serving.drain import engine_died
     from rlkv_vllm.serving.endpoint import RlkvEndpoint
 
     dead = failed_engine(RlkvEndpoint.engine_client)
-    if dead is None:
+    if dead is None and not engine_died():
         return STOPPED
-    progress.say(f"error: the engine process {dead} ended by itself, so the server ends too")
+    name = f"process {dead}" if dead else "or one of its workers"
+    progress.say(f"error: the engine {name} ended by itself, so the server ends too")
     return ENGINE_DIED
 
 

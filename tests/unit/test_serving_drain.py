@@ -57,6 +57,18 @@ async def test_a_signal_is_noticed_and_handed_on(number: signal.Signals) -> None
     assert handed_on == [number]
 
 
+@pytest.mark.parametrize(("errored", "stopping"), [(True, False), (True, True), (False, False)])
+async def test_an_engine_that_failed_by_itself_is_told_from_one_that_was_stopped(
+    errored: bool, stopping: bool
+) -> None:
+    app = FastAPI()
+    app.state.engine_client = Namespace(errored=errored)
+    async with watch_signals(app):
+        if stopping:
+            drain._stopping.set()
+    assert drain.engine_died() == (errored and not stopping)
+
+
 def test_a_stopping_server_turns_work_away_and_still_tells_how_it_is(client: TestClient) -> None:
     assert client.post("/work").status_code == 200
     drain._stopping.set()
