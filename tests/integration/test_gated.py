@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from rlkv_vllm.engine.gates import LiveGates, gates_version, get_gates, set_gates
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.serving.arguments import WORKER_EXTENSION
+from rlkv_vllm.serving.arguments import engine_classes
 from rlkv_vllm.training.gated_attention import attach_gates
 from tests.checkpoints import ARCHITECTURES, NUM_KV_HEADS, NUM_LAYERS
 from tests.engines import EngineCache, generate, pool_is_restored, scheduler
@@ -38,7 +38,7 @@ def gated(engines: EngineCache) -> Callable[..., Any]:
         engines.get,
         max_model_len=1024,
         additional_config=GATED,
-        worker_extension_cls=WORKER_EXTENSION,
+        **{name: cls for name, cls in engine_classes().items() if name != "scheduler_cls"},
     )
 
 
