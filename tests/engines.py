@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -163,6 +165,32 @@ def preemptions(llm: LLM) -> Iterator[list[Request]]:
         yield preempted
     finally:
         del scheduler(llm)._preempt_request
+
+
+def run_script(text: str, folder: Path, given: Any, *, timeout: float) -> Any:
+    """What an engine in a process of its own prints behind ``RESULT``.
+
+    Args:
+        text: the script; it reads ``given`` as JSON from its standard input.
+        folder: where to put it: vLLM starts its workers from a file.
+        given: for the script.
+        timeout: seconds.
+    """
+    script = folder / "engine.py"
+    script.write_text(text)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps(given),
+        env=os.environ
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
 
 
 def greedy(max_tokens: int = GREEDY_TOKENS) -> Any:

@@ -50,14 +50,12 @@ class ColocatedRollouts:
 
             from rlkv_vllm.serving.arguments import engine_classes
 
-            classes = engine_classes()
-            del classes["scheduler_cls"]  # it counts the blocks of a split
             self._llm = LLM(
                 model_source(config.model),
                 revision=config.revision,
                 skip_tokenizer_init=True,
                 logprobs_mode="processed_logprobs",
-                **classes,
+                **engine_classes(is_split=False),
                 additional_config={"rlkv": {"mode": "gated", "sink": sink, "window": window}},
                 **options,
             )

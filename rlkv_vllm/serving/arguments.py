@@ -169,11 +169,17 @@ def _server_parser() -> FlexibleArgumentParser:
     return parser
 
 
-def engine_classes() -> dict[str, str]:
-    """The classes that take places of vLLM's, by the name of vLLM's setting."""
+def engine_classes(*, is_split: bool = True) -> dict[str, str]:
+    """The classes that take places of vLLM's, by the name of vLLM's setting.
+
+    Args:
+        is_split: whether the cache is split, so that the scheduler counts its blocks.
+    """
     from vllm.platforms import current_platform
 
-    classes = {"worker_extension_cls": WORKER_EXTENSION, "scheduler_cls": SCHEDULER}
+    classes = {"worker_extension_cls": WORKER_EXTENSION}
+    if is_split:
+        classes["scheduler_cls"] = SCHEDULER
     return classes | ({"worker_cls": CPU_WORKER} if current_platform.is_cpu() else {})
 
 
@@ -199,11 +205,10 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
             "--additional-config already has an entry 'rlkv': with `rlkv serve` say it with "
             "--profile, --sparsity, --sink and --window, and remove the entry"
         )
-    ours = engine_classes()
-    if split.get("mode") == "gated":
-        del ours["scheduler_cls"]  # it counts the blocks of a split
+    is_split = split.get("mode") != "gated"
+    if not is_split:
         args.logprobs_mode = "processed_logprobs"  # what was sampled from, as trainers need it
-    for name, value in ours.items():
+    for name, value in engine_classes(is_split=is_split).items():
         given = getattr(args, name)
         if given not in ("", "auto", None, value):
             raise RlkvError(

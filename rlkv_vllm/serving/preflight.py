@@ -92,7 +92,12 @@ def gated_options(args: argparse.Namespace) -> dict[str, Any]:
     if (args.api_server_count or 1) > 1:
         raise RlkvError("--api-server-count: a server in gated mode has one: remove the flag")
     _check_span(args)
-    sink, window = (testbed.SINK, testbed.WINDOW) if args.is_embedded else (128, 256)
+    from rlkv_vllm.engine.config import GatedConfig
+
+    default = GatedConfig(mode="gated")
+    sink, window = default.sink, default.window
+    if args.is_embedded:
+        sink, window = testbed.SINK, testbed.WINDOW
     return {
         "mode": "gated",
         "sink": sink if args.sink is None else args.sink,

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +17,7 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving.arguments import engine_classes
 from rlkv_vllm.training.gated_attention import attach_gates
 from tests.checkpoints import ARCHITECTURES, NUM_KV_HEADS, NUM_LAYERS
-from tests.engines import EngineCache, generate, pool_is_restored, scheduler
+from tests.engines import EngineCache, generate, pool_is_restored, run_script, scheduler
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import ALL_FULL, UNEVEN
 from tests.oracle import count_differences
@@ -38,7 +34,7 @@ def gated(engines: EngineCache) -> Callable[..., Any]:
         engines.get,
         max_model_len=1024,
         additional_config=GATED,
-        **{name: cls for name, cls in engine_classes().items() if name != "scheduler_cls"},
+        **engine_classes(is_split=False),
     )
 
 
@@ -188,21 +184,9 @@ def test_two_ranks_change_gates_under_load(
     model = checkpoint("llama")
     prompts = [random_prompt(n, 5) for n in (17, 90, 200, 64) * 4]
     versions = [random_gates(seed) for seed in (5, 6, 7, 8)]
-    script = tmp_path / "server.py"  # vLLM starts its workers from a file
-    script.write_text(_SERVER)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps([str(model), GATED, prompts, versions]),
-        env=os.environ
-        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        text=True,
-        capture_output=True,
-        timeout=240,
-        check=False,
+    answers, last = run_script(
+        _SERVER, tmp_path, [str(model), GATED, prompts, versions], timeout=240
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-3000:]
-    answers, last = json.loads(lines[0].removeprefix("RESULT "))
     assert last == 4
     assert {version for version, _, _ in answers} == {0, 1, 2, 3}
     all_gates = [[[1.0] * NUM_KV_HEADS] * NUM_LAYERS, *versions]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +11,7 @@ import pytest
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.profile.io import load_profile
+from tests.engines import run_script
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import UNEVEN
 from tests.oracle import count_differences
@@ -47,21 +44,8 @@ if __name__ == "__main__":
 def served_by(
     ranks: int, folder: Path, model: Path, profile: Path, prompts: list[list[int]], max_tokens: int
 ) -> Any:
-    script = folder / "engine.py"  # vLLM starts its workers from a file
-    script.write_text(_ENGINE)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps([str(model), str(profile), ranks, max_tokens, prompts]),
-        env=os.environ
-        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        text=True,
-        capture_output=True,
-        timeout=400,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    given = [str(model), str(profile), ranks, max_tokens, prompts]
+    return run_script(_ENGINE, folder, given, timeout=400)
 
 
 @pytest.mark.parametrize(
