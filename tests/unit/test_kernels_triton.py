@@ -283,6 +283,8 @@ def test_benchmark_runs_and_its_outputs_are_the_oracles(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "kernels.json").read_text())["results"]
     assert {row["part"] for row in found} == {"copy", "decode", "prefill", "write"}
     errors = [row["error"] for row in found if row["part"] in ("decode", "prefill")]
-    assert len(errors) == 10
+    assert len(errors) == 12
     assert all(error < 1e-5 for error in errors)
-    assert "| decode | split | 2 | 96 | 0.5 |" in (tmp_path / "kernels.md").read_text()
+    table = (tmp_path / "kernels.md").read_text()
+    assert "| decode | split | 2 | 96 | 0.5 |" in table
+    assert "| decode | gated | 2 | 96 | 0 |" in table
