@@ -44,7 +44,7 @@ class SplitStep:
         requests: (cached tokens, new tokens) of each request; (0, 0) is padding of a CUDA graph.
         full: per KV head, whether it is a full head.
         shared: the first requests share the blocks of as many cached tokens (a prefix hit).
-        gates: in gated mode, where all heads are full; a closed one reads what a streaming one does.
+        gates: in gated mode, where all heads are full; closed ones read what streaming ones do.
     """
 
     def __init__(

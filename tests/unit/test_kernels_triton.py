@@ -106,7 +106,7 @@ def test_step_is_the_oracle(step: SplitStep) -> None:
 
 
 @given(steps(gated=True))
-@settings(max_examples=20 if DEVICE == "cpu" else 300)
+@settings(max_examples=12 if DEVICE == "cpu" else 300)
 def test_gated_step_is_the_oracle(step: SplitStep) -> None:
     check(step)
 
@@ -128,9 +128,7 @@ def test_closed_and_open_gates_are_streaming_and_full_heads() -> None:
     gated = make_step(requests, [True] * 3, gates=[0.0, 1.0, 0.0], **spans)
     split = make_step(requests, [False, True, False], **spans)
     assert torch.equal(gated.new_rows(gated.q)[:-3], split.new_rows(split.q)[:-3])
-    gated_out, split_out = (step.run().unflatten(1, (3, 2)) for step in (gated, split))
-    assert torch.equal(gated_out[:, ::2], split_out[:, ::2])
-    torch.testing.assert_close(gated_out[:, 1], split_out[:, 1], atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(gated.run(), split.run(), atol=2e-6, rtol=2e-6)
 
 
 def test_gated_split_kv_is_merged() -> None:
@@ -138,7 +136,8 @@ def test_gated_split_kv_is_merged() -> None:
     gates = [0.0, 1.0, 0.4]
     step = make_step(lengths, [True] * 3, sink=4, window=32, target_programs=90, gates=gates)
     check(step)
-    used = ~step.workspace.lse[: 4 * 6 * 8].view(4, 3, 2, 8).isnan()
+    splits = num_splits(4, 3, step.workspace.target_programs, gated=True)
+    used = ~step.workspace.lse[: 4 * 6 * splits].view(4, 3, 2, splits).isnan().cpu()
     # Where there is no gap, or it is closed, one program does it all and writes the output.
     assert used.sum(-1)[..., 0].tolist() == [[0, 0, 0], [0, 2, 2], [0, 3, 3], [0, 5, 5]]
 
