@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: In gated mode: of both waves, then of one more.
-GATES = [random_gates(seed)[:2] for seed in (1, 2)]
+GATES = [[row[:3] for row in random_gates(seed)[:2]] for seed in (1, 2)]
 GATED_WAVES = [*WAVES, [random_prompt(60, 8)]]
 
 

@@ -21,6 +21,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.interface import DeviceCapability
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.selector import _cached_get_attn_backend, get_attn_backend
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
@@ -89,7 +90,8 @@ class Model:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         vllm_config.cache_config.kv_cache_layout = "LBNHC"
-        with set_current_vllm_config(vllm_config):
+        # Models are built with a type of their own as the default.
+        with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
             self.layers = [
                 Attention(
                     NUM_Q,
@@ -303,6 +305,7 @@ def test_gated_layers_attend_over_vllms_own_caches(
         layer.impl.forward(layer, query, key, key, layer.kv_cache, step, query)
         (_, _, cache, *both_slots), attended = calls
         assert attended["gates_H"] is gates
+        assert gates.dtype == torch.float32
         assert gates.tolist() == row
         assert attended["ring_table_RB"] is attended["full_table_RB"] is table
         assert all(s.data_ptr() == slots.data_ptr() and len(s) == 5 for s in both_slots)
