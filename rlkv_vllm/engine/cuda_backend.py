@@ -202,7 +202,7 @@ class _Part:
 
 
 class _CUDAImpl(AttentionImpl[SplitCUDAMetadata]):
-    """Attention of one layer."""
+    """What both implementations keep of their layer, and the layers that they refuse."""
 
     def __init__(
         self,
