@@ -6,7 +6,8 @@ Three parts, each engine in a process of its own:
 
 * parity: a small random model with CUDA graphs, chunked prefill, prefix caching and a pool that is
   too small, every token against a Hugging Face forward with the same mask per head. In bfloat16
-  beside stock vLLM on the same prompts, which is the noise floor.
+  beside stock vLLM on the same prompts, which is the noise floor. In gated mode against the model
+  of the profile job, with gates that change between two waves.
 * decode: step time of a fixed batch at several contexts, beside the byte roofline at the copy
   bandwidth measured in the same process.
 * capacity: tokens per second of requests that come without end, all variants with as many bytes
@@ -58,11 +59,12 @@ class Job:
     Attributes:
         name: of the variant.
         part: parity, or speed (decode and capacity share an engine).
-        sparsity: of the split; None: stock vLLM.
+        sparsity: of the split; None: stock vLLM, or gated.
         backend: vLLM's attention backend; None: vLLM's choice.
         dtype: of model and cache.
         graphs: vLLM's ``cudagraph_mode``.
         seconds: how long it takes at most; not begun when less is left.
+        gated: whether the engine is in gated mode.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Job:
     dtype: str
     graphs: str
     seconds: int
+    gated: bool = False
 
 
 #: In the order of what is wanted most, if time ends early.
@@ -84,6 +87,7 @@ JOBS = (
     Job("split s=.8", "speed", 0.8, None, "bfloat16", "FULL_DECODE_ONLY", 150),
     Job("stock TRITON_ATTN", "speed", None, "TRITON_ATTN", "bfloat16", "FULL_DECODE_ONLY", 150),
     Job("split s=0", "speed", 0.0, None, "bfloat16", "FULL_DECODE_ONLY", 150),
+    Job("gated fp32", "parity", None, None, "float32", "FULL_DECODE_ONLY", 100, gated=True),
     Job("split fp32, mixed batches in graphs", "parity", 0.6, None, "float32", "FULL", 100),
 )
 #: With --compile: Inductor and piecewise graphs, vLLM's own default.
@@ -117,11 +121,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def start_engine(job: Job, model: Path, tiny: bool, **options: Any) -> Any:
     from vllm import LLM
 
-    split = (
-        {}
-        if job.sparsity is None
-        else {"rlkv": {"profile": str(model / "profile.json"), "sparsity": job.sparsity}}
-    )
+    rlkv: dict[str, Any] = {}
+    if job.gated:
+        rlkv = {"mode": "gated", "sink": SINK, "window": WINDOW}
+    elif job.sparsity is not None:
+        rlkv = {"profile": str(model / "profile.json"), "sparsity": job.sparsity}
     if tiny:
         options |= {"enforce_eager": True}
     else:
@@ -137,11 +141,11 @@ def start_engine(job: Job, model: Path, tiny: bool, **options: Any) -> Any:
         skip_tokenizer_init=True,
         dtype="float32" if tiny else job.dtype,
         enable_prefix_caching=True,
-        additional_config=split,
+        additional_config={"rlkv": rlkv} if rlkv else {},
         worker_extension_cls="rlkv_vllm.engine.worker_extension.RlkvWorkerExtension",
         **options,
     )
-    if split:
+    if job.sparsity is not None:
         (report,) = llm.collective_rpc("rlkv_split_report")
         assert report["active"], f"the cache is not split: {report}"
     return llm
@@ -156,13 +160,16 @@ def implementation(llm: Any) -> str:
 def parity(job: Job, folder: Path, tiny: bool) -> Iterator[dict[str, Any]]:
     """Log-probability that the oracle loses by the engine's choice, per token."""
     import torch
+    from transformers import AutoModelForCausalLM
     from vllm import SamplingParams
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' oracle
 
     from rlkv_vllm.allocation.heads import allocate
+    from rlkv_vllm.engine.gates import set_gates
     from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
     from rlkv_vllm.profile.schema import HeadProfile, Provenance
+    from rlkv_vllm.training.gated_attention import attach_gates
     from tests.checkpoints import VOCAB, make_checkpoint
     from tests.oracle import logprobs
 
@@ -170,8 +177,6 @@ def parity(job: Job, folder: Path, tiny: bool) -> Iterator[dict[str, Any]]:
     if not (model / "profile.json").exists():
         make_checkpoint("qwen3", model)
         if job.dtype == "bfloat16":
-            from transformers import AutoModelForCausalLM
-
             # The oracle computes in float32 on the very weights that the engine has.
             rounded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
             rounded.save_pretrained(model)
@@ -217,14 +222,27 @@ def parity(job: Job, folder: Path, tiny: bool) -> Iterator[dict[str, Any]]:
         "prefix cache": [p + prompt(5) for p in first],
         "small pool": [prompt(40 + 13 * n) for n in range(4 if tiny else 30)],
     }
+    if job.gated:
+        trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        attached = attach_gates(trained, SINK, WINDOW)
+
+    @torch.no_grad()
+    def oracle(tokens: list[int]) -> torch.Tensor:
+        if job.gated:
+            return trained(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        return logprobs(model, tokens, full_heads, SINK, WINDOW)
+
     for wave, prompts in waves.items():
+        if job.gated and wave != "prefix cache":  # which other gates would empty
+            gates = [row[1:] + row[:1] for row in gates]
+            set_gates(llm, gates)
+            attached.set_soft(gates)
         before = preemptions[0]
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         losses: list[float] = []
         for given, output in zip(prompts, outputs, strict=True):
             tokens = list(output.outputs[0].token_ids)
-            expected = logprobs(model, given + tokens[:-1], full_heads, SINK, WINDOW)
-            expected = expected[len(given) - 1 :]
+            expected = oracle(given + tokens[:-1])[len(given) - 1 :]
             chosen = expected.gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
             losses += (expected.max(-1).values - chosen).tolist()
         yield {

@@ -11,6 +11,7 @@ Exits with 1 if the decode kernel spills registers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -56,6 +57,7 @@ class Resources:
 
     Attributes:
         kernel: its name.
+        gated: compiled for gated mode.
         capability: compute capability, e.g. 90.
         dtype: of queries and cache.
         head_dim: head dimension.
@@ -70,6 +72,7 @@ class Resources:
     """
 
     kernel: str
+    gated: bool
     capability: int
     dtype: str
     head_dim: int
@@ -95,7 +98,14 @@ SHARED_PER_SM = {
 
 
 def compile_case(
-    capability: int, dtype: str, head_dim: int, group: int, block_size: int, target_programs: int
+    capability: int,
+    dtype: str,
+    head_dim: int,
+    group: int,
+    block_size: int,
+    target_programs: int,
+    *,
+    gated: bool,
 ) -> list[Resources]:
     """Compile write, decode, merge and prefill as a layer of 8 KV heads launches them."""
     num_heads, num_requests, n = 8, 4, 64
@@ -110,13 +120,14 @@ def compile_case(
         return kernel
 
     caches = [torch.empty(4, block_size, 2 * head_dim, dtype=kind) for _ in range(num_heads)]
-    cache = LayerCache.of(caches, [h % 2 == 1 for h in range(num_heads)])
+    cache = LayerCache.of(caches, [gated or h % 2 == 1 for h in range(num_heads)])
     workspace = Workspace.of(
         max_requests=num_requests,
         num_q_heads=num_heads * group,
         num_kv_heads=num_heads,
         head_dim=head_dim,
         device="cpu",
+        gated=gated,
         target_programs=target_programs,
         capability=capability,
     )
@@ -143,18 +154,21 @@ def compile_case(
             sink=16,
             window=64,
             scale=head_dim**-0.5,
+            gates_H=torch.ones(num_heads) if gated else None,
         )
     finally:
         JITFunction.run = run
         driver.set_active(None)
     return [
-        _resources(name, kernel, capability, dtype, head_dim, group, block_size, splits)
+        _resources(name, gated, kernel, capability, dtype, head_dim, group, block_size, splits)
         for name, kernel, splits in compiled
+        if not gated or name != "write_kernel"  # gates change nothing of it
     ]
 
 
 def _resources(
     name: str,
+    gated: bool,
     kernel: Any,
     capability: int,
     dtype: str,
@@ -178,6 +192,7 @@ def _resources(
     by_shared = SHARED_PER_SM.get(capability, 100 << 10) // (shared + 1024)
     return Resources(
         kernel=name,
+        gated=gated,
         capability=capability,
         dtype=dtype,
         head_dim=head_dim,
@@ -211,24 +226,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Resources] = []
     print(f"triton {triton.__version__}, torch {torch.__version__}", file=sys.stderr)
     print(
-        "| kernel | sm | dtype | head_dim | group | block | splits | registers | spilled | "
+        "| kernel | gated | sm | dtype | head_dim | group | block | splits | registers | spilled | "
         "shared | warps | programs per SM |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for capability in args.capability:
-        for head_dim in args.head_dim:
-            for group in args.group:
-                for block_size in args.block_size:
-                    found = compile_case(
-                        capability, args.dtype, head_dim, group, block_size, args.target_programs
-                    )
-                    for row in found:
-                        if row not in rows:
-                            rows.append(row)
-                            print(
-                                "| " + " | ".join(str(v) for v in asdict(row).values()) + " |",
-                                flush=True,
-                            )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for capability, head_dim, group, block_size, gated in itertools.product(
+        args.capability, args.head_dim, args.group, args.block_size, (False, True)
+    ):
+        for row in compile_case(
+            capability,
+            args.dtype,
+            head_dim,
+            group,
+            block_size,
+            args.target_programs,
+            gated=gated,
+        ):
+            if row not in rows:
+                rows.append(row)
+                print("| " + " | ".join(str(v) for v in asdict(row).values()) + " |", flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     spilling = [row for row in rows if row.kernel == "decode_kernel" and row.spilled]

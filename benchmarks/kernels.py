@@ -122,7 +122,10 @@ class Timer:
 
 
 class Layers:
-    """Caches of several layers, filled with numbers; streaming heads hold a ring and no more."""
+    """Caches of several layers, filled with numbers; streaming heads hold a ring and no more.
+
+    With ``gated`` all heads hold all tokens and have gates.
+    """
 
     def __init__(
         self,
@@ -133,6 +136,7 @@ class Layers:
         device: torch.device,
         *,
         new: int = 1,
+        gated: bool = False,
         least_bytes: int = 0,
     ) -> None:
         self.shape, self.batch, self.length, self.new = shape, batch, length, new
@@ -176,7 +180,9 @@ class Layers:
                 )
             ]
             self.full_pages.append(kinds[0])
-            self.caches.append(LayerCache.of([*kinds[0], *kinds[1]], self.streaming))
+            self.caches.append(
+                LayerCache.of([*kinds[0], *kinds[1]], [gated or kind for kind in self.streaming])
+            )
         n = batch * new
         num_q = shape.num_kv_heads * shape.group
         make = {"dtype": shape.dtype, "device": device}
@@ -192,6 +198,9 @@ class Layers:
         def slots(table: torch.Tensor) -> torch.Tensor:
             return (table[:, positions // bs].long() * bs + positions % bs).flatten()
 
+        if gated:
+            self.ring_table = self.full_table
+        self.gates = torch.linspace(0.1, 0.9, shape.num_kv_heads).to(device) if gated else None
         self.full_slots, self.ring_slots = slots(self.full_table), slots(self.ring_table)
         on_gpu = device.type == "cuda"
         self.workspace = Workspace.of(
@@ -200,6 +209,7 @@ class Layers:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             device=device,
+            gated=gated,
             target_programs=None if on_gpu else 8,
             capability=None if on_gpu else INTERPRETER,
         )
@@ -227,6 +237,7 @@ class Layers:
                 sink=SINK,
                 window=WINDOW,
                 scale=self.shape.head_dim**-0.5,
+                gates_H=self.gates,
                 decode_with=decode,
                 prefill_with=prefill,
             )
@@ -249,15 +260,19 @@ class Layers:
                 v = torch.cat([v[: self.length - self.new], self.v[rows].float()])
             # Long prompts: the last queries see most; the oracle holds all scores at once.
             last = min(self.new, 256)
-            expected = reference_attention(
+            attend = partial(
+                reference_attention,
                 self.q[rows][-last:].float(),
                 k,
                 v,
-                full_heads=[h for h, kind in enumerate(self.streaming) if not kind],
                 sink=SINK,
                 window=WINDOW,
                 scale=self.shape.head_dim**-0.5,
             )
+            expected = attend(full_heads=[h for h, kind in enumerate(self.streaming) if not kind])
+            if self.gates is not None:
+                gates = self.gates.repeat_interleave(self.shape.group)[:, None]
+                expected = gates * expected + (1 - gates) * attend(full_heads=[])
             found = self.out[rows][-last:].float()
             worst = max(worst, float((found - expected).norm() / expected.norm()))
         return worst
@@ -432,6 +447,7 @@ class Bench:
         sparsity: float,
         *,
         new: int = 1,
+        gated: bool = False,
         dense: bool = False,
         config: DecodeConfig | PrefillConfig | None = None,
     ) -> None:
@@ -441,7 +457,7 @@ class Bench:
         if self.device.type == "cuda":  # what the last case held counts as used until then
             gc.collect()
             torch.cuda.empty_cache()
-        name = "cache write" if part == "write" else "split"
+        name = "cache write" if part == "write" else "gated" if gated else "split"
         if config is not None:
             name = ",".join(str(value) for value in asdict(config).values())
         result = Result(part, name, batch, length, sparsity)
@@ -453,6 +469,7 @@ class Bench:
                 sparsity,
                 self.device,
                 new=new,
+                gated=gated,
                 least_bytes=self._least_bytes,
             )
             if part == "write":
@@ -676,9 +693,11 @@ def run_cases(bench: Bench, quick: bool, dry: bool) -> None:
     for length, batch in sorted(itertools.product(lengths, batches), key=lambda c: c[0] * c[1]):
         for sparsity in SPARSITIES:
             bench.case("decode", batch, length, sparsity, dense=sparsity == 0)
+        bench.case("decode", batch, length, 0.0, gated=True)
     for length in prompts:
         for sparsity in SPARSITIES:
             bench.case("prefill", 1, length, sparsity, new=length, dense=sparsity == 0)
+        bench.case("prefill", 1, length, 0.0, new=length, gated=True)
     for length in prompts[-1:]:
         for sparsity in (0.0, 0.5):
             bench.case("prefill", 1, length, sparsity, new=max(2, length // 4), dense=sparsity == 0)

@@ -9,6 +9,7 @@ list of :class:`Scenario` fields, prints one JSON list of results.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -25,10 +26,11 @@ class Scenario:
 
     Attributes:
         model: its folder.
-        profile: head profile; None: stock.
+        profile: head profile; None: stock, or what ``options`` say.
         options: of ``LLM``.
         waves: prompts that run together.
         max_tokens: of every request.
+        gates: set before the wave of the same index; None leaves them. In gated mode only.
     """
 
     model: str
@@ -36,6 +38,7 @@ class Scenario:
     waves: list[list[list[int]]]
     max_tokens: int
     options: dict[str, Any] = field(default_factory=dict)
+    gates: list[list[list[float]] | None] = field(default_factory=list)
 
 
 @dataclass
@@ -82,6 +85,7 @@ def run_scenarios(scenarios: Sequence[Scenario]) -> list[Result]:
 
 
 def _run(scenario: Scenario) -> Result:
+    from rlkv_vllm.engine.gates import set_gates
     from tests.engines import engine, generate, pool_is_restored, scheduler
 
     profile = Path(scenario.profile) if scenario.profile else None
@@ -111,7 +115,9 @@ def _run(scenario: Scenario) -> Result:
 
         scheduler(llm).schedule = counting_schedule
         scheduler(llm)._preempt_request = counting_preempt
-        for wave in scenario.waves:
+        for wave, gates in itertools.zip_longest(scenario.waves, scenario.gates):
+            if gates is not None:
+                set_gates(llm, gates)
             for output in generate(llm, wave, scenario.max_tokens):
                 (completion,) = output.outputs
                 tokens = list(completion.token_ids)

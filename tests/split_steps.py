@@ -44,6 +44,7 @@ class SplitStep:
         requests: (cached tokens, new tokens) of each request; (0, 0) is padding of a CUDA graph.
         full: per KV head, whether it is a full head.
         shared: the first requests share the blocks of as many cached tokens (a prefix hit).
+        gates: in gated mode, where all heads are full; closed ones read what streaming ones do.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class SplitStep:
         target_programs: int = 8,
         seed: int = 0,
         device: str = "cpu",
+        gates: Sequence[float] | None = None,
     ) -> None:
+        assert gates is None or all(full)
         g = torch.Generator().manual_seed(seed)
         self.requests, self.full = list(requests), list(full)
         self.sink, self.window, self.block_size = sink, window, block_size
@@ -109,11 +112,12 @@ class SplitStep:
                 first_visible = max(0, old - window + 1)
                 for p in range(old):
                     # A ring has given back what left the window: its entries are stale.
-                    if kind or p < sink or p >= first_visible:
-                        at = ids[p // block_size], p % block_size
-                        for h in range(num_heads):
-                            if full[h] == kind:
-                                self.caches[h][at] = torch.cat([k[p, h], v[p, h]])
+                    is_visible = p < sink or p >= first_visible
+                    at = ids[p // block_size], p % block_size
+                    for h in range(num_heads):
+                        is_read = is_visible or (kind and (gates is None or gates[h] > 0))
+                        if full[h] == kind and is_read:
+                            self.caches[h][at] = torch.cat([k[p, h], v[p, h]])
                 # Lean prefill: what is out of the window when the chunk ends gets no block.
                 lean_from = -(-sink // block_size)
                 lean_to = max(0, n - window + 1) // block_size
@@ -142,13 +146,17 @@ class SplitStep:
             setattr(self, name, getattr(self, name).to(device))
         buffer = buffer.to(device)
         self.caches = [buffer[places[h]] for h in range(num_heads)]
-        self.cache = LayerCache.of(self.caches, [not kind for kind in full])
+        self.cache = LayerCache.of(self.caches, [gates is not None or not kind for kind in full])
+        self.gates = None if gates is None else torch.tensor(gates).to(device)
+        if gates is not None:
+            self.ring_table, self.ring_slots = self.full_table, self.full_slots
         self.workspace = Workspace.of(
             max_requests=len(requests),
             num_q_heads=num_heads * group,
             num_kv_heads=num_heads,
             head_dim=head_dim,
             device=device,
+            gated=gates is not None,
             target_programs=target_programs if device == "cpu" else None,
             capability=INTERPRETER,
         )
@@ -190,13 +198,21 @@ class SplitStep:
                 sink=self.sink,
                 window=self.window,
                 scale=self.scale,
+                gates_H=self.gates,
             )
         assert out[-self.padding :].isnan().all(), "rows of padding were written"
         return out[: -self.padding].cpu()
 
     def expected(self) -> torch.Tensor:
         """The oracle's output in float32."""
-        full_heads = [h for h, kind in enumerate(self.full) if kind]
+        full = self._attention([h for h, kind in enumerate(self.full) if kind])
+        if self.gates is None:
+            return full
+        group = full.shape[1] // len(self.full)
+        gates = self.gates.cpu().repeat_interleave(group)[:, None]
+        return gates * full + (1 - gates) * self._attention([])
+
+    def _attention(self, full_heads: Sequence[int]) -> torch.Tensor:
         return torch.cat(
             [
                 reference_attention(

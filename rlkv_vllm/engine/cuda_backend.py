@@ -1,8 +1,8 @@
-"""Attention on CUDA: one Triton kernel for the full and streaming heads of a layer.
+"""Attention on CUDA: one Triton kernel for the full and streaming, or the gated heads of a layer.
 
-Registered as ``AttentionBackendEnum.CUSTOM``; only for split models. Per layer
-and step one launch writes the KV of all heads, and all heads attend in the same
-launches, see :mod:`rlkv_vllm.kernels.split_attention`.
+Registered as ``AttentionBackendEnum.CUSTOM``; only for split and gated models. Per
+layer and step one launch writes the KV of all heads, and all heads attend in the
+same launches, see :mod:`rlkv_vllm.kernels.split_attention`.
 
 Nothing here reads a tensor's content: metadata only references vLLM's own
 persistent tensors, and what a launch depends on are shapes and host integers,
@@ -31,7 +31,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from rlkv_vllm.allocation.forecast import BLOCK_SIZE_MULTIPLE
 from rlkv_vllm.engine.compat import forget_backend_choice
-from rlkv_vllm.engine.config import split_config, split_plan
+from rlkv_vllm.engine.config import gated_config, split_config, split_plan
+from rlkv_vllm.engine.gated_layer import GatedLayer
 from rlkv_vllm.engine.head_cache import HeadGroup, LayerHeads
 from rlkv_vllm.engine.split_layer import StepMetadata, register_layer, step_metadata
 from rlkv_vllm.engine.support import (
@@ -40,6 +41,7 @@ from rlkv_vllm.engine.support import (
     check_layer_supported,
 )
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.kernels.layer_cache import OFFSET_UNIT
 from rlkv_vllm.kernels.split_attention import (
     LayerCache,
     Workspace,
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 
 
 class SplitCUDABackend(AttentionBackend):
-    """The split KV cache as ``--attention-backend CUSTOM``."""
+    """The split KV cache and gated mode as ``--attention-backend CUSTOM``."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
@@ -100,9 +102,13 @@ class SplitCUDABackend(AttentionBackend):
         return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
 
     @staticmethod
-    def get_impl_cls() -> type[SplitCUDAImpl]:
-        """The attention implementation; refused without a split plan."""
-        if split_config(get_current_vllm_config()) is None:
+    def get_impl_cls() -> type[SplitCUDAImpl | GatedCUDAImpl]:
+        """The attention implementation; refused without options of ours."""
+        vllm_config = get_current_vllm_config()
+        if gated_config(vllm_config) is not None:
+            forget_backend_choice()
+            return GatedCUDAImpl
+        if split_config(vllm_config) is None:
             raise RlkvError(
                 "--attention-backend CUSTOM is the split KV cache of rlkv_vllm and no head profile "
                 'is given: add additional_config={"rlkv": {"profile": ...}} (rlkv serve --profile) '
@@ -146,6 +152,7 @@ class SplitCUDAMetadataBuilder(AttentionMetadataBuilder[SplitCUDAMetadata]):
             num_kv_heads=model.get_num_kv_heads(parallel),
             head_dim=model.get_head_size(),
             device=device,
+            gated=gated_config(vllm_config) is not None,
         )
 
     def build(
@@ -194,8 +201,8 @@ class _Part:
     q_heads: slice | None
 
 
-class SplitCUDAImpl(AttentionImpl[SplitCUDAMetadata]):
-    """Attention of one layer of a split model."""
+class _CUDAImpl(AttentionImpl[SplitCUDAMetadata]):
+    """What both implementations keep of their layer, and the layers that they refuse."""
 
     def __init__(
         self,
@@ -217,10 +224,6 @@ class SplitCUDAImpl(AttentionImpl[SplitCUDAMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self._vllm_config = get_current_vllm_config()
-        plan = split_plan(self._vllm_config)
-        assert plan is not None, "get_impl_cls refuses a model without a plan"
-        self.plan = plan
         check_layer_supported(
             alibi_slopes=alibi_slopes,
             sliding_window=sliding_window,
@@ -230,6 +233,17 @@ class SplitCUDAImpl(AttentionImpl[SplitCUDAMetadata]):
             kv_sharing_target=kv_sharing_target_layer_name,
             other=", ".join(name for name, value in unknown.items() if value is not None),
         )
+
+
+class SplitCUDAImpl(_CUDAImpl):
+    """Attention of one layer of a split model."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._vllm_config = get_current_vllm_config()
+        plan = split_plan(self._vllm_config)
+        assert plan is not None, "get_impl_cls refuses a model without a plan"
+        self.plan = plan
         self.heads: LayerHeads | None = None
         self._parts: list[_Part] = []
 
@@ -333,4 +347,62 @@ class SplitCUDAImpl(AttentionImpl[SplitCUDAMetadata]):
                 window=geometry.window,
                 scale=self.scale,
             )
+        return output
+
+
+class GatedCUDAImpl(GatedLayer, _CUDAImpl):
+    """Attention of one layer in gated mode, over vLLM's own cache of the layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_gates(self.num_kv_heads)
+        # Heads follow each other in every token, whatever the blocks: known before a graph is
+        # captured, in which nothing could be copied to the device.
+        heads = torch.arange(self.num_kv_heads, dtype=torch.int64, device=self.gates.device)
+        self._offsets_H = heads * (2 * self.head_size // OFFSET_UNIT)
+        self._streaming_H = torch.ones_like(heads, dtype=torch.int32)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Check the layer, which now exists."""
+        super().process_weights_after_loading(act_dtype)
+        self.check_layer()
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SplitCUDAMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the step's KV and attend; arguments as of :meth:`SplitCUDAImpl.forward`."""
+        if attn_metadata is None:
+            return output.fill_(0)
+        assert output_scale is None
+        assert output_block_scale is None
+        cache = LayerCache.of_whole(kv_cache, self._offsets_H, self._streaming_H)
+        step, n = attn_metadata, attn_metadata.num_actual_tokens
+        k, v, slots = key[:n], value[:n], step.slot_mapping[:n]
+        write_cache(k, v, cache, slots, slots)
+        split_attention(
+            query[:n],
+            k,
+            v,
+            output[:n],
+            cache,
+            full_table_RB=step.block_table,
+            ring_table_RB=step.block_table,
+            query_start_loc=step.query_start_loc,
+            seq_lens=step.seq_lens,
+            max_query_len=step.max_query_len,
+            workspace=step.workspace,
+            sink=self.config.sink,
+            window=self.config.window,
+            scale=self.scale,
+            gates_H=self.gates,
+        )
         return output

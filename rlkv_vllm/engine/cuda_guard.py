@@ -1,9 +1,9 @@
-"""Stand-ins for vLLM's CUDA backends, so that a split model never runs on one of them.
+"""Stand-ins for vLLM's CUDA backends, so that a split or gated model never runs on one of them.
 
 vLLM chooses an attention backend without asking plugins. Registered in the
 place of each decoder backend that CUDA may choose is a subclass that differs
 in two answers, and only for a model with ``additional_config["rlkv"]``: asked
-by automatic selection which class it is, it names the split backend; asked for
+by automatic selection which class it is, it names ours; asked for
 its attention implementation, it refuses. For any other model it *is* vLLM's
 class.
 
@@ -40,7 +40,7 @@ GUARDED = (
 
 
 def register_guards() -> None:
-    """Register the split backend as CUSTOM and a guard for every backend that CUDA may choose."""
+    """Register our backend as CUSTOM and a guard for every backend that CUDA may choose."""
     register_backend(AttentionBackendEnum.CUSTOM, "rlkv_vllm.engine.cuda_backend.SplitCUDABackend")
     for name in GUARDED:
         backend = AttentionBackendEnum[name]
@@ -48,22 +48,23 @@ def register_guards() -> None:
             register_backend(backend, f"{__name__}.{name}")
 
 
-def _split_is_configured() -> bool:
-    vllm_config = get_current_vllm_config_or_none()
-    return vllm_config is not None and split_config(vllm_config) is not None
+def _is_ours() -> bool:
+    config = get_current_vllm_config_or_none()
+    return config is not None and bool(split_config(config) or gated_config(config))
 
 
 def _guard(name: str) -> type[AttentionBackend]:
     stock: Any = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
 
     class Guard(stock):
-        __doc__ = f"vLLM's {name}; refuses a model whose KV cache is to be split."
+        __doc__ = f"vLLM's {name}; refuses a model that is to be split or gated."
 
         @classmethod
         def _is_redirected(cls) -> bool:
             config = get_current_vllm_config_or_none()
             return (
-                _split_is_configured()
+                config is not None
+                and _is_ours()
                 and config.attention_config.backend is None
                 and not config.attention_config.backend_per_kind
             )
@@ -82,12 +83,9 @@ def _guard(name: str) -> type[AttentionBackend]:
 
         @classmethod
         def get_impl_cls(cls) -> Any:
-            config = get_current_vllm_config_or_none()
-            if config is not None:
-                gated_config(config)  # refuses: there is no gated attention on GPUs yet
-            if _split_is_configured():
+            if _is_ours():
                 raise RlkvError(
-                    f"the split KV cache does not run on attention backend {name}: "
+                    f"split and gated models do not run on attention backend {name}: "
                     "give --attention-backend CUSTOM (LLM(..., attention_backend='CUSTOM')) or none"
                 )
             return super().get_impl_cls()

@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from rlkv_vllm.engine.config import gated_config
+from rlkv_vllm.engine.gated_layer import GatedLayer
 from rlkv_vllm.engine.support import check_layer_supported
 from rlkv_vllm.kernels.gated import gated_attention, write_pages
 
@@ -21,13 +19,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
 
 
-class GatedCPUImpl(CPUAttentionBackendImpl):
-    """Attention of one layer.
-
-    Attributes:
-        gates: of this rank's KV heads, float32; changed in place, between two steps.
-        kv_heads: which KV heads of the model these are.
-    """
+class GatedCPUImpl(GatedLayer, CPUAttentionBackendImpl):
+    """Attention of one layer."""
 
     def __init__(
         self,
@@ -66,16 +59,12 @@ class GatedCPUImpl(CPUAttentionBackendImpl):
             kv_sharing_target=kv_sharing_target_layer_name,
             other=", ".join(kwargs),
         )
-        vllm_config = get_current_vllm_config()
-        config = gated_config(vllm_config)
-        assert config is not None
-        self.config = config
-        self.gates = torch.ones(num_kv_heads)
-        # Ranks take KV heads in order; where there are more ranks than heads, vLLM copies heads.
-        total = vllm_config.model_config.get_total_num_kv_heads()
-        tp_size = vllm_config.parallel_config.tensor_parallel_size
-        first = get_tensor_model_parallel_rank() * total // tp_size
-        self.kv_heads = range(first, first + num_kv_heads)
+        self.init_gates(num_kv_heads)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Check the layer, which now exists."""
+        super().process_weights_after_loading(act_dtype)
+        self.check_layer()
 
     def forward(
         self,

@@ -51,10 +51,19 @@ def platform_problem() -> str:
     return ""
 
 
-def _is_cpu() -> bool:
+def _is_float16_on_the_cpu(config: VllmConfig) -> bool:
     from vllm.platforms import current_platform
 
-    return bool(current_platform.is_cpu())
+    return bool(current_platform.is_cpu()) and str(config.model_config.dtype) == "torch.float16"
+
+
+def _wants_another_layout(_: VllmConfig) -> bool:
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    # NHD is vLLM's earlier name.
+    layout = envs.VLLM_KV_CACHE_LAYOUT
+    return bool(current_platform.is_cuda()) and layout not in (None, "LBNHC", "NHD")
 
 
 def _head_dim_is_untested(config: VllmConfig) -> bool:
@@ -292,14 +301,14 @@ def check_supported(vllm_config: VllmConfig) -> None:
 #: What gated mode refuses beyond :data:`REFUSALS`.
 GATED_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
-        "GPUs: its attention exists for the CPU only",
-        lambda _: not _is_cpu(),
-        "roll out on the CPU, or with `rollout: transformers`",
+        "--dtype float16 on the CPU",
+        _is_float16_on_the_cpu,
+        "use float32 or bfloat16",
     ),
     Refusal(
-        "--dtype float16",
-        lambda c: str(c.model_config.dtype) == "torch.float16",
-        "use float32 or bfloat16",
+        "VLLM_KV_CACHE_LAYOUT other than LBNHC on a GPU",
+        _wants_another_layout,
+        "remove the variable",
     ),
     Refusal(
         "--kv-cache-dtype other than the model's own",

@@ -11,7 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from rlkv_vllm.engine.gated_cpu import GatedCPUImpl
+from rlkv_vllm.engine.gated_layer import GatedLayer
 from rlkv_vllm.engine.head_cache import HeadCacheLayer
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.engine.specs import RingSpec
@@ -94,9 +94,9 @@ class RlkvWorkerExtension:
             impl.gates.copy_(torch.tensor([row[head] for head in impl.kv_heads]))
         self._rlkv_gates_version = version
 
-    def _rlkv_gated_layers(self) -> list[GatedCPUImpl]:
+    def _rlkv_gated_layers(self) -> list[GatedLayer]:
         base: type[Any] = AttentionLayerBase
         layers = get_layers_from_vllm_config(self.vllm_config, base)
         impls = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
-        gated = {name: impl for name, impl in impls.items() if isinstance(impl, GatedCPUImpl)}
+        gated = {name: impl for name, impl in impls.items() if isinstance(impl, GatedLayer)}
         return [gated[name] for name in sorted(gated, key=extract_layer_index)]

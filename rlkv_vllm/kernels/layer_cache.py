@@ -24,7 +24,7 @@ class LayerCache:
 
     Attributes:
         base: cache of the first head; keeps the memory alive and gives dtype and device.
-        caches: the caches of all heads, kept alive.
+        caches: the caches of all heads, kept alive; none where they are one tensor.
         offsets_H: int64, offset of each head from ``base`` in units of ``OFFSET_UNIT`` elements.
         streaming_H: int32, 1 for a streaming head, 0 for a full head.
         num_full: number of full heads.
@@ -47,7 +47,7 @@ class LayerCache:
     @property
     def num_heads(self) -> int:
         """KV heads of the layer on this rank."""
-        return len(self.caches)
+        return len(self.offsets_H)
 
     @classmethod
     def of(cls, caches: Sequence[torch.Tensor], streaming: Sequence[bool]) -> LayerCache:
@@ -94,4 +94,36 @@ class LayerCache:
             head_dim=first.shape[2] // 2,
             block_stride=first.stride(0),
             slot_stride=first.stride(1),
+        )
+
+    @classmethod
+    def of_whole(
+        cls, cache_BHNC: torch.Tensor, offsets_H: torch.Tensor, streaming_H: torch.Tensor
+    ) -> LayerCache:
+        """The cache of a layer as stock vLLM binds it; looks at no tensor, so for every step.
+
+        Args:
+            cache_BHNC: ``[blocks, heads, block_size, 2 * head_dim]``, tokens outside of heads.
+            offsets_H: as the attribute.
+            streaming_H: as the attribute.
+
+        Raises:
+            ValueError: the heads of a token do not follow each other.
+        """
+        _, num_heads, block_size, row = cache_BHNC.shape
+        if cache_BHNC.stride()[1:] != (row, num_heads * row, 1):
+            raise ValueError(
+                f"a cache of {num_heads} heads and rows of {row} must have its tokens outside of "
+                f"its heads (layout LBNHC), its strides are {cache_BHNC.stride()}"
+            )
+        return cls(
+            base=cache_BHNC,
+            caches=(),
+            offsets_H=offsets_H,
+            streaming_H=streaming_H,
+            num_full=0,
+            block_size=block_size,
+            head_dim=row // 2,
+            block_stride=cache_BHNC.stride(0),
+            slot_stride=num_heads * row,
         )

@@ -38,6 +38,7 @@ def split_attention(
     sink: int,
     window: int,
     scale: float,
+    gates_H: torch.Tensor | None = None,
     decode_with: DecodeConfig | None = None,
     prefill_with: PrefillConfig | None = None,
 ) -> None:
@@ -48,7 +49,9 @@ def split_attention(
     new ones from ``key_NHD`` and ``value_NHD``, or from the pages where there is one. Pages of
     invisible positions are never read: entries of a block table that left the window may be stale.
 
-    A layer without full (streaming) heads gives the other table in that place.
+    A layer without full (streaming) heads gives the other table in that place. With gates every
+    head is a streaming head whose pages hold all tokens, and what it does not see as such it sees
+    with its gate: ``gate * full + (1 - gate) * local``.
 
     Args:
         query_NQD: dense in the last dimension, as all of the step's tensors.
@@ -65,6 +68,7 @@ def split_attention(
         sink: first tokens that a streaming head sees.
         window: last tokens that a streaming head sees, the query's own included.
         scale: factor on ``q @ k``.
+        gates_H: float32, one per KV head, in gated mode.
         decode_with: launch parameters of decode instead of the default ones.
         prefill_with: the same of prefill.
     """
@@ -74,6 +78,7 @@ def split_attention(
         query_NQD,
         output_NQD,
         cache,
+        gates_H=gates_H,
         full_table_RB=full_table_RB,
         ring_table_RB=ring_table_RB,
         query_start_loc=query_start_loc,
@@ -91,6 +96,7 @@ def split_attention(
             value_NHD,
             output_NQD,
             cache,
+            gates_H=gates_H,
             full_table_RB=full_table_RB,
             ring_table_RB=ring_table_RB,
             query_start_loc=query_start_loc,
@@ -98,5 +104,6 @@ def split_attention(
             sink=sink,
             window=window,
             scale_log2=scale_log2,
-            config=prefill_with or prefill_config(head_dim, itemsize, workspace.capability),
+            config=prefill_with
+            or prefill_config(head_dim, itemsize, workspace.capability, gated=gates_H is not None),
         )

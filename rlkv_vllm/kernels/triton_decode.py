@@ -5,6 +5,10 @@ tile. A streaming head takes one split: its visible keys, the sinks and the wind
 without the gap between them, so no masked key is ever loaded. A full head's keys are spread over
 the splits, and a second small launch merges their partial results.
 
+A gated head is a streaming head whose gap between sinks and window is attended to as well: split 0
+takes what local attention sees, the others share the gap. So each key is read once, and the merge
+has both results: split 0 is local attention, all splits together are full attention.
+
 Shape suffixes: R requests, Q query heads, S splits, D head_dim.
 """
 
@@ -80,6 +84,12 @@ def keys_per_split(
 
 
 @triton.jit
+def gap_of(gates, head, skip):
+    """Keys between sinks and window that a gated head reads: none if it is closed."""
+    return tl.where(tl.load(gates + head) == 0, 0, skip)
+
+
+@triton.jit
 def decode_kernel(
     query,
     output,
@@ -88,6 +98,7 @@ def decode_kernel(
     cache,
     head_offsets,
     head_streaming,
+    gates,
     full_table,
     ring_table,
     query_start,
@@ -130,6 +141,14 @@ def decode_kernel(
         table = full_table + request.to(tl.int64) * full_table_stride
         per_split = keys_per_split(num_keys, NUM_SPLITS, MIN_TILES, BLOCK_N)
     begin = split * per_split
+    is_alone = per_split >= num_keys
+    if gates is not None:
+        between = gap_of(gates, head, skip)
+        is_alone = between == 0
+        if split > 0:
+            per_split = keys_per_split(between, NUM_SPLITS - 1, MIN_TILES, BLOCK_N)
+            begin = (split - 1) * per_split
+            num_keys, num_sinks, skip = between, 0, num_sinks
     end = tl.minimum(begin + per_split, num_keys)
     if begin >= end:
         return
@@ -162,7 +181,7 @@ def decode_kernel(
         m, norm, acc = attend_tile(q, k, v, in_split[None, :], m, norm, acc, scale_log2)
 
     acc = acc / norm[:, None]
-    if per_split >= num_keys:
+    if is_alone:
         to = output + row.to(tl.int64) * output_stride_n + heads[:, None] * output_stride_h
         tl.store(to + d[None, :], acc.to(output.dtype.element_ty), mask=rows_mask)
     else:
@@ -177,10 +196,13 @@ def merge_kernel(
     partial_output,
     partial_lse,
     head_streaming,
+    gates,
     query_start,
     seq_lens,
     output_stride_n,
     output_stride_h,
+    sink,
+    window,
     NUM_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
     GROUP: tl.constexpr,
@@ -188,22 +210,28 @@ def merge_kernel(
     D_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (query head, request): the partial results of a full head become one."""
+    """Program (query head, request): partial results of a full or gated head become one."""
     q_head = tl.program_id(0)
     request = tl.program_id(1)
     row = tl.load(query_start + request)
     if tl.load(query_start + request + 1) - row != 1:
         return
-    if tl.load(head_streaming + q_head // GROUP) != 0:
-        return
+    head = q_head // GROUP
     num_keys = tl.load(seq_lens + request)
-    per_split = keys_per_split(num_keys, NUM_SPLITS, MIN_TILES, BLOCK_N)
-    if per_split >= num_keys:
+    if gates is not None:
+        _, _, skip = key_range(num_keys, True, sink, window)
+        between = gap_of(gates, head, skip)
+        used = 1 + tl.cdiv(between, keys_per_split(between, NUM_SPLITS - 1, MIN_TILES, BLOCK_N))
+    else:
+        if tl.load(head_streaming + head) != 0:
+            return
+        used = tl.cdiv(num_keys, keys_per_split(num_keys, NUM_SPLITS, MIN_TILES, BLOCK_N))
+    if used == 1:
         return  # one split did it all
-    used = tl.cdiv(num_keys, per_split)
     s = tl.arange(0, NUM_SPLITS)
     d = tl.arange(0, D_PAD)
-    at_row = (request * tl.num_programs(0) + q_head).to(tl.int64) * NUM_SPLITS + s
+    first_row = (request * tl.num_programs(0) + q_head).to(tl.int64) * NUM_SPLITS
+    at_row = first_row + s
     lse = tl.load(partial_lse + at_row, mask=s < used, other=float("-inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))
     # Partials of splits that were not used hold whatever lay there before: never loaded.
@@ -213,19 +241,26 @@ def merge_kernel(
         other=0.0,
     )
     total = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    if gates is not None:
+        gate = tl.load(gates + head)
+        local = tl.load(partial_output + first_row * D + d, mask=d < D, other=0.0)
+        total = gate * total + (1 - gate) * local
     to = output + row.to(tl.int64) * output_stride_n + q_head * output_stride_h
     tl.store(to + d, total.to(output.dtype.element_ty), mask=d < D)
 
 
-def num_splits(num_requests: int, num_full: int, target_programs: int) -> int:
-    """Splits of a full head: enough programs for the device, a power of two.
+def num_splits(
+    num_requests: int, num_full: int, target_programs: int, *, gated: bool = False
+) -> int:
+    """Splits of a full or gated head: enough programs for the device, a power of two.
 
     Depends on the shapes of the batch only, so that a CUDA graph can hold the launch.
     """
     if num_full == 0:
         return 1
     wanted = triton.cdiv(target_programs, num_requests * num_full)
-    return min(triton.next_power_of_2(wanted), MAX_SPLITS)
+    # One split of a gated head is what local attention sees.
+    return min(triton.next_power_of_2(max(wanted, 1 + gated)), MAX_SPLITS)
 
 
 @dataclass(frozen=True)
@@ -253,6 +288,7 @@ class Workspace:
         num_kv_heads: int,
         head_dim: int,
         device: torch.device | str,
+        gated: bool = False,
         target_programs: int | None = None,
         capability: int | None = None,
     ) -> Workspace:
@@ -264,6 +300,7 @@ class Workspace:
             num_kv_heads: KV heads of a layer on this rank.
             head_dim: head dimension.
             device: of the cache.
+            gated: whether the heads are gated.
             target_programs: programs that a launch aims for; given together with ``capability``,
                 where the device is no GPU or another one.
             capability: compute capability.
@@ -273,7 +310,7 @@ class Workspace:
             target_programs = PROGRAMS_PER_SM * properties.multi_processor_count
             capability = 10 * properties.major + properties.minor
         rows = num_q_heads * max(
-            requests * num_splits(requests, full, target_programs)
+            requests * num_splits(requests, full, target_programs, gated=gated)
             for requests in range(1, max_requests + 1)
             for full in range(1, num_kv_heads + 1)
         )
@@ -290,6 +327,7 @@ def decode(
     output_NQD: torch.Tensor,
     cache: LayerCache,
     *,
+    gates_H: torch.Tensor | None,
     full_table_RB: torch.Tensor,
     ring_table_RB: torch.Tensor,
     query_start_loc: torch.Tensor,
@@ -304,7 +342,13 @@ def decode(
     num_requests = seq_lens.shape[0]
     num_q_heads, head_dim = query_NQD.shape[1:]
     group = num_q_heads // cache.num_heads
-    splits = num_splits(num_requests, cache.num_full, workspace.target_programs)
+    gated = gates_H is not None
+    splits = num_splits(
+        num_requests,
+        cache.num_heads if gated else cache.num_full,
+        workspace.target_programs,
+        gated=gated,
+    )
     head_dim_pad = triton.next_power_of_2(head_dim)
     decode_kernel[(splits, cache.num_heads, num_requests)](
         query_NQD,
@@ -314,6 +358,7 @@ def decode(
         cache.base,
         cache.offsets_H,
         cache.streaming_H,
+        gates_H,
         full_table_RB,
         ring_table_RB,
         query_start_loc,
@@ -348,10 +393,13 @@ def decode(
         workspace.output,
         workspace.lse,
         cache.streaming_H,
+        gates_H,
         query_start_loc,
         seq_lens,
         output_NQD.stride(0),
         output_NQD.stride(1),
+        sink,
+        window,
         NUM_SPLITS=splits,
         MIN_TILES=MIN_TILES_PER_SPLIT,
         GROUP=group,

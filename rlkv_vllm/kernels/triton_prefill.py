@@ -5,6 +5,9 @@ query heads of the KV head. It reads two runs of keys: those before the chunk fr
 of the chunk from the step's inputs (lean prefill keeps no pages for most of them). In both runs a
 streaming head numbers its visible keys without the gap between sinks and window, so its work grows
 with the window and not with the prompt. Requests with one new token are decode's.
+
+A gated head is a streaming head that then goes on to the keys between sinks and window: what it has
+before is local attention, what it has after is full attention.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import triton
 import triton.language as tl
 
 from rlkv_vllm.kernels.layer_cache import OFFSET_UNIT, LayerCache
-from rlkv_vllm.kernels.triton_decode import INTERPRETER
+from rlkv_vllm.kernels.triton_decode import INTERPRETER, gap_of
 from rlkv_vllm.kernels.triton_tile import attend_tile, page_rows
 
 
@@ -37,21 +40,24 @@ class PrefillConfig:
     num_stages: int
 
 
-def prefill_config(head_dim: int, itemsize: int, capability: int) -> PrefillConfig:
+def prefill_config(
+    head_dim: int, itemsize: int, capability: int, *, gated: bool = False
+) -> PrefillConfig:
     """Launch parameters that keep the accumulators in registers, by the bytes of a row.
 
     `benchmarks/kernel_resources.py` shows it: wider tiles spill, but for the data center GPUs from
-    sm_90 on, whose matrix instructions read from shared memory.
+    sm_90 on, whose matrix instructions read from shared memory. Gated heads have two accumulators.
     """
     is_wide = 90 <= capability < 120
     row = triton.next_power_of_2(head_dim) * itemsize
     if capability == INTERPRETER:
         return PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=2)
+    block_m, block_n = 128, 64 if is_wide else 32
     if itemsize == 4:  # exact products without tensor cores: for checks, not for speed
-        return PrefillConfig(block_m=32, block_n=16, num_warps=8, num_stages=2)
-    if row > 256:
-        return PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
-    return PrefillConfig(block_m=128, block_n=64 if is_wide else 32, num_warps=8, num_stages=2)
+        block_m, block_n = 32, 16
+    elif row > 256:
+        block_m, block_n = 64, 32
+    return PrefillConfig(block_m // (1 + gated), block_n, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -82,6 +88,7 @@ def prefill_kernel(
     cache,
     head_offsets,
     head_streaming,
+    gates,
     full_table,
     ring_table,
     query_start,
@@ -151,61 +158,81 @@ def prefill_kernel(
     q_position = chunk + query_index
     first_position = chunk + first_query
     last_position = chunk + tl.minimum(first_query + BLOCK_Q, num_queries) - 1
-    # Keys that some query of the tile sees: [0, num_sinks) and [low, last_position].
     num_sinks = tl.minimum(sink, last_position + 1)
-    low = tl.maximum(first_position - window + 1, num_sinks)
 
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
-
-    # Before the chunk: from the pages.
     pages = cache + tl.load(head_offsets + head) * OFFSET_UNIT
-    old_sinks = tl.minimum(num_sinks, chunk)
-    num_old = old_sinks + tl.maximum(chunk - low, 0)
-    for start in range(0, num_old, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        exists = j < num_old
-        position = tl.where(j < old_sinks, j, j + low - old_sinks)
-        at = page_rows(table, position, exists, block_stride, slot_stride, BLOCK_SIZE)
-        k = tl.load(
-            pages + at[None, :] + d[:, None], mask=exists[None, :] & in_d[:, None], other=0.0
-        )
-        v = tl.load(
-            pages + at[:, None] + D + d[None, :], mask=exists[:, None] & in_d[None, :], other=0.0
-        )
-        in_window = position[None, :] > q_position[:, None] - window
-        visible = exists[None, :] & (in_window | (position < sink)[None, :])
-        m, norm, acc = attend_tile(q, k, v, visible, m, norm, acc, scale_log2)
-
-    # The chunk itself: from the step's inputs.
-    new_sinks = tl.maximum(num_sinks - chunk, 0)
-    new_low = tl.maximum(low, chunk)
-    num_new = new_sinks + last_position + 1 - new_low
     chunk_key = key + start_row.to(tl.int64) * key_stride_n + head * key_stride_h
     chunk_value = value + start_row.to(tl.int64) * value_stride_n + head * value_stride_h
-    for start in range(0, num_new, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        exists = j < num_new
-        index = tl.where(j < new_sinks, j, j + new_low - chunk - new_sinks)
-        position = chunk + index
-        index64 = index.to(tl.int64)
-        k = tl.load(
-            chunk_key + index64[None, :] * key_stride_n + d[:, None],
-            mask=exists[None, :] & in_d[:, None],
-            other=0.0,
-        )
-        v = tl.load(
-            chunk_value + index64[:, None] * value_stride_n + d[None, :],
-            mask=exists[:, None] & in_d[None, :],
-            other=0.0,
-        )
-        seen = position[None, :] <= q_position[:, None]
-        in_window = position[None, :] > q_position[:, None] - window
-        visible = exists[None, :] & seen & (in_window | (position < sink)[None, :])
-        m, norm, acc = attend_tile(q, k, v, visible, m, norm, acc, scale_log2)
+    # Keys that some query of the tile sees: [0, first) and [low, high).
+    first = num_sinks
+    low = tl.maximum(first_position - window + 1, num_sinks)
+    high = last_position + 1
+    PASSES: tl.constexpr = 1 if gates is None else 2
+    for between in tl.static_range(PASSES):
+        if between:
+            local = acc / norm[:, None]
+            first = 0
+            low = num_sinks
+            high = low + gap_of(gates, head, tl.maximum(last_position - window + 1 - low, 0))
+
+        # Before the chunk: from the pages.
+        old_first = tl.minimum(first, chunk)
+        num_old = old_first + tl.maximum(tl.minimum(high, chunk) - low, 0)
+        for start in range(0, num_old, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            exists = j < num_old
+            position = tl.where(j < old_first, j, j + low - old_first)
+            at = page_rows(table, position, exists, block_stride, slot_stride, BLOCK_SIZE)
+            k = tl.load(
+                pages + at[None, :] + d[:, None], mask=exists[None, :] & in_d[:, None], other=0.0
+            )
+            v = tl.load(
+                pages + at[:, None] + D + d[None, :],
+                mask=exists[:, None] & in_d[None, :],
+                other=0.0,
+            )
+            in_window = position[None, :] > q_position[:, None] - window
+            if between:
+                visible = exists[None, :] & ~in_window
+            else:
+                visible = exists[None, :] & (in_window | (position < sink)[None, :])
+            m, norm, acc = attend_tile(q, k, v, visible, m, norm, acc, scale_log2)
+
+        # The chunk itself: from the step's inputs.
+        new_first = tl.maximum(first - chunk, 0)
+        new_low = tl.maximum(low, chunk)
+        num_new = new_first + tl.maximum(high - new_low, 0)
+        for start in range(0, num_new, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            exists = j < num_new
+            index = tl.where(j < new_first, j, j + new_low - chunk - new_first)
+            position = chunk + index
+            index64 = index.to(tl.int64)
+            k = tl.load(
+                chunk_key + index64[None, :] * key_stride_n + d[:, None],
+                mask=exists[None, :] & in_d[:, None],
+                other=0.0,
+            )
+            v = tl.load(
+                chunk_value + index64[:, None] * value_stride_n + d[None, :],
+                mask=exists[:, None] & in_d[None, :],
+                other=0.0,
+            )
+            in_window = position[None, :] > q_position[:, None] - window
+            if between:
+                visible = exists[None, :] & ~in_window
+            else:
+                seen = position[None, :] <= q_position[:, None]
+                visible = exists[None, :] & seen & (in_window | (position < sink)[None, :])
+            m, norm, acc = attend_tile(q, k, v, visible, m, norm, acc, scale_log2)
 
     acc = acc / norm[:, None]
+    if gates is not None:
+        gate = tl.load(gates + head)
+        acc = gate * acc + (1 - gate) * local
     to = output + rows64 * output_stride_n + heads[:, None] * output_stride_h
     tl.store(to + d[None, :], acc.to(output.dtype.element_ty), mask=row_mask)
 
@@ -217,6 +244,7 @@ def prefill(
     output_NQD: torch.Tensor,
     cache: LayerCache,
     *,
+    gates_H: torch.Tensor | None,
     full_table_RB: torch.Tensor,
     ring_table_RB: torch.Tensor,
     query_start_loc: torch.Tensor,
@@ -241,6 +269,7 @@ def prefill(
         cache.base,
         cache.offsets_H,
         cache.streaming_H,
+        gates_H,
         full_table_RB,
         ring_table_RB,
         query_start_loc,

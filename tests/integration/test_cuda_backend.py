@@ -11,9 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlkv_vllm.serving.arguments import engine_classes
 from tests.checkpoints import make_checkpoint
 from tests.cuda_on_cpu import Result, Scenario, run_scenarios
 from tests.integration.conftest import random_prompt
+from tests.integration.test_gated import differences as gated_differences
+from tests.integration.test_gated import random_gates
 from tests.oracle import count_differences
 
 pytest.importorskip("triton")
@@ -44,8 +47,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+#: In gated mode: of both waves, then of one more.
+GATES = [[row[:3] for row in random_gates(seed)[:2]] for seed in (1, 2)]
+GATED_WAVES = [*WAVES, [random_prompt(60, 8)]]
+
+
 @pytest.fixture(scope="module")
-def results(model: Path, profile_of: Callable[..., Path]) -> tuple[Result, Result]:
+def results(model: Path, profile_of: Callable[..., Path]) -> list[Result]:
     options = {
         "block_size": BLOCK,
         "max_model_len": 128,
@@ -56,15 +64,27 @@ def results(model: Path, profile_of: Callable[..., Path]) -> tuple[Result, Resul
         str(profile_of(model, full_heads, sink=SINK, window=WINDOW))
         for full_heads in (UNEVEN, ALL_FULL)
     )
-    split, full = run_scenarios(
+    gated = {
+        "num_gpu_blocks_override": 13,
+        "additional_config": {"rlkv": {"mode": "gated", "sink": SINK, "window": WINDOW}},
+        **engine_classes(is_split=False),
+    }
+    return run_scenarios(
         [
             Scenario(
                 str(model), uneven, WAVES, MAX_TOKENS, options | {"num_gpu_blocks_override": 26}
             ),
             Scenario(str(model), all_full, [[random_prompt(50, 7)]], 6, options),
+            Scenario(
+                str(model),
+                None,
+                GATED_WAVES,
+                MAX_TOKENS,
+                options | gated,
+                [GATES[0], None, GATES[1]],
+            ),
         ]
     )
-    return split, full
 
 
 def differences(
@@ -90,25 +110,42 @@ def differences(
 
 
 def test_split_equals_the_oracle_under_all_that_the_scheduler_does(
-    model: Path, results: tuple[Result, Result]
+    model: Path, results: list[Result]
 ) -> None:
-    split, _ = results
+    split, _, _ = results
     assert split.implementation == "SplitCUDAImpl"
     assert split.parts == [1, 2]
     prompts = [prompt for wave in WAVES for prompt in wave]
     found = differences(model, prompts, split, UNEVEN)
     assert [wrong for wrong, _ in found] == [0] * len(prompts)
     assert max(worst for _, worst in found) < 1e-4
-    assert split.restored
-    # Else nothing of this was tested.
-    assert split.chunks >= 2
-    assert split.mixed >= 2
-    assert max(split.cached) == 96
-    assert split.preemptions >= 1
+    check_all_was_tested(split)
 
 
-def test_all_full_heads_equal_the_oracle(model: Path, results: tuple[Result, Result]) -> None:
-    _, full = results
+def check_all_was_tested(result: Result) -> None:
+    assert result.restored
+    assert result.chunks >= 2
+    assert result.mixed >= 2
+    assert max(result.cached) == 96
+    assert result.preemptions >= 1
+
+
+def test_gated_mode_equals_the_trainers_model_under_all_that_the_scheduler_does(
+    model: Path, results: list[Result]
+) -> None:
+    *_, gated = results
+    assert gated.implementation == "GatedCUDAImpl"
+    prompts = [prompt for wave in GATED_WAVES for prompt in wave]
+    answers = list(zip(gated.tokens, gated.logprobs, strict=True))
+    for gates, part in zip(GATES, (slice(0, -1), slice(-1, None)), strict=True):
+        wrong, worst = gated_differences(model, gates, prompts[part], answers[part])
+        assert wrong == 0
+        assert worst < 1e-4
+    check_all_was_tested(gated)
+
+
+def test_all_full_heads_equal_the_oracle(model: Path, results: list[Result]) -> None:
+    _, full, _ = results
     assert full.implementation == "SplitCUDAImpl"
     assert full.parts == [1, 1]
     ((wrong, worst),) = differences(model, [random_prompt(50, 7)], full, ALL_FULL)

@@ -21,6 +21,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.interface import DeviceCapability
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.selector import _cached_get_attn_backend, get_attn_backend
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
@@ -33,12 +34,14 @@ from vllm.v1.worker.gpu.attn_utils import (
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.utils import clear_layer_kv_caches
 
-from rlkv_vllm.engine import cuda_backend, split_layer
-from rlkv_vllm.engine.config import split_plan
-from rlkv_vllm.engine.cuda_backend import SplitCUDABackend, SplitCUDAImpl
+from rlkv_vllm.engine import cuda_backend, gated_layer, split_layer
+from rlkv_vllm.engine.config import gated_config, split_plan
+from rlkv_vllm.engine.cuda_backend import GatedCUDAImpl, SplitCUDABackend, SplitCUDAImpl
 from rlkv_vllm.engine.specs import RingSpec
 from rlkv_vllm.engine.support import check_supported
+from rlkv_vllm.engine.worker_extension import RlkvWorkerExtension
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.kernels.layer_cache import OFFSET_UNIT
 from rlkv_vllm.plugin import register
 from tests.checkpoints import make_checkpoint
 
@@ -48,6 +51,7 @@ CPU = torch.device("cpu")
 #: As in test_cuda_backend: one kernel call in the first layer, two in the second.
 FULL_HEADS = ((0, 2), ())
 NUM_Q, NUM_KV, HEAD_DIM, BLOCK = 6, 3, 32, 16
+GATED = {"mode": "gated", "sink": 16, "window": 33}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def profile(model: Path, profile_of: Callable[..., Path]) -> Path:
     return profile_of(model, FULL_HEADS, sink=16, window=33)
 
 
-def make_config(model: Path, profile: Path | None, **options: Any) -> VllmConfig:
+def make_config(model: Path, rlkv: dict[str, Any] | None, **options: Any) -> VllmConfig:
     return EngineArgs(
         model=str(model),
         skip_tokenizer_init=True,
@@ -75,18 +79,19 @@ def make_config(model: Path, profile: Path | None, **options: Any) -> VllmConfig
         max_num_seqs=8,
         max_num_batched_tokens=64,
         block_size=BLOCK,
-        additional_config={} if profile is None else {"rlkv": {"profile": str(profile)}},
+        additional_config={} if rlkv is None else {"rlkv": rlkv},
         **options,
     ).create_engine_config()
 
 
-class SplitModel:
-    """The attention layers of a split model under the functions of vLLM's V2 model runner."""
+class Model:
+    """The attention layers of a model under the functions of vLLM's V2 model runner."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         vllm_config.cache_config.kv_cache_layout = "LBNHC"
-        with set_current_vllm_config(vllm_config):
+        # Models are built with a type of their own as the default.
+        with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
             self.layers = [
                 Attention(
                     NUM_Q,
@@ -121,24 +126,34 @@ class SplitModel:
         )
 
     @property
-    def impls(self) -> list[SplitCUDAImpl]:
+    def impls(self) -> list[Any]:
         return [layer.impl for layer in self.layers]
 
 
 @pytest.fixture
-def split(model: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> SplitModel:
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     make_workspace = cuda_backend._shared_workspace
     monkeypatch.setattr(
         cuda_backend,
         "_shared_workspace",
         lambda **sizes: make_workspace(**sizes, target_programs=8, capability=90),
     )
-    monkeypatch.setattr(split_layer, "get_tensor_model_parallel_rank", lambda: 0)
-    return SplitModel(make_config(model, profile))
+    for module in (split_layer, gated_layer):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
+
+
+@pytest.fixture
+def split(model: Path, profile: Path, one_rank: None) -> Model:
+    return Model(make_config(model, {"profile": str(profile)}))
+
+
+@pytest.fixture
+def gated(model: Path, one_rank: None) -> Model:
+    return Model(make_config(model, GATED))
 
 
 def make_metadata(
-    split: SplitModel, num_reqs: int, num_tokens: int, *, max_query_len: int, capture: bool
+    split: Model, num_reqs: int, num_tokens: int, *, max_query_len: int, capture: bool
 ) -> tuple[dict[str, Any], list[torch.Tensor], torch.Tensor]:
     """Metadata of a dummy batch, with the tables and slots it is made of."""
     buffers = InputBuffers(max_num_reqs=8, max_num_tokens=64, device=CPU)
@@ -164,7 +179,7 @@ def make_metadata(
 
 
 @pytest.mark.parametrize("capture", [False, True])
-def test_metadata_references_the_runners_tensors(split: SplitModel, capture: bool) -> None:
+def test_metadata_references_the_runners_tensors(split: Model, capture: bool) -> None:
     assert split.support.min_cg_support is AttentionCGSupport.ALWAYS
     metadata, tables, slots = make_metadata(split, 4, 4, max_query_len=1, capture=capture)
     for i, group in enumerate(split.cache.kv_cache_groups):
@@ -179,7 +194,7 @@ def test_metadata_references_the_runners_tensors(split: SplitModel, capture: boo
     assert len({id(step.workspace) for step in metadata.values()}) == 1
 
 
-def test_building_metadata_reads_no_tensor(split: SplitModel) -> None:
+def test_building_metadata_reads_no_tensor(split: Model) -> None:
     """On the meta device whatever looks at a value fails."""
     meta = {"device": "meta", "dtype": torch.int32}
     (builder,) = split.groups[0][0].metadata_builders
@@ -200,7 +215,7 @@ def test_building_metadata_reads_no_tensor(split: SplitModel) -> None:
 
 
 def test_every_head_is_served_once_by_its_own_table(
-    split: SplitModel, monkeypatch: pytest.MonkeyPatch
+    split: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[dict[str, Any]] = []
 
@@ -246,7 +261,7 @@ def test_every_head_is_served_once_by_its_own_table(
         assert next(names, None) is None
 
 
-def test_profiling_caches_are_let_go(split: SplitModel) -> None:
+def test_profiling_caches_are_let_go(split: Model) -> None:
     """vLLM binds a small cache to profile CUDA graphs, then takes it away."""
     assert all(impl._parts for impl in split.impls)
     before = weakref.ref(split.impls[0]._parts[0].cache.base)
@@ -260,12 +275,66 @@ def test_profiling_caches_are_let_go(split: SplitModel) -> None:
             assert {len(cache) for cache in part.cache.caches} == {split.cache.num_blocks}
 
 
-def test_nothing_is_computed_while_memory_is_profiled(split: SplitModel) -> None:
+def test_nothing_is_computed_while_memory_is_profiled(split: Model) -> None:
     layer = split.layers[0]
     output = torch.full((8, NUM_Q, HEAD_DIM), float("nan"))
     query, key = torch.zeros(8, NUM_Q, HEAD_DIM), torch.zeros(8, NUM_KV, HEAD_DIM)
     layer.impl.forward(layer, query, key, key, layer.kv_cache, None, output)
     assert (output == 0).all()
+
+
+def test_gated_layers_attend_over_vllms_own_caches(
+    gated: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gates that stay where they are, so that a CUDA graph reads those of the day."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cuda_backend, "write_cache", lambda *args: calls.append(args))
+    monkeypatch.setattr(cuda_backend, "split_attention", lambda *args, **rest: calls.append(rest))
+    assert gated.support.min_cg_support is AttentionCGSupport.ALWAYS
+    metadata, (table,), slots = make_metadata(gated, 2, 5, max_query_len=3, capture=True)
+    worker = RlkvWorkerExtension()
+    worker.vllm_config = gated.vllm_config
+    before = [impl.gates for impl in gated.impls]
+    assert worker.rlkv_gates()["gates"] == [[1.0] * NUM_KV] * 2
+    chosen = [[0.5, 0.25, 0.0], [1.0, 0.125, 0.75]]
+    worker.rlkv_set_gates(chosen, 1)
+    query, key = torch.zeros(8, NUM_Q, HEAD_DIM), torch.zeros(8, NUM_KV, HEAD_DIM)
+    for layer, gates, row in zip(gated.layers, before, chosen, strict=True):
+        calls.clear()
+        step = metadata[layer.layer_name]
+        layer.impl.forward(layer, query, key, key, layer.kv_cache, step, query)
+        (_, _, cache, *both_slots), attended = calls
+        assert attended["gates_H"] is gates
+        assert gates.dtype == torch.float32
+        assert gates.tolist() == row
+        assert attended["ring_table_RB"] is attended["full_table_RB"] is table
+        assert all(s.data_ptr() == slots.data_ptr() and len(s) == 5 for s in both_slots)
+        assert step.workspace.lse.numel() >= 2 * 8 * NUM_Q
+        # A head's rows where the kernels look for them.
+        blocks = cache.base.shape[0]
+        flat = torch.as_strided(cache.base, (blocks * cache.block_stride,), (1,))
+        layer.kv_cache.copy_(torch.arange(layer.kv_cache.numel()).view(layer.kv_cache.shape))
+        for head, offset in enumerate((cache.offsets_H * OFFSET_UNIT).tolist()):
+            found = flat[offset + 2 * cache.block_stride + 3 * cache.slot_stride :][: 2 * HEAD_DIM]
+            assert found.equal(layer.kv_cache[2, head, 3])
+
+
+def test_a_gated_layer_unlike_the_others_is_refused(model: Path, one_rank: None) -> None:
+    class Chunked(Attention):
+        pass
+
+    with (
+        set_current_vllm_config(make_config(model, GATED)),
+        pytest.raises(RlkvError, match="attention layers of class Chunked"),
+    ):
+        Chunked(
+            NUM_Q,
+            HEAD_DIM,
+            1.0,
+            NUM_KV,
+            prefix="model.layers.0.self_attn.attn",
+            attn_backend=SplitCUDABackend,
+        ).process_weights_after_loading(torch.float32)
 
 
 class TestChoiceOfBackend:
@@ -297,7 +366,11 @@ class TestChoiceOfBackend:
 
     @pytest.fixture(scope="class")
     def configured(self, model: Path, profile: Path) -> VllmConfig:
-        return make_config(model, profile)
+        return make_config(model, {"profile": str(profile)})
+
+    @pytest.fixture(scope="class")
+    def gated(self, model: Path) -> VllmConfig:
+        return make_config(model, GATED)
 
     @staticmethod
     def choose(vllm_config: VllmConfig, backend: str | None = None) -> Any:
@@ -315,6 +388,23 @@ class TestChoiceOfBackend:
     def test_split_models_get_the_split_backend(self, configured: VllmConfig) -> None:
         assert self.choose(configured) == (SplitCUDABackend, SplitCUDAImpl)
         assert self.choose(configured, "CUSTOM") == (SplitCUDABackend, SplitCUDAImpl)
+
+    def test_gated_models_get_gated_attention(
+        self, gated: VllmConfig, stock: VllmConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.choose(gated) == (SplitCUDABackend, GatedCUDAImpl)
+        assert self.choose(stock)[1].__module__.startswith("vllm.")
+        for backend in ("TRITON_ATTN", "FLEX_ATTENTION"):
+            with pytest.raises(RlkvError, match="--attention-backend other than CUSTOM"):
+                self.choose(gated, backend)
+        monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "NHD")
+        gated_config(gated)
+        monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
+        with pytest.raises(RlkvError, match="VLLM_KV_CACHE_LAYOUT other than LBNHC"):
+            gated_config(gated)
+        monkeypatch.delenv("VLLM_KV_CACHE_LAYOUT")
+        monkeypatch.setattr(gated.model_config, "dtype", torch.float16)
+        gated_config(gated)
 
     def test_other_models_get_what_they_would_without_the_plugin(self, stock: VllmConfig) -> None:
         chosen, impl = self.choose(stock, "TRITON_ATTN")

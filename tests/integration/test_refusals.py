@@ -304,11 +304,3 @@ def test_gated_mode_refuses(
 ) -> None:
     with pytest.raises(RlkvError, match=words):
         gated_config(config(model, {"mode": "gated"} | rlkv, **options))
-
-
-def test_gated_mode_on_a_gpu_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gated = config(model, {"mode": "gated"})
-    assert gated_config(gated) is not None
-    monkeypatch.setattr("rlkv_vllm.engine.support._is_cpu", lambda: False)
-    with pytest.raises(RlkvError, match="gated mode does not support GPUs"):
-        gated_config(gated)

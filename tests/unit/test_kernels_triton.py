@@ -67,7 +67,7 @@ def check(step: SplitStep) -> None:
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> SplitStep:
+def steps(draw: st.DrawFn, *, gated: bool = False) -> SplitStep:
     requests = draw(
         st.lists(
             st.one_of(
@@ -80,9 +80,12 @@ def steps(draw: st.DrawFn) -> SplitStep:
             max_size=4,
         ).filter(lambda found: any(new for _, new in found))
     )
+    gates = draw(
+        st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 0.99), min_size=3, max_size=3)
+    )
     return make_step(
         requests,
-        draw(st.sampled_from(KINDS)),
+        [True] * 3 if gated else draw(st.sampled_from(KINDS)),
         sink=draw(st.sampled_from([0, 4, 16, 20])),
         window=draw(st.sampled_from([1, 16, 33, 64])),
         block_size=draw(st.sampled_from([16, 32, 64])),
@@ -92,6 +95,7 @@ def steps(draw: st.DrawFn) -> SplitStep:
         shared=draw(st.sampled_from([0, 0, 48, 96])),
         target_programs=draw(st.sampled_from([1, 8, 64])),
         seed=draw(st.integers(0, 9)),
+        gates=gates if gated else None,
     )
 
 
@@ -99,6 +103,43 @@ def steps(draw: st.DrawFn) -> SplitStep:
 @settings(max_examples=40 if DEVICE == "cpu" else 300)
 def test_step_is_the_oracle(step: SplitStep) -> None:
     check(step)
+
+
+@given(steps(gated=True))
+@settings(max_examples=12 if DEVICE == "cpu" else 300)
+def test_gated_step_is_the_oracle(step: SplitStep) -> None:
+    check(step)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gated_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    # Longer than sinks and window, in the pages and in the chunk.
+    requests = [(70, 1), (20, 1), (0, 60), (45, 30)]
+    check(
+        make_step(
+            requests, [True] * 2, sink=4, window=16, head_dim=head_dim, dtype=dtype, gates=[0.3, 1]
+        )
+    )
+
+
+def test_closed_and_open_gates_are_streaming_and_full_heads() -> None:
+    requests, spans = [(300, 1), (30, 1), (0, 90), (150, 40)], {"sink": 5, "window": 32}
+    gated = make_step(requests, [True] * 3, gates=[0.0, 1.0, 0.0], **spans)
+    split = make_step(requests, [False, True, False], **spans)
+    assert torch.equal(gated.new_rows(gated.q)[:-3], split.new_rows(split.q)[:-3])
+    torch.testing.assert_close(gated.run(), split.run(), atol=2e-6, rtol=2e-6)
+
+
+def test_gated_split_kv_is_merged() -> None:
+    lengths = [(35, 1), (36, 1), (300, 1), (900, 1)]  # sinks and window are 36 tokens
+    gates = [0.0, 1.0, 0.4]
+    step = make_step(lengths, [True] * 3, sink=4, window=32, target_programs=90, gates=gates)
+    check(step)
+    splits = num_splits(4, 3, step.workspace.target_programs, gated=True)
+    used = ~step.workspace.lse[: 4 * 6 * splits].view(4, 3, 2, splits).isnan().cpu()
+    # Where there is no gap, or it is closed, one program does it all and writes the output.
+    assert used.sum(-1)[..., 0].tolist() == [[0, 0, 0], [0, 2, 2], [0, 3, 3], [0, 5, 5]]
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
@@ -152,21 +193,26 @@ def test_launches_depend_on_shapes_alone() -> None:
     assert num_splits(1, 1, 528) == MAX_SPLITS
     assert num_splits(64, 4, 528) == 4
     assert num_splits(256, 8, 528) == 1
+    assert num_splits(256, 8, 528, gated=True) == 2
     for full in range(1, 9):
         assert all(num_splits(r, full, 528) >= num_splits(r + 1, full, 528) for r in range(1, 300))
 
 
-def test_workspace_has_room_for_every_batch() -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_workspace_has_room_for_every_batch(gated: bool) -> None:
     space = Workspace.of(
         max_requests=40,
         num_q_heads=8,
         num_kv_heads=4,
         head_dim=64,
         device="cpu",
+        gated=gated,
         target_programs=528,
         capability=90,
     )
-    most = max(r * num_splits(r, full, 528) for r in range(1, 41) for full in range(1, 5))
+    most = max(
+        r * num_splits(r, full, 528, gated=gated) for r in range(1, 41) for full in range(1, 5)
+    )
     assert space.lse.numel() == most * 8
     assert space.output.numel() == most * 8 * 64
 
@@ -182,6 +228,12 @@ def test_workspace_has_room_for_every_batch() -> None:
 def test_caches_that_differ_are_refused(second: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerCache.of([torch.zeros(4, 16, 128), second], [True, False])
+
+
+def test_a_whole_cache_with_heads_outside_of_tokens_is_refused() -> None:
+    table = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="layout LBNHC"):
+        LayerCache.of_whole(torch.zeros(4, 3, 16, 128), table, table)
 
 
 def test_caches_out_of_line_are_refused() -> None:
@@ -212,7 +264,8 @@ def test_compiles_for_gpus_without_spills(tmp_path: Path) -> None:
     for capability in (80, 90):
         of_it = [row for row in rows if row["capability"] == capability]
         assert {row["kernel"] for row in of_it} == kernels
-        assert all(row["spilled"] == 0 for row in of_it if row["kernel"] == "decode_kernel")
+        assert {row["kernel"] for row in of_it if row["gated"]} == kernels - {"write_kernel"}
+        assert all(row["spilled"] == 0 for row in of_it)
         assert all(row["programs_per_sm"] >= 1 for row in of_it)
 
 
@@ -229,6 +282,8 @@ def test_benchmark_runs_and_its_outputs_are_the_oracles(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "kernels.json").read_text())["results"]
     assert {row["part"] for row in found} == {"copy", "decode", "prefill", "write"}
     errors = [row["error"] for row in found if row["part"] in ("decode", "prefill")]
-    assert len(errors) == 10
+    assert len(errors) == 12
     assert all(error < 1e-5 for error in errors)
-    assert "| decode | split | 2 | 96 | 0.5 |" in (tmp_path / "kernels.md").read_text()
+    table = (tmp_path / "kernels.md").read_text()
+    assert "| decode | split | 2 | 96 | 0.5 |" in table
+    assert "| decode | gated | 2 | 96 | 0 |" in table
