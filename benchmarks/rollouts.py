@@ -81,9 +81,9 @@ def main(args: argparse.Namespace) -> None:
         stops = tuple(ends) if isinstance(ends, list) else (ends,)
 
         def by_vllm(turn: int) -> int:
-            engine.set_gates(values)  # empties the prefix cache, as every step of a job does
             sampling = Sampling(args.max_new_tokens, 1.0, 1.0, 0, 0.0, 1.0, stops, args.seed + turn)
-            return sum(len(answer.token_ids) for answer in engine.generate(prompts, sampling))
+            answers = engine.generate(prompts, sampling, values)
+            return sum(len(answer.token_ids) for answer in answers)
 
         def by_transformers(turn: int) -> int:
             torch.manual_seed(args.seed + turn)
@@ -97,6 +97,9 @@ def main(args: argparse.Namespace) -> None:
             return int((ended.cumsum(1) <= 1).sum())
 
         for turn in range(-1, args.rounds):  # the first is a warm-up
+            # Other gates empty the prefix cache, as every step of a job does.
+            values[0][0] = (turn + 1) / (args.rounds + 1)
+            gates.set_soft(values)
             for name, write in (("transformers", by_transformers), ("vllm", by_vllm)):
                 started = time.perf_counter()
                 tokens = write(turn)

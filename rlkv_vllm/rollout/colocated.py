@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
 from rlkv_vllm.testbed import model_source
-from rlkv_vllm.training.rollouts import Rollout, Sampling
+from rlkv_vllm.training.rollouts import Gates, Rollout, Sampling
 
 if TYPE_CHECKING:
     from rlkv_vllm.training.config import TrainConfig
@@ -42,6 +42,7 @@ class ColocatedRollouts:
         options: dict[str, Any] = {
             "dtype": "float32" if config.dtype == "auto" else config.dtype,
             "enable_prefix_caching": True,
+            "block_size": 32,  # vLLM's 128 on the CPU is longer than many prompts: no hits
             "enforce_eager": True,
             "disable_log_stats": True,
         } | config.rollout.options
@@ -67,27 +68,19 @@ class ColocatedRollouts:
         except (ValueError, TypeError, RuntimeError) as error:
             raise RlkvError(f"rollout: vLLM does not start: {one_line(error)}") from error
 
-    def set_gates(self, gates: Sequence[Sequence[float]]) -> int:
-        """Sample with these gates from now on; returns their version."""
-        from rlkv_vllm.engine.gates import set_gates
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
+    ) -> list[Rollout]:
+        """One answer per prompt, in their order, all sampled with these gates."""
+        from rlkv_vllm.engine.gates import RolloutSampling, rolled_out, set_gates
 
-        return set_gates(self._llm, gates)
-
-    def version(self) -> int:
-        """Version of the present gates."""
-        from rlkv_vllm.engine.gates import get_gates
-
-        return get_gates(self._llm).version
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
-        """One answer per prompt, in their order."""
-        from rlkv_vllm.engine.gates import RolloutSampling, rolled_out
-
+        set_gates(self._llm, gates)
         inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         options = RolloutSampling(**asdict(sampling))
         params = [options.params(i) for i in range(len(inputs))]
         outputs = self._llm.generate(inputs, params, use_tqdm=False)
-        return [Rollout(**rolled_out(output.outputs[0])) for output in outputs]
+        found = [rolled_out(output.outputs[0]) for output in outputs]
+        return [Rollout(one["token_ids"], one["logprobs"]) for one in found]
 
     def __enter__(self) -> Self:
         return self
