@@ -5,7 +5,8 @@
 Both write the same number of answers to the same prompts with the same gates (at random, in
 [0, 1]), sampled at temperature 1 and ended by the same tokens; turns alternate. A turn ends with
 the last answer. Transformers' cost per turn grows with its longest answer, vLLM's with all of
-them. Tokens per second count the answers' tokens.
+them. Tokens per second count the answers' tokens. Seconds of the CPU are those of all processes of
+this run, engine included: what counts where other programs run on the same cores.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from rlkv_vllm.errors import RlkvError
@@ -45,6 +47,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, for both")
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     return parser.parse_args()
+
+
+def cpu_seconds() -> float:
+    """Of this process and those it has started."""
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -101,26 +110,39 @@ def main(args: argparse.Namespace) -> None:
             values[0][0] = (turn + 1) / (args.rounds + 1)
             gates.set_soft(values)
             for name, write in (("transformers", by_transformers), ("vllm", by_vllm)):
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), cpu_seconds()
                 tokens = write(turn)
-                seconds = time.perf_counter() - started
+                seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
                 if turn >= 0:
-                    rows[name].append({"seconds": seconds, "tokens": tokens})
-                print(f"turn {turn}: {name} {tokens / seconds:.0f} tok/s", file=sys.stderr)
-    rates = {
-        name: [row["tokens"] / row["seconds"] for row in found] for name, found in rows.items()
-    }
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+                    rows[name].append({"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens})
+                print(
+                    f"turn {turn}: {name} {tokens / seconds:.0f} tok/s, {tokens / cpu:.0f} per "
+                    "second of the CPU",
+                    file=sys.stderr,
+                )
+
+    def medians(what: str) -> dict[str, float]:
+        return {
+            name: statistics.median(row["tokens"] / row[what] for row in found)
+            for name, found in rows.items()
+        }
+
+    by_wall, by_cpu = medians("seconds"), medians("cpu_seconds")
     result: dict[str, Any] = {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
         "answers": count,
-        "tokens_per_second": rates,
-        "median": medians,
-        "ratio": medians["vllm"] / medians["transformers"],
+        "turns": rows,
+        "tokens_per_second": by_wall,
+        "tokens_per_cpu_second": by_cpu,
+        "ratio": by_wall["vllm"] / by_wall["transformers"],
+        "cpu_ratio": by_cpu["vllm"] / by_cpu["transformers"],
     }
     write_text_atomic(args.output, json.dumps(result, indent=1) + "\n")
-    print(f"vLLM / transformers: {result['ratio']:.2f} ({medians})")
+    print(
+        f"vLLM / transformers: {result['ratio']:.2f} ({by_wall}), by time of the CPU "
+        f"{result['cpu_ratio']:.2f} ({by_cpu})"
+    )
 
 
 if __name__ == "__main__":

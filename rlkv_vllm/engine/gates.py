@@ -231,6 +231,7 @@ class RolloutSampling(BaseModel):
             seed=self.seed + index,
             ignore_eos=True,  # what ends an answer is in stop_token_ids
             logprobs=0,  # of the sampled token
+            flat_logprobs=True,  # no objects per token
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -238,10 +239,13 @@ class RolloutSampling(BaseModel):
 
 def rolled_out(completion: CompletionOutput) -> dict[str, Any]:
     """A finished answer: its ``token_ids``, their ``logprobs``, and its ``gates_version``."""
-    assert completion.logprobs is not None
-    tokens = list(completion.token_ids)
+    from vllm.logprobs import FlatLogprobs
+
+    logprobs = completion.logprobs
+    assert isinstance(logprobs, FlatLogprobs)
+    assert logprobs.token_ids == list(completion.token_ids)
     return {
-        "token_ids": tokens,
-        "logprobs": [p[t].logprob for p, t in zip(completion.logprobs, tokens, strict=True)],
+        "token_ids": logprobs.token_ids,
+        "logprobs": logprobs.logprobs,
         "gates_version": gates_version(completion),
     }

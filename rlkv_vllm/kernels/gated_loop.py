@@ -34,7 +34,7 @@ def _number_of(stored):  # type: ignore[no-untyped-def]  # Numba compares the si
 
 # Compilers make no vectors of exp: this is 2**n * 2**r with |r| <= 1/2, n in the exponent's bits
 # and a polynomial for the rest, right to 2e-7.
-@_compiled
+@_compiled  # type: ignore[untyped-decorator]
 def _exp_of(
     source: Any, to: Any, scale_bits: Any, scale_of: Any, top: Any, start: int, end: int
 ) -> None:
@@ -52,7 +52,7 @@ def _exp_of(
         to[s] = (p * r * r + r + np.float32(1)) * scale_of[s]
 
 
-@_reordered
+@_reordered  # type: ignore[untyped-decorator]
 def attend(
     query_NQD: Any,
     cache_BHCE: Any,

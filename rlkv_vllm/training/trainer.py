@@ -45,8 +45,8 @@ class RlkvConfig(GRPOConfig):
         average_steps: the profile's gates are the mean over so many last steps.
         rollout_batch_size: answers generated together on one device, the rest after them; None:
             all of a step. Bounds the memory of the KV cache.
-        max_logprob_difference: of a token, between this trainer and the engine that sampled it;
-            a step with more of it on average stops the run.
+        max_logprob_difference: of a token, between this trainer and the engine that sampled it
+            with the same gates; a step with more of it on average stops the run.
     """
 
     learning_rate: float = 1e-2
@@ -126,6 +126,7 @@ class RlkvTrainer(GRPOTrainer):
         #: Batches of steps to come, whose answers are asked for, and how many ever were fetched.
         self._fetched: deque[tuple[list[Any], Any]] = deque()
         self._num_fetched = 0
+        self._lag = 0
         super().__init__(
             model=gates.model,
             reward_funcs=_reward_function(task, processing_class),
@@ -219,7 +220,8 @@ class RlkvTrainer(GRPOTrainer):
 
     def _check_rollouts(self, difference: float) -> None:
         limit = self.args.max_logprob_difference
-        if difference > limit:
+        # Older gates differ by what was trained since; the first batch of a start has its own.
+        if self._lag == 0 and difference > limit:
             raise RlkvError(
                 f"rollout: log-probabilities of engine and trainer differ by {difference:.3g} on "
                 f"average, more than trainer.max_logprob_difference {limit:g}: the engine serves "
