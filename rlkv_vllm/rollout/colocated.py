@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
 from rlkv_vllm.testbed import model_source
@@ -40,12 +42,23 @@ class ColocatedRollouts:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         sink, window = config.span
         options: dict[str, Any] = {
-            "dtype": "float32" if config.dtype == "auto" else config.dtype,
+            "dtype": config.dtype,
             "enable_prefix_caching": True,
-            "block_size": 32,  # vLLM's 128 on the CPU is longer than many prompts: no hits
             "enforce_eager": True,
             "disable_log_stats": True,
-        } | config.rollout.options
+        }
+        if not torch.cuda.is_available():
+            os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+            if config.dtype == "auto":
+                options["dtype"] = "float32"  # as the trainer's
+            options["block_size"] = 32  # vLLM's 128 is longer than many prompts: no prefix hits
+            if config.rollout.options.get("tensor_parallel_size", 1) == 1:
+                # By its path, since vLLM makes "mp" of "uni" on the CPU, for the sake of binding
+                # threads: a second process, and a first that waits for it in a busy loop.
+                options["distributed_executor_backend"] = (
+                    "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+                )
+        options |= config.rollout.options
         try:
             from vllm import LLM
 
