@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +65,7 @@ class LiveGates:
         return cls(versions.pop(), [[row[head] for head in sorted(row)] for row in layers])
 
     def check(self, gates: Gates) -> list[list[float]]:
-        """The gates as plain numbers, if this engine can have them.
+        """The gates as the float32 numbers that a worker keeps, if this engine can have them.
 
         Raises:
             RlkvError: their shape is not the model's, or one is not in [0, 1].
@@ -81,7 +83,7 @@ class LiveGates:
                     raise RlkvError(
                         f"gates: {gate} of layer {layer}, head {head}: must be from 0 to 1"
                     )
-        return [list(map(float, row)) for row in gates]
+        return [array("f", row).tolist() for row in gates]
 
 
 def _counts(shape: Sequence[int]) -> str:
@@ -98,14 +100,14 @@ def get_gates(llm: LLM) -> LiveGates:
 
 
 def set_gates(llm: LLM, gates: Gates) -> int:
-    """Give an engine in gated mode other gates, between two calls of ``generate``.
+    """Give an engine in gated mode these gates, between two calls of ``generate``.
 
     Args:
         llm: the engine.
         gates: ``[layers][KV heads]``, in [0, 1].
 
     Returns:
-        Their version.
+        Their version; the present one if the engine has these gates.
 
     Raises:
         RlkvError: not in gated mode, wrong gates, or requests are running.
@@ -115,6 +117,8 @@ def set_gates(llm: LLM, gates: Gates) -> int:
         raise RlkvError("gates cannot change while requests run: let them finish first")
     now = get_gates(llm)
     checked, version = now.check(gates), now.version + 1
+    if checked == now.gates:
+        return now.version
     llm.collective_rpc(SET_METHOD, args=(checked, version))
     if not llm.reset_prefix_cache():
         raise RlkvError("the prefix cache of earlier gates cannot be emptied: restart the engine")
@@ -126,7 +130,7 @@ class GatesUpdater:
     """Reads and sets the gates of one server's engine.
 
     Requests that run when gates are set finish with the earlier gates; those that arrive in the
-    meantime wait.
+    meantime wait, and so does who wants others than those in use.
 
     Args:
         engine_client: the engine.
@@ -135,24 +139,51 @@ class GatesUpdater:
 
     def __init__(self, engine_client: EngineClient, now: LiveGates) -> None:
         self._engine = engine_client
-        self._lock = asyncio.Lock()
+        self._free = asyncio.Condition()
+        self._users = 0
         self.now = now
 
-    async def set(self, gates: Gates) -> int:
-        """Set them and return their version.
+    @asynccontextmanager
+    async def using(self, gates: Gates) -> AsyncIterator[int]:
+        """Set them if the engine has others, and keep them to the end of the block.
+
+        Yields:
+            Their version.
 
         Raises:
             RlkvError: wrong gates; nothing has changed.
         """
-        async with self._lock:
-            checked, version = self.now.check(gates), self.now.version + 1
-            await self._engine.pause_generation(mode="wait", clear_cache=True)
-            try:
-                await self._engine.collective_rpc(SET_METHOD, args=(checked, version))
-                await self._engine.update_weight_version(f"{_PREFIX}{version}")
-                self.now = LiveGates.of(await self._engine.collective_rpc(GET_METHOD))
-            finally:
-                await self._engine.resume_generation()
+        checked = self.now.check(gates)
+        async with self._free:
+            await self._free.wait_for(lambda: checked == self.now.gates or not self._users)
+            if checked != self.now.gates:
+                await self._set(checked)
+            self._users += 1
+            version = self.now.version
+        try:
+            yield version
+        finally:
+            # Shielded: a client that goes away must not keep the gates for ever.
+            await asyncio.shield(self._leave())
+
+    async def _leave(self) -> None:
+        async with self._free:
+            self._users -= 1
+            self._free.notify_all()
+
+    async def _set(self, gates: list[list[float]]) -> None:
+        version = self.now.version + 1
+        await self._engine.pause_generation(mode="wait", clear_cache=True)
+        try:
+            await self._engine.collective_rpc(SET_METHOD, args=(gates, version))
+            await self._engine.update_weight_version(f"{_PREFIX}{version}")
+            self.now = LiveGates.of(await self._engine.collective_rpc(GET_METHOD))
+        finally:
+            await self._engine.resume_generation()
+
+    async def set(self, gates: Gates) -> int:
+        """As :meth:`using`, for nobody in particular; returns their version."""
+        async with self.using(gates) as version:
             return version
 
 
@@ -200,6 +231,7 @@ class RolloutSampling(BaseModel):
             seed=self.seed + index,
             ignore_eos=True,  # what ends an answer is in stop_token_ids
             logprobs=0,  # of the sampled token
+            flat_logprobs=True,  # no objects per token
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -207,10 +239,13 @@ class RolloutSampling(BaseModel):
 
 def rolled_out(completion: CompletionOutput) -> dict[str, Any]:
     """A finished answer: its ``token_ids``, their ``logprobs``, and its ``gates_version``."""
-    assert completion.logprobs is not None
-    tokens = list(completion.token_ids)
+    from vllm.logprobs import FlatLogprobs
+
+    logprobs = completion.logprobs
+    assert isinstance(logprobs, FlatLogprobs)
+    assert logprobs.token_ids == list(completion.token_ids)
     return {
-        "token_ids": tokens,
-        "logprobs": [p[t].logprob for p, t in zip(completion.logprobs, tokens, strict=True)],
+        "token_ids": logprobs.token_ids,
+        "logprobs": logprobs.logprobs,
         "gates_version": gates_version(completion),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Self
@@ -12,7 +12,7 @@ import httpx
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
-from rlkv_vllm.training.rollouts import Rollout, Sampling
+from rlkv_vllm.training.rollouts import Gates, Rollout, Sampling
 
 #: The key of the servers, if they have one.
 API_KEY_VARIABLE = "RLKV_ROLLOUT_API_KEY"
@@ -50,23 +50,12 @@ class ServerRollouts:
                     f"--sink {span[0]} --window {span[1]}"
                 )
 
-    def set_gates(self, gates: Sequence[Sequence[float]]) -> int:
-        """Sample with these gates from now on; returns their version.
-
-        Raises:
-            RlkvError: a server fails, or they have had different numbers of gates.
-        """
-        body = {"gates": [list(row) for row in gates]}
-        answers = self._all(lambda client: self._ask(client, "PUT", "/v1/rlkv/gates", body))
-        return self._agreed(answers)
-
-    def version(self) -> int:
-        """Version of the present gates."""
-        return self._agreed(self._all(lambda client: self._ask(client, "GET", "/v1/rlkv/gates")))
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
+    ) -> list[Rollout]:
         """One answer per prompt, in their order; prompts are dealt out to the servers."""
         count = len(self._clients)
+        values = [list(row) for row in gates]
 
         def ask(turn: int) -> list[Rollout]:
             mine = [list(prompt) for prompt in prompts[turn::count]]
@@ -74,25 +63,12 @@ class ServerRollouts:
                 return []
             # Every server counts prompts from 0.
             options = asdict(sampling) | {"seed": (sampling.seed + turn * len(prompts)) % 2**31}
-            body = {"prompts": mine, "sampling": options}
+            body = {"prompts": mine, "sampling": options, "gates": values}
             answer = self._ask(self._clients[turn], "POST", "/v1/rlkv/rollouts", body)
-            return [Rollout(**found) for found in answer["answers"]]
+            return [Rollout(found["token_ids"], found["logprobs"]) for found in answer["answers"]]
 
         parts = list(self._pool.map(ask, range(count)))
         return [parts[i % count][i // count] for i in range(len(prompts))]
-
-    def _all(self, call: Callable[[httpx.Client], Any]) -> list[Any]:
-        return list(self._pool.map(call, self._clients))
-
-    @staticmethod
-    def _agreed(answers: Sequence[dict[str, Any]]) -> int:
-        versions = {int(answer["version"]) for answer in answers}
-        if len(versions) != 1:
-            raise RlkvError(
-                f"rollout.servers: their gates have versions {sorted(versions)}: start all of them "
-                "anew for this job"
-            )
-        return versions.pop()
 
     @staticmethod
     def _ask(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:

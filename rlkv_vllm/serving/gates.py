@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import AsyncExitStack
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,9 @@ class RolloutRequest(BaseModel):
         min_length=1, description="Token ids."
     )
     sampling: RolloutSampling
+    gates: list[list[float]] | None = Field(
+        default=None, description="Sample with these gates, set before; null: with the present."
+    )
 
 
 class RolledOut(BaseModel):
@@ -135,12 +139,16 @@ async def set_gates(request: Request, body: NewGates) -> GatesVersion:
 async def roll_out(request: Request, body: RolloutRequest) -> RolloutAnswer:
     """Answer every prompt once, with log-probabilities and the version of the gates."""
     served: Rollouts = request.app.state.rlkv_rollouts
-    tasks = [
-        asyncio.create_task(served.answer(prompt, body.sampling, i))
-        for i, prompt in enumerate(body.prompts)
-    ]
+    tasks: list[asyncio.Task[RolledOut]] = []
     try:
-        return RolloutAnswer(answers=await asyncio.gather(*tasks))
+        async with AsyncExitStack() as stack:
+            if body.gates is not None:
+                await stack.enter_async_context(served.updater.using(body.gates))
+            tasks += [
+                asyncio.create_task(served.answer(prompt, body.sampling, i))
+                for i, prompt in enumerate(body.prompts)
+            ]
+            return RolloutAnswer(answers=await asyncio.gather(*tasks))
     except (ValueError, RlkvError) as error:  # vLLM's word for a prompt it cannot take
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from error
     finally:

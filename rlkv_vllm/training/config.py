@@ -137,6 +137,11 @@ class RolloutConfig(_Section):
         default=["http://127.0.0.1:8000"],
         description="Addresses for `vllm-server`; answers are shared among them.",
     )
+    staleness: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="By how many steps the gates that sampled an answer may be older than the "
+        "step that trains on it; above 0 the engine writes the next answers meanwhile.",
+    )
     options: dict[str, JsonValue] = Field(
         default={},
         description="Engine arguments of vLLM for `vllm-colocate`, e.g. max_model_len, "
@@ -235,6 +240,11 @@ def make_config(content: Mapping[str, Any], where: str) -> TrainConfig:
     _check_trainer(config.trainer, where)
     if config.refine.start is not None and not config.refine.rounds:
         raise RlkvError(f"{where}: refine.start needs refine.rounds of at least 1: give both")
+    if config.rollout.staleness and config.rollout.engine == "transformers":
+        raise RlkvError(
+            f"{where}: rollout.staleness {config.rollout.staleness}: the model that is trained "
+            "cannot write answers meanwhile: choose another rollout.engine, or 0"
+        )
     return config.model_copy(update={"trainer": _numbers(config.trainer, where)})
 
 

@@ -234,6 +234,7 @@ def _train(
             curriculum.problems,
             tokenizer,
             rollouts=rollouts,
+            staleness=config.rollout.staleness,
         )
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if is_sharded and config.refine.rounds:

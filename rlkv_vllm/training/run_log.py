@@ -98,6 +98,7 @@ class RunLog(TrainerCallback):
             "output_tokens": logs.get("completions/mean_length"),
             "clipped": logs.get("completions/clipped_ratio"),
             "logprob_difference": logs.get("sampling/sampling_logp_difference/mean"),
+            "gates_lag": logs.get("rlkv/gates_lag"),
             "seconds": logs.get("step_time"),
             "elapsed": self._before + time.monotonic() - self._started,
         }

@@ -9,7 +9,8 @@ gated mode.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from rlkv_vllm.profile.io import write_bytes_atomic, write_text_atomic
 from rlkv_vllm.tasks import Problem, Task, output_text
 from rlkv_vllm.training.gated_attention import GatedAttention
 from rlkv_vllm.training.penalty import penalty_weight
-from rlkv_vllm.training.rollouts import Rollouts, Sampling
+from rlkv_vllm.training.rollouts import RolloutQueue, Rollouts, Sampling
 
 GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
 
@@ -44,8 +45,8 @@ class RlkvConfig(GRPOConfig):
         average_steps: the profile's gates are the mean over so many last steps.
         rollout_batch_size: answers generated together on one device, the rest after them; None:
             all of a step. Bounds the memory of the KV cache.
-        max_logprob_difference: of a token, between this trainer and the engine that sampled it;
-            a step with more of it on average stops the run.
+        max_logprob_difference: of a token, between this trainer and the engine that sampled it
+            with the same gates; a step with more of it on average stops the run.
     """
 
     learning_rate: float = 1e-2
@@ -103,6 +104,8 @@ class RlkvTrainer(GRPOTrainer):
         callbacks: more of transformers' callbacks.
         rollouts: samples the answers instead of transformers' generate. TRL then corrects for
             its log-probabilities (`vllm_importance_sampling_*` of the options).
+        staleness: by how many steps the gates that sampled a batch may be older than the step
+            that trains on it; above 0 the answers of the next steps are written meanwhile.
     """
 
     def __init__(
@@ -114,11 +117,16 @@ class RlkvTrainer(GRPOTrainer):
         processing_class: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
         rollouts: Rollouts | None = None,
+        staleness: int = 0,
     ) -> None:
         self.gates = gates
         self.rollouts = rollouts
-        self._rollout_step = -1
-        self._penalty_weight = 0.0
+        self._staleness = staleness
+        self._queue: RolloutQueue | None = None
+        #: Batches of steps to come, whose answers are asked for, and how many ever were fetched.
+        self._fetched: deque[tuple[list[Any], Any]] = deque()
+        self._num_fetched = 0
+        self._lag = 0
         super().__init__(
             model=gates.model,
             reward_funcs=_reward_function(task, processing_class),
@@ -132,33 +140,46 @@ class RlkvTrainer(GRPOTrainer):
         # Its raw dictionaries drown what `callbacks` tell.
         self.remove_callback(PrinterCallback)
 
-    def _generate_single_turn(
-        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
-    ) -> tuple[list[list[int]], Any]:
-        if self.rollouts is not None:
-            return self._rolled_out(prompt_ids, self.rollouts)
-        size = self.args.rollout_batch_size or len(prompt_ids)
-        answers: list[list[int]] = []
-        for start in range(0, len(prompt_ids), size):
-            answers += super()._generate_single_turn(
-                prompt_ids[start : start + size], *args, **kwargs
-            )[0]
-        return answers, None
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'."""
+        if self.rollouts is None:
+            return super().train(*args, **kwargs)
+        self._queue = RolloutQueue(self.rollouts)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._queue.close()
 
-    def _rolled_out(
-        self, prompt_ids: list[list[int]], rollouts: Rollouts
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of a step; those of the `staleness` next ones are fetched and asked too."""
+        if self._queue is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
-        if step != self._rollout_step:
-            values = self.gates.values()  # on every process: may be a collective operation
-            if self.accelerator.is_main_process:
-                rollouts.set_gates(values)
-            self.accelerator.wait_for_everyone()
-            self._rollout_step = step
-        version = rollouts.version()
-        answers = rollouts.generate(
-            prompt_ids,
-            Sampling(
+        # `values` on every process: may be a collective operation.
+        self._queue.set_gates(self.gates.values(), step)
+        # An epoch ends, and so does the run, with nothing fetched in vain.
+        ahead = min(self._staleness, self.state.max_steps - 1 - step)
+        while len(self._fetched) <= ahead:
+            found = super().get_batch_samples(
+                epoch_iterator, self.args.gradient_accumulation_steps, device
+            )
+            if not found[0]:
+                break
+            self._ask(found[0], step + len(self._fetched), self._queue)
+            self._fetched.append(found)
+        return self._fetched.popleft() if self._fetched else ([], None)
+
+    def _ask(self, batches: Sequence[Any], step: int, queue: RolloutQueue) -> None:
+        """Put in those batches that TRL will want answers to, on their turn."""
+        for i, batch in enumerate(batches):
+            turn = self._num_fetched % (self.args.steps_per_generation * self.num_iterations)
+            self._num_fetched += 1
+            if turn:
+                continue
+            seed = hash((self.args.seed, step, i, self.accelerator.process_index)) % 2**31
+            sampling = Sampling(
                 max_tokens=self.max_completion_length,
                 temperature=self.temperature,
                 top_p=self.top_p,
@@ -166,16 +187,26 @@ class RlkvTrainer(GRPOTrainer):
                 min_p=self.min_p or 0.0,
                 repetition_penalty=self.repetition_penalty,
                 stop_token_ids=tuple(self.eos_token_ids),
-                seed=hash((self.args.seed, step, self.accelerator.process_index)) % 2**31,
-            ),
-        )
-        strange = {answer.gates_version for answer in answers} - {version}
-        if strange:
-            raise RlkvError(
-                f"rollout: answers of gates {sorted(strange)} came instead of {version}: another "
-                "job sets the gates of this engine; give every job its own"
+                seed=seed,
             )
-        return [answer.token_ids for answer in answers], [answer.logprobs for answer in answers]
+            queue.put(self._tokenize_prompts([row["prompt"] for row in batch])[0], sampling)
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> tuple[list[list[int]], Any]:
+        if self._queue is not None:
+            batch = self._queue.get()
+            assert batch.prompts == prompt_ids
+            self._lag = self.state.global_step - batch.step
+            self._metrics["train"]["rlkv/gates_lag"].append(self._lag)
+            return [a.token_ids for a in batch.answers], [a.logprobs for a in batch.answers]
+        size = self.args.rollout_batch_size or len(prompt_ids)
+        answers: list[list[int]] = []
+        for start in range(0, len(prompt_ids), size):
+            answers += super()._generate_single_turn(
+                prompt_ids[start : start + size], *args, **kwargs
+            )[0]
+        return answers, None
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -189,7 +220,8 @@ class RlkvTrainer(GRPOTrainer):
 
     def _check_rollouts(self, difference: float) -> None:
         limit = self.args.max_logprob_difference
-        if difference > limit:
+        # Older gates differ by what was trained since; the first batch of a start has its own.
+        if self._lag == 0 and difference > limit:
             raise RlkvError(
                 f"rollout: log-probabilities of engine and trainer differ by {difference:.3g} on "
                 f"average, more than trainer.max_logprob_difference {limit:g}: the engine serves "

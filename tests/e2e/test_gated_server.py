@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 import yaml
@@ -57,6 +60,7 @@ def job(output: Path, **rollout: Any) -> dict[str, Any]:
             "per_device_train_batch_size": 4,
             "max_completion_length": 150,
             "gradient_checkpointing": False,
+            "save_steps": 1,
         },
     }
 
@@ -100,7 +104,21 @@ def test_routes_set_gates_and_roll_out_with_them(gated: Server, http: httpx.Clie
             logits = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
             expected = (logits / 0.8).log_softmax(-1)[torch.arange(len(tokens)), tokens]
             assert answer["logprobs"] == pytest.approx(expected.tolist(), abs=1e-4)
+    # Gates may come with the prompts: set if they are others, one set at a time.
+    ones = [[1.0] * 4] * 5
+    assert http.post("/v1/rlkv/rollouts", json=body | {"gates": GATES}).json() == {
+        "answers": answers
+    }
+    with ThreadPoolExecutor(4) as pool:
+        sent = [body | {"gates": values} for values in (GATES, ones) * 2]
+        found = pool.map(lambda one: http.post("/v1/rlkv/rollouts", json=one).json(), sent)
+        versions = [{answer["gates_version"] for answer in one["answers"]} for one in found]
+    assert all(len(found) == 1 for found in versions)
+    assert not (versions[0] | versions[2]) & (versions[1] | versions[3])
+    assert http.put("/v1/rlkv/gates", json={"gates": GATES}).status_code == 200
+    answers = http.post("/v1/rlkv/rollouts", json=body).json()["answers"]
     for bad in (
+        body | {"gates": GATES[1:]},
         {"prompts": [[1] * 100_000], "sampling": {"max_tokens": 1}},
         {"prompts": [[10**6]], "sampling": {"max_tokens": 1}},
         {"prompts": [], "sampling": {"max_tokens": 1}},
@@ -109,24 +127,34 @@ def test_routes_set_gates_and_roll_out_with_them(gated: Server, http: httpx.Clie
     assert http.post("/v1/rlkv/rollouts", json=body).json()["answers"] == answers
 
 
-def test_a_job_rolls_out_on_the_server(
-    gated: Server, http: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = http.get("/v1/rlkv/gates").json()["version"]
-    config = make_config(job(tmp_path / "run", engine="vllm-server", servers=[gated.url]), "test")
+@pytest.fixture(scope="module")
+def on_server(gated: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job that rolls out on the server."""
+    output = tmp_path_factory.mktemp("jobs") / "run"
+    config = make_config(job(output, engine="vllm-server", servers=[gated.url]), "test")
     with pytest.raises(RlkvError, match="answered 401"), open_rollouts(config):
         pass
-    monkeypatch.setenv("RLKV_ROLLOUT_API_KEY", KEY)
-    other = config.model_copy(update={"window": 8})
-    with pytest.raises(RlkvError, match="--sink 4 --window 8"), open_rollouts(other):
-        pass
-    with open_rollouts(config) as rollouts:
-        run(config, rollouts=rollouts)
-    rows = metrics(tmp_path / "run")
-    assert len(rows) == 3
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RLKV_ROLLOUT_API_KEY", KEY)
+        other = config.model_copy(update={"window": 8})
+        with pytest.raises(RlkvError, match="--sink 4 --window 8"), open_rollouts(other):
+            pass
+        with open_rollouts(config) as rollouts:
+            run(config, rollouts=rollouts)
+    return output
+
+
+def check_job(output: Path) -> None:
+    rows = metrics(output)
+    assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["logprob_difference"] < 1e-4 for row in rows)
     assert rows[-1]["gate_mean"] < 1
-    assert http.get("/v1/rlkv/gates").json()["version"] == before + 3
+
+
+def test_a_job_rolls_out_on_the_server(on_server: Path, http: httpx.Client) -> None:
+    check_job(on_server)
+    used = json.loads((on_server / "gates.jsonl").read_text().splitlines()[1])["gates"]
+    assert http.get("/v1/rlkv/gates").json()["gates"] == used
 
 
 def test_an_engine_of_another_model_stops_the_job(
@@ -136,30 +164,43 @@ def test_an_engine_of_another_model_stops_the_job(
     config = make_config(job(tmp_path / "run", engine="vllm-server", servers=[gated.url]), "test")
     with open_rollouts(config) as rollouts:
         assert rollouts is not None
-        # As if the server had not taken the gates.
-        monkeypatch.setattr(rollouts, "set_gates", lambda gates: rollouts.version())
-        rollouts.__class__.set_gates(rollouts, [[0.0] * 4] * 5)
+        plain, closed = rollouts.generate, [[0.0] * 4] * 5
+        monkeypatch.setattr(rollouts, "generate", lambda *asked: plain(*asked[:2], closed))
         with pytest.raises(RlkvError, match="log-probabilities of engine and trainer differ"):
             run(config, rollouts=rollouts)
 
 
-def test_a_job_with_an_engine_beside_it(tmp_path: Path) -> None:
-    file = tmp_path / "job.yaml"
+def test_a_killed_job_with_an_engine_beside_it_resumes(on_server: Path, tmp_path: Path) -> None:
+    output, file = tmp_path / "run", tmp_path / "job.yaml"
     options = {"max_model_len": 512, "kv_cache_memory_bytes": 64 << 20}
-    file.write_text(yaml.safe_dump(job(tmp_path / "run", engine="vllm-colocate", options=options)))
+    file.write_text(yaml.safe_dump(job(output, engine="vllm-colocate", options=options)))
+    command = [*RLKV, "train", str(file), "--threads", "1"]
+    with (tmp_path / "log").open("w") as log:
+        killed = psutil.Popen(command, env=environment(), stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while not (output / "checkpoint-1" / "complete.json").exists():
+            assert killed.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        engine = killed.children(recursive=True)
+        killed.kill()
+        killed.wait()
+    _, alive = psutil.wait_procs(engine, timeout=30)
+    assert not alive, "the engine ends with its job"
+    assert len(metrics(output)) < 3
     done = subprocess.run(
-        [*RLKV, "train", str(file), "--threads", "1"],
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
+        [*command, "--resume"],
+        env=environment(), text=True, capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = metrics(tmp_path / "run")
-    assert len(rows) == 3
-    assert all(row["logprob_difference"] < 1e-4 for row in rows)
-    assert rows[-1]["gate_mean"] < 1
+    check_job(output)
+    # Answers are the server's too, token for token: it has the same seeds.
+    for ours, theirs in zip(metrics(output), metrics(on_server), strict=True):
+        assert (ours["reward"], ours["output_tokens"]) == (
+            theirs["reward"],
+            theirs["output_tokens"],
+        )
+        assert ours["gate_mean"] == pytest.approx(theirs["gate_mean"], abs=1e-4)
 
 
 def test_a_split_server_has_no_gates(server: Server) -> None:

@@ -19,7 +19,7 @@ def test_equals_the_mix_of_full_and_local_attention(
     torch.manual_seed(sink + window)
     heads, group, size, block_size, pool = 3, 2, 32, 16, 120
     # Decode and prefill mixed, chunks after a cached prefix, one longer than a chunk of queries.
-    lengths, asked = [1, 17, 64, 65, 700, 300, 40], [1, 1, 64, 5, 290, 1, 7]
+    lengths, asked = [1, 17, 64, 65, 700, 300, 40], [1, 1, 64, 5, 290, 1, 33]
     order = torch.randperm(pool).int()
     table = torch.full((len(lengths), 44), -1, dtype=torch.int32)
     cache = torch.full((pool, heads, block_size, 2 * size), float("nan"), dtype=dtype)
