@@ -14,6 +14,8 @@ from rlkv_vllm.allocation.heads import allocate
 
 TARGET_TOKENS = 4096  # request length that the packing is made for
 BLOCK_SIZE_MULTIPLE = 16  # block sizes that the attention paths accept are multiples of this
+#: vLLM's CPU kernel reads 8-bit caches by whole vectors of 32 tokens only.
+FP8_BLOCK_SIZE_MULTIPLE = 32
 # Tried in this order: vLLM's CPU kernel is a quarter slower on blocks of 16 tokens, but rings
 # waste less with them.
 PREFERRED_BLOCK_SIZES = (32, 16)
@@ -218,8 +220,10 @@ def forecast_split(
     return Forecast(geometry, groups)
 
 
-def block_sizes_for(head_dim: int) -> tuple[int, ...]:
+def block_sizes_for(head_dim: int, *, is_fp8: bool = False) -> tuple[int, ...]:
     """Block sizes to choose from when the user names none (tokens)."""
+    if is_fp8:
+        return (FP8_BLOCK_SIZE_MULTIPLE,)
     # vLLM's faster CPU kernel wants whole vectors of 32 elements.
     return PREFERRED_BLOCK_SIZES if head_dim % 32 == 0 else (BLOCK_SIZE_MULTIPLE,)
 

@@ -310,7 +310,10 @@ def plan(
     check_matches(loaded, fingerprint)
 
     def forecast(dtype_bytes: int) -> Forecast:
-        block_sizes = (block_size,) if block_size else block_sizes_for(fingerprint.head_dim)
+        is_fp8 = dtype_bytes == Dtype.fp8.num_bytes
+        block_sizes = (
+            (block_size,) if block_size else block_sizes_for(fingerprint.head_dim, is_fp8=is_fp8)
+        )
         geometry = CacheGeometry(
             num_layers=fingerprint.num_layers,
             num_kv_heads=fingerprint.num_kv_heads,

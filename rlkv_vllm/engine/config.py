@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlkv_vllm.allocation.forecast import (
     BLOCK_SIZE_MULTIPLE,
+    FP8_BLOCK_SIZE_MULTIPLE,
     CacheGeometry,
     Forecast,
     block_sizes_for,
@@ -36,8 +37,6 @@ _Options = TypeVar("_Options", bound=BaseModel)
 
 CONFIG_KEY = "rlkv"
 GATED = "gated"
-
-FP8_BLOCK_SIZE_MULTIPLE = 32
 
 #: Prompt tokens between two places at which a different prompt with the same
 #: beginning can resume from the prefix cache.
@@ -274,12 +273,10 @@ def _profile_id(name: str) -> str:
 def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...]:
     """Block sizes to choose from: the user's, else those that the kernels like."""
     cache = vllm_config.cache_config
-    # vLLM's CPU kernel reads 8-bit caches by whole vectors of 32 tokens only.
     is_fp8 = cache.cache_dtype in FP8_CACHE_DTYPES
-    multiple = FP8_BLOCK_SIZE_MULTIPLE if is_fp8 else BLOCK_SIZE_MULTIPLE
     if not block_size_is_the_users(vllm_config):
-        sizes = block_sizes_for(vllm_config.model_config.get_head_size())
-        return tuple(size for size in sizes if size % multiple == 0)
+        return block_sizes_for(vllm_config.model_config.get_head_size(), is_fp8=is_fp8)
+    multiple = FP8_BLOCK_SIZE_MULTIPLE if is_fp8 else BLOCK_SIZE_MULTIPLE
     block_size: int = cache.block_size
     if block_size % multiple:
         raise RlkvError(

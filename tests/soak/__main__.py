@@ -2,12 +2,13 @@
 
     python -m tests.soak --requests 1000 --seeds 1,2,3
 
-Every seed makes its requests (prompts with shared beginnings, penalties, stops, salts), answers
-them a few at a time in a pool without end and without prefix caching, then many at once in a
-pool that holds little more than the longest one, while some of them are cut off at random:
+Every seed makes its requests (prompts with shared beginnings, penalties, stops, salts, half of
+them sampled with a seed of their own), answers them a few at a time in a pool without end and
+without prefix caching, then many at once in a pool that holds little more than the longest one,
+prompts prefilled in chunks, while some of them are cut off at random:
 
-    engine  in this process, prompts prefilled in chunks; requests are aborted
-    server  `rlkv serve` over HTTP, half of the requests sampled with a seed; clients vanish
+    engine  in this process; requests are aborted
+    server  `rlkv serve` over HTTP; clients vanish
 
 Answers must be token for token those of the calm run, those cut off their beginnings, and the pool
 must end as it began. Exit status 1 otherwise. One line of JSON per seed and part.
@@ -37,7 +38,7 @@ from tests.checkpoints import VOCAB, make_checkpoint  # isort: skip
 from tests.e2e.server import Server, metric, wait_for  # isort: skip
 from tests.integration.test_parity import UNEVEN  # isort: skip
 
-SINK, WINDOW, BLOCK = 16, 64, 16
+SINK, WINDOW, BLOCK, CHUNK = 16, 64, 16, 256
 MODEL = "soak"
 
 
@@ -86,18 +87,13 @@ def make_requests(seed: int, count: int, longest: int, most_tokens: int) -> list
 
 
 def sampled(asked: Sequence[Asked], seed: int) -> list[Asked]:
-    """The same requests, every other one drawn with a seed of its own.
-
-    Only for engines that prefill in one piece: vLLM 0.32 cannot rewind a seed's generator on the
-    CPU, and its engine dies of a seeded prompt that is prefilled in chunks.
-    """
+    """The same requests, every other one drawn with a seed of its own."""
     rng = random.Random(seed)
     return [
         request
         if number % 2
         else replace(
             request,
-            name=f"{request.name} sampled",
             params=request.params
             | {
                 "temperature": rng.uniform(0.3, 1.2),
@@ -244,7 +240,7 @@ def in_engine(
     options = sizes(args) | {
         "enable_prefix_caching": True,
         "num_gpu_blocks_override": blocks(args),
-        "max_num_batched_tokens": 256,
+        "max_num_batched_tokens": CHUNK,
         "max_num_seqs": args.at_once,
     }
     with engine(*paths, **options) as llm:
@@ -279,11 +275,11 @@ def in_server(
         "--max-model-len": sizes(args)["max_model_len"],
         "--num-gpu-blocks-override": blocks(args),
         "--kv-cache-memory-bytes": "64M",
-        "--max-num-batched-tokens": 2 * sizes(args)["max_model_len"],
+        "--max-num-batched-tokens": CHUNK,
         "--max-num-seqs": args.at_once,
         "--uvicorn-log-level": "error",
     }
-    switches = ["--skip-tokenizer-init", "--enforce-eager", "--no-enable-chunked-prefill"]
+    switches = ["--skip-tokenizer-init", "--enforce-eager"]
     words = [str(word) for flag in flags.items() for word in flag]
     with Server([str(model), *switches, *words], model.parent / "log") as server:
 
@@ -304,6 +300,9 @@ def in_server(
         return {"preemptions": int(metric(server, "vllm:num_preemptions_total"))}
 
 
+STORMS = {"engine": in_engine, "server": in_server}
+
+
 def sizes(args: argparse.Namespace) -> dict[str, Any]:
     longest = args.longest + args.tokens + 1
     return {"block_size": BLOCK, "max_model_len": -(-longest // BLOCK) * BLOCK}
@@ -315,17 +314,14 @@ def blocks(args: argparse.Namespace) -> int:
 
 
 def soak(paths: tuple[Path, Path], seed: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    greedy = make_requests(seed, args.requests, args.longest, args.tokens)
-    parts = {"engine": (greedy, in_engine), "server": (sampled(greedy, seed), in_server)}
-    chosen = [(name, *parts[name]) for name in args.parts.split(",")]
+    asked = sampled(make_requests(seed, args.requests, args.longest, args.tokens), seed)
     start = time.monotonic()
     with engine(*paths, **sizes(args), kv_cache_memory_bytes=512 << 20) as llm:
-        distinct = {request.name: request for _, asked, _ in chosen for request in asked}
-        calm = answer(llm, [*distinct.values()], random.Random(seed), at_once=8, aborts=False)
+        calm = answer(llm, asked, random.Random(seed), at_once=8, aborts=False)
     seconds_calm = round(time.monotonic() - start)
-    for name, asked, storm in chosen:
+    for name in args.parts.split(","):
         found = Found(calm)
-        figures = storm(paths, asked, found, random.Random(seed + 1), args)
+        figures = STORMS[name](paths, asked, found, random.Random(seed + 1), args)
         yield (
             {
                 "part": name,

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -177,6 +178,13 @@ def test_plan_per_rank_type_and_block_size():
     )
     assert "block size 32" in output
     assert row(output, "one more token") == ["1.5", "KiB", "2", "KiB", "0.750"]
+
+
+def test_plan_of_an_8_bit_cache_has_blocks_that_the_engine_takes():
+    profile = Path(__file__).parents[2] / "head_profiles" / "embedded.json"
+    plan = ["plan", "embedded", profile, "--max-model-len", 2048, "--memory", "1GiB"]
+    assert "block size 16" in run(*plan)
+    assert "block size 32" in run(*plan, "--dtype", "fp8")
 
 
 CLUSTER = ["plan", "big", "p.json", "--max-model-len", 4096, "--sparsity", 0.5]
