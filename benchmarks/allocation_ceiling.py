@@ -9,10 +9,10 @@ answers to the same problems side by side, with really split heads:
 1. Every head streams alone. A head that costs more than --needed that way stays full.
 2. Every pair of the other heads streams.
 3. Of all allocations, the --candidates whose pairs lost least (the sum of the logarithms of their
-   pairs' accuracies) go through successive halving: 16 problems, the best 50 of them 64, the best
-   10 of those 256.
-4. So do all exchanges of one head, needed or not, from the two best; and once more if that found
-   a better one.
+   pairs' accuracies) race: all solve 16 problems, the best sixth of them 64, the best sixth of
+   those 256.
+4. So do all that differ from the best one by an exchange of two heads, needed or not; and once
+   more if one of them is better.
 5. The best one, and the profiles, which take part in 3, solve --n fresh problems.
 
 Assumed is that streaming more heads does not mend what one head alone breaks, and that the pairs
@@ -38,7 +38,8 @@ from rlkv_vllm.profile.io import load_profile, read_json_object, write_text_atom
 
 Head = tuple[int, int]
 Streaming = tuple[Head, ...]  # sorted
-RUNGS = ((16, 50), (64, 10), (256, 2))  # problems, candidates that go on
+RUNGS = (16, 64, 256)  # problems of a race
+SURVIVORS = 1 / 6
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,9 +51,9 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     parser.add_argument("--cache", type=Path, help="instead of OUTPUT.cache.json")
     parser.add_argument("--sparsity", type=float, default=0.4)
-    parser.add_argument("--candidates", type=int, default=320)
-    parser.add_argument("--single-problems", type=int, default=48)
-    parser.add_argument("--pair-problems", type=int, default=24)
+    parser.add_argument("--candidates", type=int, default=256)
+    parser.add_argument("--single-problems", type=int, default=32)
+    parser.add_argument("--pair-problems", type=int, default=16)
     parser.add_argument("--needed", type=float, default=0.1, help="see above")
     parser.add_argument("--task", default="embedded")
     parser.add_argument("--search-seed", type=int, default=777, help="of the search's problems")
@@ -95,11 +96,11 @@ class Answers:
         """The finalists, best first, with their share of the most problems."""
         left = list(candidates)
         shares: dict[Streaming, float] = {}
-        for problems, survivors in RUNGS:
+        for problems in RUNGS:
             shares = self.ask(left, problems)
             left = sorted(shares, key=lambda one: -shares[one])
             _say(f"{len(left)} x {problems}: {[shares[one] for one in left[:5]]}")
-            left = left[:survivors]
+            left = left[: max(3, round(SURVIVORS * len(left)))]
         return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
@@ -128,17 +129,16 @@ def search(
     _say(f"{len(free)} free heads, {len(tried)} allocations, the best {args.candidates} race")
     best = answers.race([*tried[: args.candidates], *known])
     for _ in range(2):
-        leaders = list(best)[:2]
+        leader = next(iter(best))
         near = [
             tuple(sorted({*leader, into} - {out}))
-            for leader in leaders
             for out in leader
             for into in heads
             if into not in leader
         ]
-        found = answers.race([*leaders, *near])
-        best = dict(sorted((best | found).items(), key=lambda item: -item[1]))
-        if next(iter(best)) in leaders:
+        best |= answers.race([leader, *near])
+        best = dict(sorted(best.items(), key=lambda item: -item[1]))
+        if next(iter(best)) == leader:
             break
     return needed, best
 
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer, fingerprint = load_model(args.model)
     heads = [(i, j) for i in range(fingerprint.num_layers) for j in range(fingerprint.num_kv_heads)]
     task = get_task(args.task)
-    problems = task.problems(max(count for count, _ in RUNGS), args.search_seed)
+    problems = task.problems(RUNGS[-1], args.search_seed)
     started = time.process_time()
 
     def split(streaming: Streaming) -> HeadSplit:
