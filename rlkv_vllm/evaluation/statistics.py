@@ -37,9 +37,27 @@ def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
     pairs = list(zip(first, second, strict=True))
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
-    differing = only_first + only_second
-    tail = sum(math.comb(differing, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**differing)
+    return min(1.0, 2 * _fair_coin_tail(max(only_first, only_second), only_first + only_second))
+
+
+def sign_test_p(first: Sequence[float], second: Sequence[float]) -> float:
+    """Exact one-sided sign test: is `first` higher more often than lower, on the same problems?
+
+    Args:
+        first: a value per problem.
+        second: the same problems in the same order.
+
+    Returns:
+        The p-value; 1 if the values do not differ.
+    """
+    pairs = list(zip(first, second, strict=True))
+    higher, lower = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    return _fair_coin_tail(higher, higher + lower)
+
+
+def _fair_coin_tail(heads: int, throws: int) -> float:
+    """Probability of at least so many heads."""
+    return sum(math.comb(throws, k) for k in range(heads, throws + 1)) / 2**throws
 
 
 def percentile_95(values: Sequence[int]) -> int:

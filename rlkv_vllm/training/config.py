@@ -98,12 +98,16 @@ class RefineConfig(_Section):
     )
     problems: Positive = Field(
         default=40,
-        description="Problems that every exchange is tried on; finalists get two times as many.",
+        description="Problems that every exchange is tried on; finalists get two times as many, "
+        "the best one four times.",
     )
     reach: Positive = Field(
         default=4, description="Heads on either side of a sparsity's line that may be exchanged."
     )
     finalists: Positive = Field(default=4, description="Exchanges that are tried again.")
+    level: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="p-value up to which the gain of an exchange counts as real."
+    )
     max_new_tokens: Positive | None = Field(
         default=None, description="Where an answer is cut off; null: as in training."
     )

@@ -10,8 +10,10 @@ full heads. The model makes no backward pass.
 A round takes one sparsity after the other, the highest first. Every exchange of one of the `reach`
 last streaming heads with one of the `reach` next full heads is tried on a few problems: pairs, and
 not single heads, because two heads may do the same work, of which one is needed. The best
-`finalists` are tried again on twice as many fresh problems, at all sparsities, and the best one is
-made if it solves more of those than no exchange does. A round without an exchange is the last one.
+`finalists` are tried again on twice as many fresh problems, at all sparsities. If the best one
+solves more of those than no exchange does, it is tried on four times as many fresh ones, which it
+was not chosen by, and made if its gain there is significant (`level`, one-sided sign test over the
+problems). A round without an exchange is the last one.
 
 The log of the rounds is the checkpoint: a round depends on nothing but the ranking before it, the
 seed and its own number.
@@ -22,7 +24,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,6 +32,7 @@ from statistics import fmean
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.statistics import sign_test_p
 from rlkv_vllm.profile.io import write_text_atomic
 from rlkv_vllm.training.config import RefineConfig
 from rlkv_vllm.training.run_folder import step_rows
@@ -98,6 +101,7 @@ def refine_gates(
                 "exchange": change.exchange,
                 "before": change.before,
                 "after": change.after,
+                "p": change.p,
             }
         row = {
             "step": step,
@@ -123,14 +127,16 @@ class _Change:
     Attributes:
         ranking: the next one.
         exchange: streaming head and full head, if the next one is another one.
-        before: mean reward of the old ranking over all sparsities, on the finalists' problems.
+        before: mean reward of the old ranking over all sparsities, on the last problems tried.
         after: that of the next one.
+        p: of the gain of the best exchange; None if it had none among the finalists.
     """
 
     ranking: Ranking
     exchange: tuple[Head, Head] | None
     before: float
     after: float
+    p: float | None
 
 
 class _Round:
@@ -163,26 +169,27 @@ class _Round:
             for out in ranking[max(0, line - reach) : line]
             for into in ranking[line : line + reach]
         }
-        worth = self._worth([ranking, *tried], [line], problems)
-        best = sorted(tried, key=lambda other: -worth[other])[: self._config.finalists]
-        worth = self._worth([ranking, *best], lines, 2 * problems)
-        after = max([ranking, *best], key=lambda other: worth[other])  # the old one, if as good
-        return _Change(after, tried.get(after), worth[ranking], worth[after])
+        worth = _means(self._rewards([ranking, *tried], [line], problems))
+        finalists = sorted(tried, key=lambda other: -worth[other])[: self._config.finalists]
+        worth = _means(self._rewards([ranking, *finalists], lines, 2 * problems))
+        best = max([ranking, *finalists], key=lambda other: worth[other])  # the old one, if as good
+        if best == ranking:
+            return _Change(ranking, None, worth[ranking], worth[ranking], None)
+        rewards = self._rewards([ranking, best], lines, 4 * problems)
+        worth = _means(rewards)
+        p = sign_test_p(rewards[best], rewards[ranking])
+        after = best if p <= self._config.level else ranking
+        return _Change(after, tried.get(after), worth[ranking], worth[after], p)
 
-    def _worth(
-        self, rankings: Iterable[Ranking], lines: Sequence[int], problems: int
-    ) -> dict[Ranking, float]:
-        """Mean reward of rankings over `lines`, all on the same problems."""
+    def _rewards(
+        self, rankings: Sequence[Ranking], lines: Sequence[int], problems: int
+    ) -> dict[Ranking, list[float]]:
+        """For every ranking the mean reward over `lines` of each of the next problems."""
         at = {
             ranking: [_allocation(ranking, frozenset(ranking[:line])) for line in lines]
             for ranking in rankings
         }
-        reward = self._rewards(chain(*at.values()), problems)
-        return {ranking: fmean(reward[one] for one in row) for ranking, row in at.items()}
-
-    def _rewards(self, allocations: Iterable[Allocation], problems: int) -> dict[Allocation, float]:
-        """Mean reward of allocations on the next problems."""
-        wanted = sorted(set(allocations))
+        wanted = sorted(set(chain(*at.values())))
         chosen, self._order = self._order[:problems], self._order[problems:]
         self._order += chosen  # a small curriculum is gone through again
         asked = [(problem, allocation) for problem in chosen for allocation in wanted]
@@ -190,10 +197,17 @@ class _Round:
             [problem for problem, _ in asked], [one for _, one in asked], self._seed
         )
         self.answers += len(asked)
+        rewards = {one: given[index :: len(wanted)] for index, one in enumerate(wanted)}
         return {
-            allocation: fmean(given[index :: len(wanted)])
-            for index, allocation in enumerate(wanted)
+            ranking: [
+                fmean(row) for row in zip(*(rewards[one] for one in allocations), strict=True)
+            ]
+            for ranking, allocations in at.items()
         }
+
+
+def _means(rewards: dict[Ranking, list[float]]) -> dict[Ranking, float]:
+    return {ranking: fmean(row) for ranking, row in rewards.items()}
 
 
 def _exchanged(ranking: Ranking, out: Head, into: Head) -> Ranking:

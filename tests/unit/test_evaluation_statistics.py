@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkv_vllm.evaluation.statistics import mcnemar_p, percentile_95, wilson_interval
+from rlkv_vllm.evaluation.statistics import (
+    mcnemar_p,
+    percentile_95,
+    sign_test_p,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,20 @@ def test_mcnemar(only_first: int, only_second: int, p: float) -> None:
     first, second = pairs(only_first, only_second)
     assert mcnemar_p(first, second) == pytest.approx(p)
     assert mcnemar_p(second, first) == pytest.approx(p)
+
+
+@pytest.mark.parametrize(
+    ("higher", "lower", "p"),
+    # The binomial tail: sums of Pascal's triangle over 2^n.
+    [(0, 0, 1), (5, 0, 1 / 32), (0, 5, 1), (10, 1, 12 / 2048), (2, 2, 11 / 16)],
+)
+def test_sign_test(higher: int, lower: int, p: float) -> None:
+    first, second = pairs(higher, lower)
+    assert sign_test_p(first, second) == pytest.approx(p)
+
+
+def test_the_sign_test_counts_problems_and_not_gains() -> None:
+    assert sign_test_p([1, 0, 0, 0.5], [0, 0.5, 0.5, 0.5]) == 7 / 8
 
 
 def test_mcnemar_wants_pairs() -> None:

@@ -75,6 +75,25 @@ def test_nothing_to_gain_changes_nothing(tmp_path: Path) -> None:
     assert len(log_rows(tmp_path)) == 2  # the start and one round
 
 
+def test_noise_is_not_followed(tmp_path: Path) -> None:
+    """With equally good allocations the level is the share of exchanges that are made anyway."""
+
+    def noise(problems: Sequence[int], allocations: Sequence[Allocation], seed: int) -> list[float]:
+        rng = random.Random(seed)
+        return [float(rng.random() < 0.5) for _ in problems]
+
+    def exchanges(level: float) -> int:
+        config = RefineConfig(rounds=1, sparsities=[0.6], problems=10, level=level)
+        changed = 0
+        for seed in range(50):
+            log = tmp_path / f"{level}-{seed}.jsonl"
+            changed += refine_gates(gates(seed), noise, 400, config, log, seed=seed) != gates(seed)
+        return changed
+
+    assert exchanges(1) > 30
+    assert exchanges(0.1) < 9
+
+
 def test_equal_gates_keep_the_allocation_they_have(tmp_path: Path) -> None:
     """The start is what `allocate` makes of the gates, ties included."""
     alike = [[1.0] * KV_HEADS for _ in range(LAYERS)]
