@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.allocation.forecast import (
-    CacheGeometry,
-    Forecast,
-    block_sizes_for,
-    forecast_with_block_size,
-)
+from rlkv_vllm.allocation.forecast import Forecast, forecast_profile
 from rlkv_vllm.allocation.roofline import ModelSize
 from rlkv_vllm.bench import random_model
 from rlkv_vllm.bench.case import ALL_FULL, SPLIT, STOCK, Setup
@@ -23,7 +18,7 @@ from rlkv_vllm.profile.io import (
     load_model_config,
     one_line,
 )
-from rlkv_vllm.profile.lookup import find_profile
+from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
 from rlkv_vllm.testbed import MODEL_NAME, model_source
 
 #: The embedded model has small contexts, so that a small cache is what limits it.
@@ -154,11 +149,10 @@ def find_target(key: str, options: Options, folder: Path) -> Target:
     config, commit = load_model_config(source)
     profile, path = find_profile(profile_name)
     check_matches(profile, fingerprint_from_config(config, options.model, commit))
-    sparsity = profile.recommended_sparsity if options.sparsity is None else options.sparsity
-    if sparsity is None and is_random:
-        sparsity = RANDOM_SPARSITY
-    if sparsity is None:
-        raise RlkvError(f"profile {one_line(profile_name)} recommends none: give --sparsity")
+    given = options.sparsity
+    if is_random and given is None and profile.recommended_sparsity is None:
+        given = RANDOM_SPARSITY
+    sparsity = resolve_sparsity(profile, given, profile_name)
     dtype = options.dtype or ("float32" if is_embedded else "bfloat16" if is_random else "auto")
     dtype_bytes = 4 if dtype in ("float32", "float") else 2
     model = ModelSize.from_config(config, dtype_bytes)
@@ -169,21 +163,13 @@ def find_target(key: str, options: Options, folder: Path) -> Target:
     eager = not options.is_cuda if options.eager is None else options.eager
 
     def forecast(share: float) -> Forecast:
-        block_sizes = block_sizes_for(model.head_dim)
-        return forecast_with_block_size(
-            profile.gates,
+        return forecast_profile(
+            profile,
             share,
-            CacheGeometry(
-                num_layers=model.layers,
-                num_kv_heads=model.kv_heads,
-                head_dim=model.head_dim,
-                dtype_bytes=dtype_bytes,
-                block_size=block_sizes[0],
-                sink=profile.sink if options.sink is None else options.sink,
-                window=profile.window if options.window is None else options.window,
-            ),
-            block_sizes,
+            dtype_bytes=dtype_bytes,
             max_model_len=max_model_len,
+            sink=options.sink,
+            window=options.window,
         )
 
     setup = Setup(

@@ -15,7 +15,6 @@ from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
     from rlkv_vllm.allocation import Forecast
-    from rlkv_vllm.profile import HeadProfile
 
 app = typer.Typer(no_args_is_help=True, help="Head profiles: list, show, check, convert, plan.")
 
@@ -223,11 +222,11 @@ def plot(
     sparsity: Sparsity = None,
 ) -> None:
     """Draw the gates as a heat map and mark the full heads."""
-    from rlkv_vllm.profile.lookup import find_profile
+    from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
     from rlkv_vllm.profile.plot import plot_profile
 
     loaded, _ = find_profile(profile)
-    plot_profile(loaded, _sparsity_of(loaded, sparsity, profile), output)
+    plot_profile(loaded, resolve_sparsity(loaded, sparsity, profile), output)
     print_plain(f"{output}: written")
 
 
@@ -280,18 +279,14 @@ def plan(
     ] = False,
 ) -> None:
     """Forecast the cache memory of a split model against the full cache, or a whole cluster."""
-    from rlkv_vllm.allocation.forecast import (
-        CacheGeometry,
-        block_sizes_for,
-        forecast_with_block_size,
-    )
+    from rlkv_vllm.allocation.forecast import forecast_profile
     from rlkv_vllm.allocation.roofline import ModelSize
     from rlkv_vllm.profile.io import (
         check_matches,
         fingerprint_from_config,
         load_model_config,
     )
-    from rlkv_vllm.profile.lookup import find_profile
+    from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
     from rlkv_vllm.testbed import model_source
 
     flags = ClusterFlags(
@@ -304,27 +299,19 @@ def plan(
         if value is not None and value < 1:
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
     loaded, _ = find_profile(profile)
-    sparsity = _sparsity_of(loaded, sparsity, profile)
+    sparsity = resolve_sparsity(loaded, sparsity, profile)
     config, commit = load_model_config(model_source(model))
     fingerprint = fingerprint_from_config(config, model, commit)
     check_matches(loaded, fingerprint)
 
     def forecast(dtype_bytes: int) -> Forecast:
-        is_fp8 = dtype_bytes == Dtype.fp8.num_bytes
-        block_sizes = (
-            (block_size,) if block_size else block_sizes_for(fingerprint.head_dim, is_fp8=is_fp8)
-        )
-        geometry = CacheGeometry(
-            num_layers=fingerprint.num_layers,
-            num_kv_heads=fingerprint.num_kv_heads,
-            head_dim=fingerprint.head_dim,
+        return forecast_profile(
+            loaded,
+            sparsity,
             dtype_bytes=dtype_bytes,
-            block_size=block_sizes[0],
-            sink=loaded.sink,
-            window=loaded.window,
-        )
-        return forecast_with_block_size(
-            loaded.gates, sparsity, geometry, block_sizes, tp_size=tp, max_model_len=max_model_len
+            max_model_len=max_model_len,
+            block_sizes=(block_size,) if block_size else None,
+            tp_size=tp,
         )
 
     if memory is not None:
@@ -404,14 +391,3 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
         ratio = f"{split / stock:.3f}" if stock else "-"
         table.add_row(name, show_as(split), show_as(stock), ratio)
     print_plain(table)
-
-
-def _sparsity_of(profile: HeadProfile, given: float | None, name: str) -> float:
-    from rlkv_vllm.profile.io import one_line
-
-    sparsity = profile.recommended_sparsity if given is None else given
-    if sparsity is None:
-        raise RlkvError(
-            f"profile {one_line(name)} recommends no sparsity: pass --sparsity, e.g. 0.5"
-        )
-    return sparsity

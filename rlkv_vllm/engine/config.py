@@ -19,15 +19,14 @@ from rlkv_vllm.allocation.forecast import (
     FP8_BLOCK_SIZE_MULTIPLE,
     CacheGeometry,
     Forecast,
-    block_sizes_for,
-    forecast_with_block_size,
+    forecast_profile,
 )
 from rlkv_vllm.allocation.groups import CacheGroups
 from rlkv_vllm.engine.compat import block_size_is_the_users
 from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_gated_supported, check_supported
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import check_matches, fingerprint_from_config
-from rlkv_vllm.profile.lookup import find_profile
+from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
 from rlkv_vllm.profile.schema import HeadProfile
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ def _plan(
     revision: str | None,
     text_config: tuple[tuple[str, Any], ...],
     tp_size: int,
-    block_sizes: tuple[int, ...],
+    block_sizes: tuple[int, ...] | None,
     retention_interval: int,
     dtype_bytes: int,
     max_model_len: int,
@@ -230,27 +229,16 @@ def _plan(
         )
     fingerprint = fingerprint_from_config(dict(text_config), model_id, revision)
     check_matches(profile, fingerprint)
-    sparsity = config.sparsity if config.sparsity is not None else profile.recommended_sparsity
-    if sparsity is None:
-        raise RlkvError(
-            f"--profile {config.profile} recommends no sparsity: give --sparsity, the share of "
-            "KV heads that keep only sinks and a window, from 0 to 1"
-        )
-    forecast = forecast_with_block_size(
-        profile.gates,
+    sparsity = resolve_sparsity(profile, config.sparsity, config.profile)
+    forecast = forecast_profile(
+        profile,
         sparsity,
-        CacheGeometry(
-            num_layers=fingerprint.num_layers,
-            num_kv_heads=fingerprint.num_kv_heads,
-            head_dim=fingerprint.head_dim,
-            dtype_bytes=dtype_bytes,
-            block_size=block_sizes[0],
-            sink=profile.sink if config.sink is None else config.sink,
-            window=profile.window if config.window is None else config.window,
-        ),
-        block_sizes,
-        tp_size=tp_size,
+        dtype_bytes=dtype_bytes,
         max_model_len=max_model_len,
+        block_sizes=block_sizes,
+        sink=config.sink,
+        window=config.window,
+        tp_size=tp_size,
     )
     geometry = forecast.geometry
     return SplitPlan(
@@ -270,12 +258,12 @@ def _profile_id(name: str) -> str:
     return path.stem if path.suffix == ".json" else name
 
 
-def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...]:
-    """Block sizes to choose from: the user's, else those that the kernels like."""
+def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...] | None:
+    """The user's block size, or None: those that the kernels like."""
+    if not block_size_is_the_users(vllm_config):
+        return None
     cache = vllm_config.cache_config
     is_fp8 = cache.cache_dtype in FP8_CACHE_DTYPES
-    if not block_size_is_the_users(vllm_config):
-        return block_sizes_for(vllm_config.model_config.get_head_size(), is_fp8=is_fp8)
     multiple = FP8_BLOCK_SIZE_MULTIPLE if is_fp8 else BLOCK_SIZE_MULTIPLE
     block_size: int = cache.block_size
     if block_size % multiple:

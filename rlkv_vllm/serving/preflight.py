@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlkv_vllm import testbed
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import check_matches, load_model_fingerprint, one_line
-from rlkv_vllm.profile.lookup import find_profile
+from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
 
 if TYPE_CHECKING:
     from rlkv_vllm.engine.config import SplitPlan
@@ -52,12 +52,7 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
     profile, path = find_profile(args.profile)
     fingerprint = load_model_fingerprint(args.model, args.revision)
     check_matches(profile, fingerprint)
-    sparsity = profile.recommended_sparsity if args.sparsity is None else args.sparsity
-    if sparsity is None:
-        raise RlkvError(
-            f"--sparsity is missing and profile {one_line(args.profile)} recommends none: give "
-            "the share of KV heads that keep only sink and window, from 0 to 1"
-        )
+    sparsity = resolve_sparsity(profile, args.sparsity, args.profile)
     if not 0 <= sparsity <= 1:
         raise RlkvError(
             f"--sparsity {sparsity:g}: must be from 0 (every head keeps its whole cache) to 1 "
