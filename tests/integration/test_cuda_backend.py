@@ -15,8 +15,8 @@ from rlkv_vllm.serving.arguments import engine_classes
 from tests.checkpoints import make_checkpoint
 from tests.cuda_on_cpu import Result, Scenario, run_scenarios
 from tests.integration.conftest import random_prompt
+from tests.integration.test_gated import GATED, random_gates
 from tests.integration.test_gated import differences as gated_differences
-from tests.integration.test_gated import random_gates
 from tests.oracle import count_differences
 
 pytest.importorskip("triton")
@@ -66,7 +66,7 @@ def results(model: Path, profile_of: Callable[..., Path]) -> list[Result]:
     )
     gated = {
         "num_gpu_blocks_override": 13,
-        "additional_config": {"rlkv": {"mode": "gated", "sink": SINK, "window": WINDOW}},
+        "additional_config": GATED,
         **engine_classes(is_split=False),
     }
     return run_scenarios(
