@@ -84,7 +84,8 @@ class ColocatedRollouts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipe.close()
+        self._pipe.close()  # an idle engine ends by that
+        self._process.join(5)
         self._process.terminate()
         self._process.join()
 
