@@ -9,11 +9,14 @@ import json
 import shutil
 import socket
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -33,12 +36,52 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def second(
-    server: Server, profile: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system of 1 MiB, or where none may be mounted a folder."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "disk", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+class Clock:
+    """The wall clock of a server, which libfaketime reads from a file every second."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "clock"
+        self._library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+        self.jump("+0")
+
+    def jump(self, offset: str) -> None:
+        """To the real time and so much, such as ``-3d``."""
+        new = self._file.with_suffix(".new")
+        new.write_text(offset)
+        new.replace(self._file)
+
+    def variables(self) -> dict[str, str]:
+        """Of the server's environment; none where libfaketime is not installed."""
+        if self._library is None:
+            return {}
+        return {
+            "LD_PRELOAD": str(self._library),
+            "FAKETIME_TIMESTAMP_FILE": str(self._file),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+
+
+@pytest.fixture(scope="module")
+def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
+    return Clock(tmp_path_factory.mktemp("clock"))
+
+
+@pytest.fixture(scope="module")
+def second(server: Server, profile: Path, disk: Path, clock: Clock) -> Iterator[Server]:
     """Two servers on one machine: started while the shared one runs."""
-    log = tmp_path_factory.mktemp("second") / "log"
-    with Server(["--api-key", KEY, "--profile", str(profile)], log) as running:
+    flags = ["--api-key", KEY, "--profile", str(profile)]
+    with Server(flags, disk / "log", **clock.variables()) as running:
         yield running
 
 
@@ -106,6 +149,57 @@ def test_the_port_of_a_running_server_is_refused(server: Server) -> None:
     )
     assert done.returncode == 2
     assert f"rlkv: error: --port {server.port}: in use" in done.stderr
+
+
+def test_a_disk_that_fills_under_the_log_stops_nothing(second: Server, disk: Path) -> None:
+    if not disk.is_mount():
+        pytest.skip("mounts a file system, which needs root")
+
+    def is_logged() -> bool:
+        """Whether a request that is refused leaves a line."""
+        size = second.log.stat().st_size
+        with pytest.raises(openai.BadRequestError):
+            client_of(second).completions.create(model="embedded", prompt="")
+        return wait_for(lambda: second.log.stat().st_size > size, 1)
+
+    before = ask(client_of(second), problems(1)[0]).choices[0].message.reasoning
+    assert is_logged()
+    rest = disk / "rest"
+    with rest.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(512))
+    assert shutil.disk_usage(disk).free == 0
+    while is_logged():
+        pass  # what its last page still holds
+    assert ask(client_of(second), problems(1)[0]).choices[0].message.reasoning == before
+    assert second.is_healthy()
+    rest.unlink()
+    assert is_logged()
+
+
+def test_a_wall_clock_that_jumps_changes_no_answer(second: Server, clock: Clock) -> None:
+    """By days, forward and to before the server's start, in the middle of an answer."""
+    if not clock.variables():
+        pytest.skip("libfaketime is missing: apt-get install libfaketime")
+    day = 86_400
+
+    def answer(max_tokens: int = 150) -> Any:
+        extra = {"ignore_eos": True}
+        return ask(client_of(second), problems(1)[0], max_tokens=max_tokens, extra_body=extra)
+
+    def is_ahead_by(seconds: int) -> bool:
+        return abs(answer(1).created - time.time() - seconds) < day / 2
+
+    before = answer().choices
+    with ThreadPoolExecutor(1) as pool:
+        for offset, days in (("+3d", 3), ("-3d", -3), ("+0", 0)):
+            running = pool.submit(answer)
+            assert wait_for(lambda: metric(second, "vllm:num_requests_running") >= 1)
+            clock.jump(offset)
+            assert running.result().choices == before
+            assert wait_for(lambda seconds=days * day: is_ahead_by(seconds))
+            assert answer().choices == before
+    assert second.is_healthy()
 
 
 def test_a_profile_replaced_on_disk_changes_nothing_that_runs(
