@@ -17,7 +17,8 @@ answers to the same problems side by side, with really split heads:
 
 Assumed is that streaming more heads does not mend what one head alone breaks, and that the pairs
 of a good allocation look good; step 4 tests both near the best one only. OUTPUT.cache.json holds
-all answers: the same command continues a killed run, other sparsities start with the pairs.
+all answers: the same command continues a killed run, and other sparsities with the same --cache
+start with the pairs.
 """
 
 from __future__ import annotations
