@@ -17,7 +17,8 @@ answers to the same problems side by side, with really split heads:
 
 Assumed is that streaming more heads does not mend what one head alone breaks, and that the pairs
 of a good allocation look good; step 4 tests both near the best one only. OUTPUT.cache.json holds
-all answers: the same command continues a killed run, other sparsities start with the pairs.
+all answers: the same command continues a killed run, and other sparsities with the same --cache
+start with the pairs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.errors import RlkvError
@@ -68,13 +70,27 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Answers:
-    """Who solved which problems: the first ones of a list, as many as were asked for so far."""
+    """Who solved which problems: the first ones of a list, as many as were asked for so far.
+
+    Args:
+        judge: gets candidates and the problem of each; says which are solved.
+        path: keeps the answers.
+        chunk: how many are asked for before they are written.
+        made_with: what decides the answers; a file with other ones is refused.
+    """
 
     def __init__(
-        self, judge: Callable[[list[Streaming], list[int]], list[bool]], path: Path, chunk: int
+        self,
+        judge: Callable[[list[Streaming], list[int]], list[bool]],
+        path: Path,
+        chunk: int,
+        made_with: dict[str, Any],
     ) -> None:
-        self._judge, self._path, self._chunk = judge, path, chunk
-        self._solved: dict[str, str] = read_json_object(path) if path.exists() else {}
+        self._judge, self._path, self._chunk, self._made_with = judge, path, chunk, made_with
+        found = read_json_object(path) if path.exists() else {"made_with": made_with, "solved": {}}
+        if found.get("made_with") != made_with:
+            raise RlkvError(f"{path}: answers of another model or setting: choose another --output")
+        self._solved: dict[str, str] = found["solved"]
 
     def ask(self, candidates: Iterable[Streaming], problems: int) -> dict[Streaming, float]:
         """The share of the first `problems` problems that each candidate solves."""
@@ -89,7 +105,8 @@ class Answers:
             solved = self._judge([one for one, _ in part], [problem for _, problem in part])
             for (one, _), right in zip(part, solved, strict=True):
                 self._solved[_name(one)] = self._solved.get(_name(one), "") + "01"[right]
-            write_text_atomic(self._path, json.dumps(self._solved, indent=0) + "\n")
+            kept = {"made_with": self._made_with, "solved": self._solved}
+            write_text_atomic(self._path, json.dumps(kept, indent=0) + "\n")
         return {one: self._solved[_name(one)][:problems].count("1") / problems for one in wanted}
 
     def race(self, candidates: Iterable[Streaming]) -> dict[Streaming, float]:
@@ -144,6 +161,8 @@ def search(
 
 
 def main(args: argparse.Namespace) -> None:
+    from compare_scorers import weights_hash  # the script beside this one
+
     from rlkv_vllm.evaluation.masked import HeadSplit, solve
     from rlkv_vllm.tasks import get_task
     from rlkv_vllm.training.loading import load_model, set_threads
@@ -192,13 +211,15 @@ def main(args: argparse.Namespace) -> None:
         kept = allocate(load_profile(path).gates, args.sparsity).full
         known[label] = tuple(head for head in heads if head[1] not in kept[head[0]])
     cache = args.cache or args.output.with_suffix(".cache.json")
-    answers = Answers(judge, cache, 8 * args.batch_size)
+    names = ("task", "search_seed", "sink", "window", "max_new_tokens")
+    made_with = {name: getattr(args, name) for name in names} | {"weights": weights_hash(model)}
+    answers = Answers(judge, cache, 8 * args.batch_size, made_with)
     needed, best = search(answers, heads, round(args.sparsity * len(heads)), known.values(), args)
     winner = next(iter(best))
     solved = fresh(winner)
     low, high = wilson_interval(sum(solved), args.n)
     result = {
-        "settings": {key: str(value) for key, value in vars(args).items()},
+        "settings": vars(args),
         "needed": needed,
         "finalists": [[one, share] for one, share in best.items()],
         "streaming": winner,
@@ -214,7 +235,7 @@ def main(args: argparse.Namespace) -> None:
             "solved": sum(theirs) / args.n,
             "p": mcnemar_p(solved, theirs),
         }
-    write_text_atomic(args.output, json.dumps(result, indent=1) + "\n")
+    write_text_atomic(args.output, json.dumps(result, default=str) + "\n")
     _say(json.dumps({key: result[key] for key in ("streaming", "solved", "interval", "seconds")}))
     _say(json.dumps(result["known"]))
 

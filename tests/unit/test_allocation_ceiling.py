@@ -59,7 +59,7 @@ class Judge:
 
 def test_the_best_allocation_is_found(ceiling: ModuleType, tmp_path: Path) -> None:
     judge = Judge()
-    answers = ceiling.Answers(judge, tmp_path / "cache.json", 64)
+    answers = ceiling.Answers(judge, tmp_path / "cache.json", 64, {})
     needed, best = ceiling.search(answers, HEADS, 4, [], ARGS)
     assert {*needed} == NEEDED
     assert next(iter(best)) in {BEST, (*BEST[:3], (2, 3))}
@@ -70,17 +70,24 @@ def test_the_best_allocation_is_found(ceiling: ModuleType, tmp_path: Path) -> No
 def test_a_killed_search_goes_on(ceiling: ModuleType, tmp_path: Path) -> None:
     whole, first = Judge(), Judge(dies_after=1000)
     expected = ceiling.search(
-        ceiling.Answers(whole, tmp_path / "whole.json", 64), HEADS, 4, [], ARGS
+        ceiling.Answers(whole, tmp_path / "whole.json", 64, {}), HEADS, 4, [], ARGS
     )
     cache = tmp_path / "killed.json"
     with pytest.raises(KeyboardInterrupt):
-        ceiling.search(ceiling.Answers(first, cache, 64), HEADS, 4, [], ARGS)
+        ceiling.search(ceiling.Answers(first, cache, 64, {}), HEADS, 4, [], ARGS)
     second = Judge()
-    assert ceiling.search(ceiling.Answers(second, cache, 64), HEADS, 4, [], ARGS) == expected
+    assert ceiling.search(ceiling.Answers(second, cache, 64, {}), HEADS, 4, [], ARGS) == expected
     assert first.answers + second.answers == whole.answers
 
 
+def test_answers_of_another_model_are_refused(ceiling: ModuleType, tmp_path: Path) -> None:
+    cache = tmp_path / "cache.json"
+    ceiling.Answers(Judge(), cache, 64, {"weights": "a"}).ask([()], 2)
+    with pytest.raises(RlkvError, match="another model"):
+        ceiling.Answers(Judge(), cache, 64, {"weights": "b"})
+
+
 def test_too_many_needed_heads_are_refused(ceiling: ModuleType, tmp_path: Path) -> None:
-    answers = ceiling.Answers(Judge(), tmp_path / "cache.json", 64)
+    answers = ceiling.Answers(Judge(), tmp_path / "cache.json", 64, {})
     with pytest.raises(RlkvError, match="raise --needed"):
         ceiling.search(answers, HEADS, 10, [], ARGS)
