@@ -11,11 +11,13 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Self
 
+import psutil
 import torch
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
-from rlkv_vllm.testbed import model_source
+from rlkv_vllm.serving.arguments import EMBEDDED_CACHE_BYTES, engine_classes
+from rlkv_vllm.testbed import MODEL_NAME, model_source
 from rlkv_vllm.training.loading import set_threads
 from rlkv_vllm.training.rollouts import Gates, Rollout, Sampling
 
@@ -135,10 +137,9 @@ def start_engine(config: TrainConfig, threads: int) -> LLM:
         if config.dtype == "auto":
             options["dtype"] = "float32"  # as the trainer's
         options["block_size"] = 32  # vLLM's 128 is longer than many prompts: no prefix hits
+        options |= _cache_memory(config)
     try:
         from vllm import LLM
-
-        from rlkv_vllm.serving.arguments import engine_classes
     except ImportError as error:
         raise RlkvError(
             f"rollout: vllm-colocate needs vLLM ({one_line(error)}): pip install "
@@ -156,6 +157,16 @@ def start_engine(config: TrainConfig, threads: int) -> LLM:
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise RlkvError(f"rollout: vLLM does not start: {one_line(error)}") from error
+
+
+def _cache_memory(config: TrainConfig) -> dict[str, int]:
+    """A cache beside a trainer: vLLM would claim 92% of the machine."""
+    sizes = {"kv_cache_memory_bytes", "gpu_memory_utilization"}
+    if sizes & config.rollout.options.keys() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return {}
+    if config.model == MODEL_NAME:
+        return {"kv_cache_memory_bytes": EMBEDDED_CACHE_BYTES}
+    return {"kv_cache_memory_bytes": psutil.virtual_memory().available // 4}
 
 
 def answers(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from tests.e2e.asking import client_of
 from tests.e2e.server import KEY, Server
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # its price list would come from the network
@@ -22,4 +23,4 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+    return client_of(server)

@@ -22,7 +22,7 @@ import openai
 import pytest
 
 from rlkv_vllm.profile.lookup import find_profile
-from tests.e2e.asking import ask, problems
+from tests.e2e.asking import ask, client_of, problems
 from tests.e2e.server import KEY, RLKV, STOP_TIMEOUT_S, Server, environment, metric, wait_for
 
 _WORD = "lorpus"  # stands in every question of the testbed's chains
@@ -92,10 +92,6 @@ def third(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     log = tmp_path_factory.mktemp("third") / "log"
     with Server(flags, log, VLLM_CPU_OMP_THREADS_BIND="nobind") as running:
         yield running
-
-
-def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
 
 
 def is_idle(server: Server) -> bool:

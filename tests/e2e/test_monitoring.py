@@ -131,7 +131,12 @@ def test_metrics_agree_with_vllms_own_pool_under_load(
     seen = set()
     with ThreadPoolExecutor(16) as pool:
         replies = [pool.submit(ask, client, problem) for problem in asked]
-        while not all(reply.done() for reply in replies):
+        deadline = time.monotonic() + 60
+        while not all(reply.done() for reply in replies) or (
+            len(seen) <= 5 and time.monotonic() < deadline
+        ):
+            if all(reply.done() for reply in replies):  # too quick for a slow scrape
+                replies += [pool.submit(ask, client, problem) for problem in asked]
             now = metrics(server)
             used = now["rlkv:cache_used_bytes"]
             assert now["rlkv:cache_saved_bytes"] == now["rlkv:full_cache_bytes"] - used

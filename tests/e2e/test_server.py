@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from tests.e2e.asking import ask, is_right, problems
+from tests.e2e.asking import ask, client_of, is_right, problems
 from tests.e2e.server import KEY, Server
 
 
@@ -74,7 +74,7 @@ def test_another_model_name_is_unknown(client: openai.OpenAI) -> None:
 
 
 def test_without_the_key_nothing_is_answered(server: Server) -> None:
-    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    stranger = client_of(server, "wrong")
     with pytest.raises(openai.AuthenticationError):
         stranger.models.list()
     with pytest.raises(openai.AuthenticationError):

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
 
-from tests.e2e.asking import ask, problems
+from tests.e2e.asking import ask, client_of, problems
 from tests.e2e.server import KEY, Server
 from tests.e2e.test_monitoring import get, metrics
 
@@ -25,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_figures_are_those_of_all_processes(server: Server) -> None:
     assert server.output().count("as read back from the engine") == 1
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+    client = client_of(server)
     before = metrics(server)
     assert before["rlkv:active"] == 1
     assert before["rlkv:cache_used_bytes"] == 0

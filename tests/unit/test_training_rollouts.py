@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from queue import Queue
 from typing import Any
 
+import psutil
 import pytest
 
+from rlkv_vllm.rollout.colocated import _cache_memory
+from rlkv_vllm.training.config import make_config
 from rlkv_vllm.training.rollouts import Gates, Rollout, RolloutQueue, Sampling
 
 SAMPLING = Sampling(8, 1.0, 1.0, 0, 0.0, 1.0, (), 1)
@@ -67,3 +70,26 @@ def test_a_closed_queue_begins_nothing_and_ends_its_thread() -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert engine.began.empty()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "share"),
+    [
+        ("embedded", {}, 0.1),
+        ("org/name", {}, 0.25),
+        ("org/name", {"kv_cache_memory_bytes": 1 << 30}, None),
+        ("org/name", {"gpu_memory_utilization": 0.5}, None),
+    ],
+)
+def test_an_engine_beside_a_trainer_leaves_it_memory(
+    model: str, options: dict[str, Any], share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    rollout = {"engine": "vllm-colocate", "options": options}
+    config = make_config({"model": model, "output": "runs", "rollout": rollout}, "test")
+    chosen = _cache_memory(config)
+    if share is None:
+        assert chosen == {}
+    else:
+        total = psutil.virtual_memory().total
+        assert 1 << 28 <= chosen["kv_cache_memory_bytes"] <= share * total
