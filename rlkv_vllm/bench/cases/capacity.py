@@ -65,6 +65,20 @@ class Endless:
             length = self.rng.randint(self.shortest, self.longest)
             self.engine.add(self.engine.prompt(PROMPT, self.rng), params(length - PROMPT))
 
+    def settle(self) -> None:
+        """Step until nobody in flight computes a prompt.
+
+        A pool that is full to the last block has pushed some of the prompts out again: the
+        streaming heads' retained tails need blocks beside those that requests hold.
+        """
+        scheduler = self.engine.scheduler
+        quiet = 0
+        while quiet < 2:
+            self.engine.step()
+            self._replace()
+            ahead = (r.num_tokens - r.num_computed_tokens for r in scheduler.running)
+            quiet = quiet + 1 if all(tokens <= 1 for tokens in ahead) else 0
+
     def run(self, seconds: float, at_least: int = 1) -> dict[str, float]:
         """Step for so long, and count."""
         scheduler = self.engine.scheduler
@@ -160,6 +174,7 @@ class Capacity(Case):
     def prepare(self, engine: Engine, point: Point) -> Endless:
         """Fill the pool, and let a few steps pass."""
         load = Endless(engine, point["tokens"] // 2, point["tokens"])
+        load.settle()
         load.run(point["seconds"] / 2)
         return load
 
