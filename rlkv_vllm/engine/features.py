@@ -255,10 +255,10 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "without full heads",
             f"{_TP}::test_ranks_equal_the_oracle",
         ),
-        _unmeasured(
-            "`--tensor-parallel-size` 4 and more",
-            "by the same code; an engine of 4 ranks has started, but not answered in time: vLLM's "
-            "CPU ranks wait for each other in busy loops, and 2 cores are too few",
+        _works(
+            "`--tensor-parallel-size` 4",
+            "three of four ranks without full heads; run by hand with `RLKV_TEST_TP4=1`, not in "
+            "CI: vLLM's CPU ranks wait for each other in busy loops. Passed 2026-11-25",
             f"{_TP}::test_ranks_equal_the_oracle",
         ),
         _refused(
