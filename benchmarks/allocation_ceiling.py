@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
     from compare_scorers import weights_hash  # the script beside this one
 
     from rlkv_vllm.evaluation.masked import HeadSplit, solve
-    from rlkv_vllm.tasks import get_task
+    from rlkv_vllm.tasks import Problem, get_task
     from rlkv_vllm.training.loading import load_model, set_threads
 
     if args.seed == args.search_seed:
@@ -183,27 +183,22 @@ def main(args: argparse.Namespace) -> None:
         ]
         return HeadSplit(full, args.sink, args.window)
 
-    def judge(candidates: list[Streaming], which: list[int]) -> list[bool]:
+    def solved_by(asked: Sequence[Problem], splits: HeadSplit | list[HeadSplit]) -> list[bool]:
         return solve(
             model,
             tokenizer,
             task,
-            [problems[problem] for problem in which],
-            split=[split(one) for one in candidates],
+            asked,
+            split=splits,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
         ).correct
 
+    def judge(candidates: list[Streaming], which: list[int]) -> list[bool]:
+        return solved_by([problems[i] for i in which], [split(one) for one in candidates])
+
     def fresh(streaming: Streaming) -> list[bool]:
-        return solve(
-            model,
-            tokenizer,
-            task,
-            task.problems(args.n, args.seed),
-            split=split(streaming),
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
-        ).correct
+        return solved_by(task.problems(args.n, args.seed), split(streaming))
 
     known = {}
     for text in args.profiles:

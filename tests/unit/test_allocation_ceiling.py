@@ -1,6 +1,5 @@
 """The search of benchmarks/allocation_ceiling.py on answers that are known exactly."""
 
-import importlib.util
 import random
 from argparse import Namespace
 from itertools import combinations
@@ -10,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from rlkv_vllm.errors import RlkvError
+from tests.scripts import load_benchmark
 
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
 NEEDED = {(0, 0), (0, 3), (1, 1)}
@@ -23,13 +23,7 @@ ARGS = Namespace(single_problems=32, pair_problems=16, needed=0.4, candidates=20
 
 @pytest.fixture(scope="module")
 def ceiling() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "allocation_ceiling.py"
-    spec = importlib.util.spec_from_file_location("allocation_ceiling", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("allocation_ceiling")
 
 
 class Judge:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
 from rlkv_vllm.testbed.tokenizer import build_tokenizer
 from tests.checkpoints import NUM_KV_HEADS, NUM_LAYERS, make_checkpoint
 from tests.profiles import assert_one_line, make_profile, random_gates
+from tests.scripts import load_benchmark
 
 
 def outcome(
@@ -137,13 +137,7 @@ def test_unknown_reference() -> None:
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    path = Path(__file__).parents[2] / "benchmarks" / "compare_scorers.py"
-    spec = importlib.util.spec_from_file_location("compare_scorers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("compare_scorers")
 
 
 @pytest.fixture(scope="module")
