@@ -8,12 +8,13 @@ longer than `--shutdown-timeout`, vLLM stops the engine and then waits for the a
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from http import HTTPStatus
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _HEADERS = {"Retry-After": str(SHUTDOWN_TIMEOUT_S), "Connection": "close"}
+#: Within it, requests that came before the signal have reached the engine.
+_ARRIVE_S = 1.0
 #: After the time that vLLM gives its engine.
 _CUT_AFTER_S = 1.0
 
@@ -35,26 +38,17 @@ _running: set[asyncio.Task[Any]] = set()
 
 @asynccontextmanager
 async def watch_signals(app: FastAPI) -> AsyncIterator[None]:
-    """Notice SIGTERM and SIGINT, and leave what they do to vLLM.
+    """Turn requests away from SIGTERM or SIGINT on; vLLM, which ends the server, hears it later.
 
-    A lifespan of the app: it starts after vLLM has set its own handlers. Those are called by the
-    event loop whatever handler Python has, and whoever had one before us is called too.
+    A lifespan of the app: it starts after vLLM has set its handlers, in the event loop.
     """
     _stopping.clear()
     _engine_died.clear()
     args = getattr(app.state, "args", None)
-    seconds = getattr(args, "shutdown_timeout", SHUTDOWN_TIMEOUT_S) + _CUT_AFTER_S
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        if not _stopping.is_set():
-            _stopping.set()
-            loop.call_soon_threadsafe(loop.call_later, seconds, _cut)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            _notice(number, stop)
-    yield
+    timeout = getattr(args, "shutdown_timeout", SHUTDOWN_TIMEOUT_S)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with _signals_first(asyncio.get_running_loop(), timeout) if in_main_thread else nullcontext():
+        yield
     # Nothing has been taken down yet: an engine that fails now was not told to end.
     engine = getattr(app.state, "engine_client", None)
     if not _stopping.is_set() and getattr(engine, "errored", False):
@@ -66,15 +60,46 @@ def engine_died() -> bool:
     return _engine_died.is_set()
 
 
-def _notice(number: signal.Signals, stop: Callable[[], None]) -> None:
-    before = signal.getsignal(number)
+@contextmanager
+def _signals_first(loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[None]:
+    """Have signals noticed here before `loop` calls its handlers of them.
 
-    def handle(signum: int, frame: FrameType | None) -> Any:
-        stop()
-        return before(signum, frame) if callable(before) else None
+    Python writes the number of every signal to a file descriptor, from which the loop learns of it.
 
-    signal.signal(number, handle)
-    signal.siginterrupt(number, False)  # as asyncio leaves it
+    Args:
+        loop: it runs in the main thread.
+        timeout: seconds that vLLM then gives its engine.
+    """
+    receiver, sender = socket.socketpair()
+    receiver.setblocking(False)
+    sender.setblocking(False)
+    of_loop = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    waiting: list[asyncio.TimerHandle] = []
+
+    def hand_on(numbers: bytes) -> None:
+        if of_loop >= 0:
+            os.write(of_loop, numbers)
+
+    def notice() -> None:
+        numbers = receiver.recv(4096)
+        if _stopping.is_set() or not {signal.SIGTERM, signal.SIGINT}.intersection(numbers):
+            hand_on(numbers)  # a second Ctrl-C does not wait
+            return
+        _stopping.set()
+        delay = min(_ARRIVE_S, timeout) if _running else 0
+        waiting.append(loop.call_later(delay, hand_on, numbers))
+        waiting.append(loop.call_later(delay + timeout + _CUT_AFTER_S, _cut))
+
+    loop.add_reader(receiver, notice)
+    try:
+        yield
+    finally:
+        for timer in waiting:
+            timer.cancel()
+        loop.remove_reader(receiver)
+        signal.set_wakeup_fd(of_loop, warn_on_full_buffer=False)
+        receiver.close()
+        sender.close()
 
 
 def _cut() -> None:

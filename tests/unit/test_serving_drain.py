@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,13 +17,14 @@ from fastapi.testclient import TestClient
 from rlkv_vllm.serving import drain
 from rlkv_vllm.serving.drain import TurnAway, watch_signals
 
+POST = {"type": "http", "method": "POST"}
+#: What the event loop was told of.
+handled: list[signal.Signals] = []
+
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def nobody_is_stopping() -> Iterator[None]:
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
     drain._stopping.clear()
 
 
@@ -46,15 +47,62 @@ def client() -> TestClient:
     return TestClient(app)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def never_end(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(60)
+
+
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT])
+async def number(request: pytest.FixtureRequest) -> AsyncIterator[signal.Signals]:
+    """A signal that the event loop handles, as vLLM has it."""
+    number: signal.Signals = request.param
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(number, handled.append, number)
+    yield number
+    loop.remove_signal_handler(number)
+    handled.clear()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 async def test_a_signal_is_noticed_and_handed_on(number: signal.Signals) -> None:
-    handed_on = []
-    signal.signal(number, lambda signum, frame: handed_on.append(signum))
     async with watch_signals(FastAPI()):
         assert not drain._stopping.is_set()
         os.kill(os.getpid(), number)
+        await until(lambda: bool(handled))
         assert drain._stopping.is_set()
-    assert handed_on == [number]
+    os.kill(os.getpid(), number)  # the loop has its signals back
+    await until(lambda: handled == [number, number])
+
+
+async def test_requests_of_before_have_time_to_reach_the_engine(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New ones are turned away meanwhile; a second signal ends the wait."""
+    monkeypatch.setattr(drain, "_ARRIVE_S", 10)
+    async with watch_signals(FastAPI()):
+        running = asyncio.create_task(TurnAway(never_end)(POST, None, None))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), number)
+        await until(drain._stopping.is_set)
+        assert not handled
+        os.kill(os.getpid(), number)
+        await until(lambda: handled == [number])
+        running.cancel()
+
+
+async def test_other_signals_are_handled_as_ever() -> None:
+    seen = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, seen.set)
+    async with watch_signals(FastAPI()):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await asyncio.wait_for(seen.wait(), 10)
+        assert not drain._stopping.is_set()
+    loop.remove_signal_handler(signal.SIGUSR1)
 
 
 @pytest.mark.parametrize(("errored", "stopping"), [(True, False), (True, True), (False, False)])
@@ -103,7 +151,9 @@ def test_a_signal_before_the_request_is_not_forgotten(client: TestClient) -> Non
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
-async def test_what_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch, has_begun: bool) -> None:
+async def test_what_never_ends_is_cut(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, has_begun: bool
+) -> None:
     """VLLM's engine is gone by then, and nobody would ever finish the answer."""
     monkeypatch.setattr(drain, "_CUT_AFTER_S", 0.05)
     started, sent = asyncio.Event(), []
@@ -122,12 +172,10 @@ async def test_what_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch, has_begun
 
     app = FastAPI()
     app.state.args = Namespace(shutdown_timeout=0)
-    signal.signal(signal.SIGTERM, lambda *_: None)
     async with watch_signals(app):
-        scope = {"type": "http", "method": "POST"}
-        request = asyncio.create_task(TurnAway(endless)(scope, receive, send))  # type: ignore[arg-type]
+        request = asyncio.create_task(TurnAway(endless)(POST, receive, send))  # type: ignore[arg-type]
         await started.wait()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         await asyncio.wait_for(request, 10)
     assert [message["status"] for message in sent if "status" in message] == (
         [200] if has_begun else [503]
@@ -136,10 +184,7 @@ async def test_what_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch, has_begun
 
 
 async def test_a_request_that_is_cancelled_otherwise_is_left_alone() -> None:
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.sleep(60)
-
-    request = asyncio.create_task(TurnAway(endless)({"type": "http", "method": "POST"}, None, None))  # type: ignore[arg-type]
+    request = asyncio.create_task(TurnAway(never_end)(POST, None, None))  # type: ignore[arg-type]
     await asyncio.sleep(0)
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
