@@ -16,7 +16,11 @@ import torch
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import one_line
-from rlkv_vllm.serving.arguments import EMBEDDED_CACHE_BYTES, engine_classes
+from rlkv_vllm.serving.arguments import (
+    EMBEDDED_CACHE_BYTES,
+    GATED_CPU_BLOCK_SIZE,
+    engine_classes,
+)
 from rlkv_vllm.testbed import MODEL_NAME, model_source
 from rlkv_vllm.training.loading import set_threads
 from rlkv_vllm.training.rollouts import Gates, Rollout, Sampling
@@ -136,7 +140,7 @@ def start_engine(config: TrainConfig, threads: int) -> LLM:
     if not torch.cuda.is_available():
         if config.dtype == "auto":
             options["dtype"] = "float32"  # as the trainer's
-        options["block_size"] = 32  # vLLM's 128 is longer than many prompts: no prefix hits
+        options["block_size"] = GATED_CPU_BLOCK_SIZE
         options |= _cache_memory(config)
     try:
         from vllm import LLM

@@ -27,6 +27,8 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
 }
+#: vLLM's 128 tokens are longer than many prompts: their answers would not share a cache.
+GATED_CPU_BLOCK_SIZE = 32
 #: Holds hundreds of its longest requests.
 EMBEDDED_CACHE_BYTES = 256 * 2**20
 
@@ -194,6 +196,8 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
     Raises:
         RlkvError: the user's flags want the same places.
     """
+    from vllm.platforms import current_platform
+
     additional = args.additional_config or {}
     if not isinstance(additional, dict):
         raise RlkvError(
@@ -208,6 +212,8 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
     is_split = split.get("mode") != "gated"
     if not is_split:
         args.logprobs_mode = "processed_logprobs"  # what was sampled from, as trainers need it
+        if current_platform.is_cpu() and args.block_size is None:
+            args.block_size = GATED_CPU_BLOCK_SIZE
     for name, value in engine_classes(is_split=is_split).items():
         given = getattr(args, name)
         if given not in ("", "auto", None, value):

@@ -139,3 +139,15 @@ def test_gated_mode_has_no_profile_and_says_what_was_sampled_from() -> None:
     add_split(args, {"mode": "gated"})
     assert args.logprobs_mode == "processed_logprobs"
     assert args.scheduler_cls in (None, "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode", "block_size"),
+    [([], "gated", 32), (["--block-size", "64"], "gated", 64), ([], "split", None)],
+)
+def test_gated_mode_on_a_cpu_has_blocks_shorter_than_most_prompts(
+    flags: list[str], mode: str, block_size: int | None
+) -> None:
+    args = parse(flags)
+    add_split(args, {"mode": mode})
+    assert args.block_size == block_size
