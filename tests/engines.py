@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
 from rlkv_vllm.profile.schema import HeadProfile, Provenance
 from rlkv_vllm.serving.arguments import engine_classes
+from tests.machine import ranks_lock
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -168,7 +169,7 @@ def preemptions(llm: LLM) -> Iterator[list[Request]]:
 
 
 def run_script(text: str, folder: Path, given: Any, *, timeout: float) -> Any:
-    """What an engine in a process of its own prints behind ``RESULT``.
+    """What an engine of several ranks, in processes of its own, prints behind ``RESULT``.
 
     Args:
         text: the script; it reads ``given`` as JSON from its standard input.
@@ -178,16 +179,17 @@ def run_script(text: str, folder: Path, given: Any, *, timeout: float) -> Any:
     """
     script = folder / "engine.py"
     script.write_text(text)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps(given),
-        env=os.environ
-        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        check=False,
-    )
+    with ranks_lock():
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            input=json.dumps(given),
+            env=os.environ
+            | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from rlkv_vllm.errors import RlkvError
 
 _NAME = "bench"
 _START_SECONDS = 900
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on, and that no outgoing connection will be given."""
+    while True:
+        port = random.SystemRandom().randrange(16_384, 32_768)  # below the ephemeral ports
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class ServerSession:
@@ -37,9 +47,7 @@ class ServerSession:
         self._path = log
         self._log = log.open("w+")
         self._failed = False
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._url = f"http://127.0.0.1:{port}"
         flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", _NAME]
         for option, value in spec.options.items():

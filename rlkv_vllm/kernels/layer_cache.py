@@ -11,9 +11,6 @@ import torch
 #: that rows are aligned and load them in 16-byte pieces.
 OFFSET_UNIT = 16
 
-#: The block that nobody owns; vLLM's pool never hands it out.
-NULL_BLOCK = 0
-
 
 @dataclass(frozen=True)
 class LayerCache:

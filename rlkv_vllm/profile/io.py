@@ -37,7 +37,8 @@ def write_bytes_atomic(files: Mapping[Path, bytes]) -> None:
     """Write all of `files` or, if any of them cannot be written, none.
 
     Each content goes to a temporary file beside its target and is fsynced before the first
-    target is replaced. Missing folders are made. Symbolic links are followed.
+    target is replaced: only a target that cannot be replaced after all leaves those before it
+    new. Missing folders are made. Symbolic links are followed.
 
     Raises:
         RlkvError: naming the file that cannot be written.

@@ -69,12 +69,14 @@ class ColocatedRollouts:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
     ) -> list[Rollout]:
         """One answer per prompt, in their order, all sampled with these gates."""
-        self._pipe.send((prompts, sampling, gates))
-        found: list[Rollout] = self._answer()
+        found: list[Rollout] = self._answer((prompts, sampling, gates))
         return found
 
-    def _answer(self) -> Any:
+    def _answer(self, question: Any = None) -> Any:
+        """What the process says next, after the question if there is one."""
         try:
+            if question is not None:
+                self._pipe.send(question)
             failed, content = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join(10)

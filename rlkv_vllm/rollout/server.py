@@ -36,8 +36,12 @@ class ServerRollouts:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # An answer takes as long as it takes.
         timeout = httpx.Timeout(30, read=None)
+        # The server drops idle connections after 5 seconds, which a step may take.
+        limits = httpx.Limits(max_keepalive_connections=0)
         self._clients = [
-            httpx.Client(base_url=address.rstrip("/"), headers=headers, timeout=timeout)
+            httpx.Client(
+                base_url=address.rstrip("/"), headers=headers, timeout=timeout, limits=limits
+            )
             for address in addresses
         ]
         self._pool = ThreadPoolExecutor(len(self._clients))

@@ -197,7 +197,7 @@ def _load(output: Path, settings: Mapping[str, Any]) -> Curriculum:
         figures = json.loads(path.read_text(encoding="utf-8"))
         text = (output / KEPT_FILE).read_text(encoding="utf-8")
         made = figures["settings"]
-        kept = [json.loads(line) for line in text.splitlines()]
+        kept = [json.loads(line) for line in text.split("\n") if line]
         problems = [Problem(row["messages"], row["answer"], row["extra"]) for row in kept]
         curriculum = Curriculum(
             problems,
@@ -241,7 +241,7 @@ def _read_partial(path: Path, settings: Mapping[str, Any]) -> dict[int, dict[str
 def _rows(output: Path, rank: int) -> list[dict[str, Any]]:
     """Rows of the unfinished part of a process, which may be another one."""
     path = output / PARTIAL_FILE.format(rank=rank)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[1:-1]]
 
 
 def _require_same(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

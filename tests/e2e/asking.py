@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -35,6 +38,22 @@ def ask(client: openai.OpenAI, problem: ReasonedProblem, **options: Any) -> Any:
         temperature=0,
         **options,
     )
+
+
+def while_answering(client: openai.OpenAI, is_enough: Callable[[], bool]) -> Iterator[None]:
+    """Goes on while questions are answered, and for a minute at most until there is enough."""
+    asked = problems(per_family=8)
+    deadline = time.monotonic() + 60
+    with ThreadPoolExecutor(16) as pool:
+        replies = [pool.submit(ask, client, problem) for problem in asked]
+        while True:
+            if all(reply.done() for reply in replies):
+                if is_enough() or time.monotonic() > deadline:
+                    break
+                replies += [pool.submit(ask, client, problem) for problem in asked]
+            yield
+    for reply in replies:
+        reply.result()
 
 
 def is_right(content: str | None, problem: ReasonedProblem) -> bool:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
 
-#: Engine start on two busy cores, and the end of its processes (seconds).
-START_TIMEOUT_S, STOP_TIMEOUT_S = 300, 60
+from rlkv_vllm.bench.server import free_port
+
+#: Engine start on two busy cores, the end of its processes, and an answer (seconds).
+START_TIMEOUT_S, STOP_TIMEOUT_S, ANSWER_TIMEOUT_S = 300, 60, 60
 
 #: API key of the shared server.
 KEY = "secret"
@@ -30,13 +32,6 @@ def environment(**changes: str) -> dict[str, str]:
     """The environment of a user's shell, without the network and without what tests set."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "PYTEST_"))}
     return kept | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **changes}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Server:
@@ -80,7 +75,7 @@ class Server:
 
     def is_healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=ANSWER_TIMEOUT_S) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -90,8 +85,12 @@ class Server:
 
     def children(self, title: str = "") -> list[psutil.Process]:
         """Processes of the server whose title has this in it."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in found if title in " ".join(child.cmdline())]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                if title in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def stop(self, signal_number: int) -> tuple[int, list[psutil.Process]]:
         """Send a signal; the exit status and the processes that outlive the server."""
@@ -101,9 +100,7 @@ class Server:
 
     def end_of(self, children: Sequence[psutil.Process]) -> tuple[int, list[psutil.Process]]:
         """Wait for the end; the exit status, and those of its processes that outlive it."""
-        status = self.process.wait(STOP_TIMEOUT_S)
-        _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
-        return status, [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+        return self.process.wait(STOP_TIMEOUT_S), outliving(children)
 
     def kill(self) -> None:
         """End the whole session of the server, whatever state it is in."""
@@ -115,8 +112,14 @@ class Server:
             self.process.wait(STOP_TIMEOUT_S)
 
 
+def outliving(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that do not end within a minute."""
+    _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
+    return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
 def metric(server: Server, name: str) -> float:
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=ANSWER_TIMEOUT_S) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 

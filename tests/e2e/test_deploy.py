@@ -15,7 +15,7 @@ import pytest
 from rlkv_vllm import testbed
 from rlkv_vllm.serving import healthcheck
 from tests.deploy import DEPLOY, metric_names
-from tests.e2e.server import Server
+from tests.e2e.server import ANSWER_TIMEOUT_S, Server
 
 KEY = "a key with spaces"
 
@@ -60,7 +60,7 @@ def test_a_wrong_key_is_told(split: Server) -> None:
 
 
 def test_dashboard_and_alerts_use_metrics_that_the_server_has(split: Server) -> None:
-    with urllib.request.urlopen(f"{split.url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"{split.url}/metrics", timeout=ANSWER_TIMEOUT_S) as answer:
         lines = answer.read().decode().splitlines()
     served = {line.split("{")[0] for line in lines if not line.startswith("#")}
     assert metric_names() - served == set()

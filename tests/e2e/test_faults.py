@@ -21,9 +21,20 @@ from typing import Any
 import openai
 import pytest
 
+from rlkv_vllm.bench.server import free_port
 from rlkv_vllm.profile.lookup import find_profile
 from tests.e2e.asking import ask, client_of, problems
-from tests.e2e.server import KEY, RLKV, STOP_TIMEOUT_S, Server, environment, metric, wait_for
+from tests.e2e.server import (
+    ANSWER_TIMEOUT_S,
+    KEY,
+    RLKV,
+    STOP_TIMEOUT_S,
+    Server,
+    environment,
+    metric,
+    wait_for,
+)
+from tests.machine import ranks_lock
 
 _WORD = "lorpus"  # stands in every question of the testbed's chains
 
@@ -85,12 +96,12 @@ def second(server: Server, profile: Path, disk: Path, clock: Clock) -> Iterator[
         yield running
 
 
-@pytest.fixture(scope="module")
-def third(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture
+def third(server: Server, tmp_path: Path) -> Iterator[Server]:
     """Two workers."""
     flags = ["--api-key", KEY, "--tensor-parallel-size", "2"]
-    log = tmp_path_factory.mktemp("third") / "log"
-    with Server(flags, log, VLLM_CPU_OMP_THREADS_BIND="nobind") as running:
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with ranks_lock(), Server(flags, tmp_path / "log", **variables) as running:
         yield running
 
 
@@ -151,26 +162,26 @@ def test_a_disk_that_fills_under_the_log_stops_nothing(second: Server, disk: Pat
     if not disk.is_mount():
         pytest.skip("mounts a file system, which needs root")
 
-    def is_logged() -> bool:
-        """Whether a request that is refused leaves a line."""
+    def is_logged(within: float) -> bool:
+        """Whether a request that is refused leaves a line, after so many seconds at most."""
         size = second.log.stat().st_size
         with pytest.raises(openai.BadRequestError):
             client_of(second).completions.create(model="embedded", prompt="")
-        return wait_for(lambda: second.log.stat().st_size > size, 1)
+        return wait_for(lambda: second.log.stat().st_size > size, within)
 
     before = ask(client_of(second), problems(1)[0]).choices[0].message.reasoning
-    assert is_logged()
+    assert is_logged(STOP_TIMEOUT_S)
     rest = disk / "rest"
     with rest.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(512))
     assert shutil.disk_usage(disk).free == 0
-    while is_logged():
+    while is_logged(1):
         pass  # what its last page still holds
     assert ask(client_of(second), problems(1)[0]).choices[0].message.reasoning == before
     assert second.is_healthy()
     rest.unlink()
-    assert is_logged()
+    assert is_logged(STOP_TIMEOUT_S)
 
 
 def test_a_wall_clock_that_jumps_changes_no_answer(second: Server, clock: Clock) -> None:
@@ -179,7 +190,7 @@ def test_a_wall_clock_that_jumps_changes_no_answer(second: Server, clock: Clock)
         pytest.skip("libfaketime is missing: apt-get install libfaketime")
     day = 86_400
 
-    def answer(max_tokens: int = 150) -> Any:
+    def answer(max_tokens: int = 1000) -> Any:
         extra = {"ignore_eos": True}
         return ask(client_of(second), problems(1)[0], max_tokens=max_tokens, extra_body=extra)
 
@@ -215,10 +226,17 @@ def test_an_engine_that_dies_takes_its_server_along(server: Server, second: Serv
 
 
 def test_a_server_without_space_for_its_first_line_does_not_start() -> None:
+    port = str(free_port())
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [*RLKV, "serve"], env=environment(), stdout=full, stderr=full, timeout=60, check=False
+            [*RLKV, "serve", "--port", port],
+            env=environment(),
+            stdout=full,
+            stderr=full,
+            timeout=STOP_TIMEOUT_S,
+            check=False,
         )
+    print("STATUS", done.returncode)
     assert done.returncode != 0
 
 
@@ -235,7 +253,7 @@ def kill_under_load(server: Server, title: str) -> None:
 
     def is_gone() -> bool:
         try:
-            with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=ANSWER_TIMEOUT_S) as answer:
                 health.add(answer.status)
         except urllib.error.HTTPError as error:
             health.add(error.code)

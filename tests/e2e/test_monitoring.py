@@ -11,16 +11,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from rlkv_vllm.bench.server import free_port
 from rlkv_vllm.serving.status import SplitForecast, SplitStatus
-from tests.e2e.asking import ask, problems
-from tests.e2e.server import KEY, Server, free_port
+from tests.e2e.asking import while_answering
+from tests.e2e.server import ANSWER_TIMEOUT_S, KEY, Server, wait_for
 
 METRICS = (
     "active",
@@ -42,7 +42,7 @@ def get(url: str, key: str | None = KEY) -> str:
     request = urllib.request.Request(url)
     if key:
         request.add_header("Authorization", f"Bearer {key}")
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as answer:
         text: str = answer.read().decode()
         return text
 
@@ -54,10 +54,10 @@ def refusal(url: str, key: str | None = KEY) -> tuple[int, str]:
 
 
 def metrics(server: Server) -> dict[str, float]:
-    """Sums over the labels."""
+    """Sums over the labels, of vLLM's and ours."""
     sums: dict[str, float] = {}
     for line in get(f"{server.url}/metrics", None).splitlines():
-        if match := re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line):
+        if match := re.fullmatch(r"((?:vllm|rlkv):[a-z_:]+)(?:\{.*\})? (\S+)", line):
             sums[match[1]] = sums.get(match[1], 0) + float(match[2])
     return sums
 
@@ -68,12 +68,14 @@ def metrics_between_steps(server: Server) -> dict[str, float]:
     engine.suspend()
     try:
         before = metrics(server)
-        while True:
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while time.monotonic() < deadline:
             time.sleep(0.05)
             now = metrics(server)
             if now == before:
                 return now
             before = now
+        raise AssertionError("the figures of an engine that stands still go on changing")
     finally:
         engine.resume()
 
@@ -127,30 +129,19 @@ def test_metrics_agree_with_vllms_own_pool_under_load(
     metric, so a step may end between ours and its own. Hence the engine is stopped for those.
     """
     capacity = metrics(server)["rlkv:cache_capacity_bytes"]
-    asked = problems(per_family=8)
-    seen = set()
-    with ThreadPoolExecutor(16) as pool:
-        replies = [pool.submit(ask, client, problem) for problem in asked]
-        deadline = time.monotonic() + 60
-        while not all(reply.done() for reply in replies) or (
-            len(seen) <= 5 and time.monotonic() < deadline
-        ):
-            if all(reply.done() for reply in replies):  # too quick for a slow scrape
-                replies += [pool.submit(ask, client, problem) for problem in asked]
-            now = metrics(server)
-            used = now["rlkv:cache_used_bytes"]
-            assert now["rlkv:cache_saved_bytes"] == now["rlkv:full_cache_bytes"] - used
-            now = metrics_between_steps(server)
-            used = now["rlkv:cache_used_bytes"]
-            assert used == pytest.approx(now["vllm:kv_cache_usage_perc"] * capacity, abs=1)
-            assert now["rlkv:requests_running"] == now["vllm:num_requests_running"]
-            seen.add(used)
+    seen: set[float] = set()
+    for _ in while_answering(client, lambda: len(seen) > 5):
+        now = metrics(server)
+        used = now["rlkv:cache_used_bytes"]
+        assert now["rlkv:cache_saved_bytes"] == now["rlkv:full_cache_bytes"] - used
+        now = metrics_between_steps(server)
+        used = now["rlkv:cache_used_bytes"]
+        assert used == pytest.approx(now["vllm:kv_cache_usage_perc"] * capacity, abs=1)
+        assert now["rlkv:requests_running"] == now["vllm:num_requests_running"]
+        seen.add(used)
     assert len(seen) > 5
-    for reply in replies:
-        reply.result()
-    deadline = time.monotonic() + 10
-    while (now := metrics(server))["rlkv:cache_used_bytes"] and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert wait_for(lambda: metrics(server)["rlkv:cache_used_bytes"] == 0)
+    now = metrics(server)
     assert now["rlkv:cache_used_bytes"] == now["rlkv:requests_running"] == 0
     assert now["rlkv:preemptions_total"] == now["vllm:num_preemptions_total"]
     assert now["rlkv:ring_evictions_total"] > 0
@@ -187,7 +178,7 @@ def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
     config = tmp_path / "prometheus.yml"
     target = server.url.removeprefix("http://")
     config.write_text(
-        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
+        "global: {scrape_interval: 2s, scrape_timeout: 2s}\n"
         f"scrape_configs: [{{job_name: rlkv, static_configs: [{{targets: ['{target}']}}]}}]\n"
     )
     address = f"127.0.0.1:{free_port()}"
@@ -208,29 +199,32 @@ def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
 
 
 def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
+    """What it knows; nothing while it starts, or after a scrape that took too long."""
     quoted = urllib.parse.quote(expression)
     try:
         answer = json.loads(get(f"{prometheus}/api/v1/query?query={quoted}", None))
-    except urllib.error.URLError:  # it is still starting
+    except urllib.error.URLError:
         return []
     result: list[dict[str, Any]] = answer["data"]["result"]
     return result
 
 
+def series_of(prometheus: str, expression: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    assert wait_for(lambda: bool(found.extend(query(prometheus, expression)) or found)), expression
+    return found
+
+
 def test_a_real_prometheus_scrapes_every_metric(server: Server, prometheus: str) -> None:
-    deadline = time.monotonic() + 60
-    while not query(prometheus, "rlkv:active == 1"):
-        assert time.monotonic() < deadline, "nothing was scraped"
-        time.sleep(0.5)
+    assert series_of(prometheus, "rlkv:active == 1")
     for name in METRICS:
-        series = query(prometheus, f"rlkv:{name}")
-        assert series, name
-        for labels in (entry["metric"] for entry in series):
+        for labels in (entry["metric"] for entry in series_of(prometheus, f"rlkv:{name}")):
             assert (labels["model_name"], labels["engine"]) == ("embedded", "0")
     status = json.loads(get(f"{server.url}/v1/rlkv"))
-    (capacity,) = query(prometheus, "rlkv:cache_capacity_bytes")
+    (capacity,) = series_of(prometheus, "rlkv:cache_capacity_bytes")
     assert float(capacity["value"][1]) == status["capacity"]["bytes"]
     heads = {
-        entry["metric"]["kind"]: int(entry["value"][1]) for entry in query(prometheus, "rlkv:heads")
+        entry["metric"]["kind"]: int(entry["value"][1])
+        for entry in series_of(prometheus, "rlkv:heads")
     }
     assert heads == {kind: status["heads"][kind] for kind in ("full", "streaming")}

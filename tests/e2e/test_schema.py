@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.e2e.server import KEY, Server
+from tests.e2e.server import ANSWER_TIMEOUT_S, KEY, Server
 
 CHECKS = [
     not_a_server_error,
@@ -28,7 +28,7 @@ CHECKS = [
     negative_data_rejection,
 ]
 ROUTES = ("/v1/rlkv", "/v1/rlkv/forecast")
-HEADERS = {"Authorization": f"Bearer {KEY}"}
+HEADERS = {"Authorization": f"Bearer {KEY}", "Connection": "close"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_answers_are_as_described(
     @settings(max_examples=50, suppress_health_check=list(HealthCheck))
     @given(case=operations[route].as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
-        reply = case.call(headers=HEADERS)
+        reply = case.call(headers=HEADERS, timeout=ANSWER_TIMEOUT_S)
         seen.add(reply.status_code)
         case.validate_response(reply, checks=CHECKS)
 
@@ -68,7 +68,7 @@ def test_answers_are_as_described(
 
 @pytest.mark.parametrize("route", ["/rlkv", *ROUTES])
 def test_other_methods_and_strange_addresses(server: Server, route: str) -> None:
-    with httpx.Client(base_url=server.url, headers=HEADERS) as client:
+    with httpx.Client(base_url=server.url, headers=HEADERS, timeout=ANSWER_TIMEOUT_S) as client:
         for method in ("POST", "PUT", "PATCH", "DELETE", "TRACE"):
             assert client.request(method, route).status_code == HTTPStatus.METHOD_NOT_ALLOWED
         for address in ("/", "//", "/%00", "/%2e%2e/x", "/\u00e9", "/" + "a" * 4000):
@@ -80,6 +80,6 @@ def test_other_methods_and_strange_addresses(server: Server, route: str) -> None
 
 
 def test_documentation_is_served(server: Server) -> None:
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, headers=HEADERS, timeout=ANSWER_TIMEOUT_S) as client:
         assert "/openapi.json" in client.get("/docs").text
         assert client.get("/openapi.json").json()["openapi"].startswith("3.")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.e2e.asking import ask, client_of, problems
-from tests.e2e.server import KEY, Server
+from tests.e2e.asking import client_of, while_answering
+from tests.e2e.server import KEY, Server, wait_for
 from tests.e2e.test_monitoring import get, metrics
 
 
@@ -28,19 +26,12 @@ def test_figures_are_those_of_all_processes(server: Server) -> None:
     before = metrics(server)
     assert before["rlkv:active"] == 1
     assert before["rlkv:cache_used_bytes"] == 0
-    seen = set()
-    with ThreadPoolExecutor(16) as pool:
-        replies = [pool.submit(ask, client, problem) for problem in problems(per_family=8)]
-        while not all(reply.done() for reply in replies):
-            use = json.loads(get(f"{server.url}/v1/rlkv"))["use"]
-            assert use["saved_bytes"] == use["full_cache_bytes"] - sum(use["bytes"].values())
-            seen.add((use["blocks"]["full"], use["blocks"]["streaming"]))
-    for reply in replies:
-        reply.result()
+    seen: set[tuple[int, int]] = set()
+    for _ in while_answering(client, lambda: len(seen) > 5):
+        use = json.loads(get(f"{server.url}/v1/rlkv"))["use"]
+        seen.add((use["blocks"]["full"], use["blocks"]["streaming"]))
     assert len(seen) > 5
-    deadline = time.monotonic() + 10
-    while (now := metrics(server))["rlkv:cache_used_bytes"] and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert wait_for(lambda: metrics(server)["rlkv:cache_used_bytes"] == 0)
     # New connections spread over the processes: each of them tells the same.
     for _ in range(8):
         now = metrics(server)

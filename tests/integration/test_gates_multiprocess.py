@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from rlkv_vllm.bench.server import free_port
 from rlkv_vllm.training import sharding
 from rlkv_vllm.training.gated_attention import GatedAttention, attach_gates
 
@@ -162,11 +162,8 @@ def work(
 def two_processes(wrap: Callable[..., Wrapped], dtype: torch.dtype, folder: Path) -> list[Any]:
     # One server imports all this once and forks: an import takes longer than the test.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "accelerate"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     multiprocessing.start_processes(
-        work, (wrap, dtype, port, folder), nprocs=PROCESSES, start_method="forkserver"
+        work, (wrap, dtype, free_port(), folder), nprocs=PROCESSES, start_method="forkserver"
     )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 

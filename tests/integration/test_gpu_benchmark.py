@@ -25,7 +25,7 @@ def run(out: Path, *arguments: str) -> str:
 
 
 def test_measures_reports_and_goes_on(tmp_path: Path) -> None:
-    run(tmp_path, "--only", "s=.8", "--time-limit", "250")
+    run(tmp_path, "--only", "s=.8", "--time-limit", "600")
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [r["part"] for r in results] == ["decode", "decode", "capacity", "finished"]
     assert all(r["machine"]["dry_run"] for r in results)

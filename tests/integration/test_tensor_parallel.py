@@ -46,7 +46,7 @@ def served_by(
     ranks: int, folder: Path, model: Path, profile: Path, prompts: list[list[int]], max_tokens: int
 ) -> Any:
     given = [str(model), str(profile), ranks, max_tokens, prompts]
-    return run_script(_ENGINE, folder, given, timeout=400)
+    return run_script(_ENGINE, folder, given, timeout=600)
 
 
 @pytest.mark.parametrize(

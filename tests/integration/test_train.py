@@ -220,7 +220,7 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
             str(job_file),
         ],
         check=True,
-        timeout=240,
+        timeout=600,
         capture_output=True,
     )
     output = tmp_path / "run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,7 @@ FULL_HEADS: list[list[int]] = [[0, 3], [], [0, 1, 2, 3], [2]]
 NONE_FULL: list[list[int]] = [[] for _ in range(NUM_LAYERS)]
 LENGTHS = (23, 40, 7)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))

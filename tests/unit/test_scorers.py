@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from tests.profiles import assert_one_line
 SINK, WINDOW = 2, 5
 FULL_HEADS = [[0, 3], [], [0, 1, 2, 3], [2]]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class WordTask:
     """Prompts of very different lengths; right is whatever `accept` says."""
@@ -51,14 +53,6 @@ class WordTask:
 
     def score(self, text: str, problem: Problem) -> float:
         return float(problem.answer == "yes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

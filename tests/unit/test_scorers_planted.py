@@ -7,7 +7,6 @@ after as many tokens as the vocabulary has, so that a streaming head cannot see 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,13 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "causal-head-gating": {"steps": 15, "learning_rate": 0.05},
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
@@ -160,7 +161,10 @@ def test_a_scrape_tells_of_one_step(figures: CacheFigures) -> None:
     recording.start()
     try:
         seen: set[int] = set()
+        deadline = time.monotonic() + 60
         while len(seen) < 20:
+            assert recording.is_alive()
+            assert time.monotonic() < deadline
             seen.add(now(stat_logger, figures))
     finally:
         done.set()

@@ -19,7 +19,9 @@ class Numbers:
     name = "numbers"
 
     def problems(self, n: int, seed: int) -> list[Problem]:
-        return [Problem([{"role": "user", "content": str(i)}], str(i), {"i": i}) for i in range(n)]
+        return [
+            Problem([{"role": "user", "content": f"{i}\u2028"}], str(i), {"i": i}) for i in range(n)
+        ]
 
     def score(self, text: str, problem: Problem) -> float:
         return 1.0
@@ -69,7 +71,7 @@ def test_keeps_what_is_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [int(problem.answer) for problem in made.problems] == list(range(0, 20, 2))
     assert made.problems[1].extra == {"i": 2}
     assert (made.tried, made.mean_tokens, made.longest, made.capped_share) == (20, 10, 15, 0)
-    assert len((tmp_path / "curriculum.jsonl").read_text().splitlines()) == 10
+    assert len((tmp_path / "curriculum.jsonl").read_text().split("\n")) == 11
     assert list(tmp_path.glob("*.partial*")) == []
 
 
@@ -167,7 +169,7 @@ def test_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_changed_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, monkeypatch, Model())
     path = tmp_path / "curriculum.jsonl"
-    row = json.loads(path.read_text().splitlines()[0]) | {"answer": "7"}
+    row = json.loads(path.read_text().split("\n")[0]) | {"answer": "7"}
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(RlkvError, match="was changed after it was made"):
         make(tmp_path, monkeypatch, Model())

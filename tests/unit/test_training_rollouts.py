@@ -2,13 +2,16 @@
 
 import threading
 from collections.abc import Sequence
+from multiprocessing import Pipe
 from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from rlkv_vllm.rollout.colocated import _cache_memory
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.rollout.colocated import ColocatedRollouts, _cache_memory
 from rlkv_vllm.training.config import make_config
 from rlkv_vllm.training.rollouts import Gates, Rollout, RolloutQueue, Sampling
 
@@ -26,7 +29,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
     ) -> list[Rollout]:
         self.began.put(prompts[0][0])
-        self.may.get(timeout=10)
+        self.may.get(timeout=60)
         if prompts[0][0] == 13:
             raise ValueError("unlucky")
         return [Rollout([int(gates[0][0])], [0.0]) for _ in prompts]
@@ -38,10 +41,10 @@ def test_batches_come_in_order_with_the_gates_of_when_they_began() -> None:
     queue.set_gates([[0.0]], 0)
     for prompt in (7, 8, 13, 9):
         queue.put([[prompt], [prompt]], SAMPLING)
-    assert engine.began.get(timeout=10) == 7
+    assert engine.began.get(timeout=60) == 7
     queue.set_gates([[1.0]], 1)
     engine.may.put(None)
-    assert engine.began.get(timeout=10) == 8
+    assert engine.began.get(timeout=60) == 8
     queue.set_gates([[2.0]], 2)
     for _ in range(3):
         engine.may.put(None)
@@ -64,12 +67,21 @@ def test_a_closed_queue_begins_nothing_and_ends_its_thread() -> None:
     queue.set_gates([[0.0]], 0)
     queue.put([[1]], SAMPLING)
     queue.put([[2]], SAMPLING)
-    assert engine.began.get(timeout=10) == 1
+    assert engine.began.get(timeout=60) == 1
     queue.close()
     engine.may.put(None)
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert engine.began.empty()
+
+
+def test_an_engine_that_died_while_the_job_computed_is_named() -> None:
+    rollouts = ColocatedRollouts.__new__(ColocatedRollouts)
+    rollouts._pipe, theirs = Pipe()
+    theirs.close()
+    rollouts._process = SimpleNamespace(join=lambda seconds: None, exitcode=-9)  # type: ignore[assignment]
+    with pytest.raises(RlkvError, match=r"the process of vLLM ended \(exit status -9"):
+        rollouts.generate([[1]], SAMPLING, [[1.0]])
 
 
 @pytest.mark.parametrize(
