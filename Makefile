@@ -74,7 +74,7 @@ soak: $(DEV_STAMP)  ## random requests for hours: SOAK="--requests 1000 --seeds 
 audit: $(DEV_STAMP)  ## report: known vulnerabilities and licences of what is installed; never fails
 	@$(PIP) install --quiet -e ".[audit]"
 	-@$(BIN)/pip-audit --local --skip-editable --progress-spinner off
-	-@$(BIN)/pip-licenses --order license --summary
+	-@$(BIN)/pip-licenses --order license --summary | cut -c1-80 | grep -E '^ *[0-9]+ '
 
 docs: $(SERVE_STAMP)  ## pages that are made from code
 	$(BIN)/python -m rlkv_vllm.engine.features docs/features.md

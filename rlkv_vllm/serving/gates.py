@@ -22,12 +22,19 @@ from rlkv_vllm.engine.gates import (
     rolled_out,
 )
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.serving.status import Refusal, Unauthorized
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
     from vllm.engine.protocol import EngineClient
 
     from rlkv_vllm.engine.config import GatedConfig
+
+#: For /openapi.json.
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Refusal},
+    401: {"model": Unauthorized},
+}
 
 router = APIRouter(tags=["rlkv"])
 
@@ -117,7 +124,7 @@ async def serve_gates(engine_client: EngineClient, config: GatedConfig, state: S
     state.rlkv_rollouts = Rollouts(engine_client, config, now)
 
 
-@router.get("/v1/rlkv/gates")
+@router.get("/v1/rlkv/gates", responses={401: _REFUSALS[401]})
 async def show_gates(request: Request) -> ServedGates:
     """The gates that answers are sampled with."""
     served: Rollouts = request.app.state.rlkv_rollouts
@@ -125,7 +132,7 @@ async def show_gates(request: Request) -> ServedGates:
     return ServedGates(version=now.version, sink=config.sink, window=config.window, gates=now.gates)
 
 
-@router.put("/v1/rlkv/gates")
+@router.put("/v1/rlkv/gates", responses=_REFUSALS)
 async def set_gates(request: Request, body: NewGates) -> GatesVersion:
     """Other gates: running requests finish with the earlier ones, later ones wait."""
     served: Rollouts = request.app.state.rlkv_rollouts
@@ -135,7 +142,7 @@ async def set_gates(request: Request, body: NewGates) -> GatesVersion:
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from error
 
 
-@router.post("/v1/rlkv/rollouts")
+@router.post("/v1/rlkv/rollouts", responses=_REFUSALS)
 async def roll_out(request: Request, body: RolloutRequest) -> RolloutAnswer:
     """Answer every prompt once, with log-probabilities and the version of the gates."""
     served: Rollouts = request.app.state.rlkv_rollouts

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from schemathesis.generation import GenerationMode
 
 pytest.importorskip("trl")
 
@@ -34,6 +35,7 @@ from tests.e2e.server import (
     environment,
     outliving,
 )
+from tests.e2e.test_schema import operations_of, statuses
 
 #: A row of every layer differs from the others.
 GATES = [[0.1 * layer, 1.0, 0.9, 0.0] for layer in range(5)]
@@ -133,6 +135,22 @@ def test_routes_set_gates_and_roll_out_with_them(gated: Server, http: httpx.Clie
     ):
         assert 400 <= http.post("/v1/rlkv/rollouts", json=bad).status_code < 500
     assert http.post("/v1/rlkv/rollouts", json=body).json()["answers"] == answers
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "mode", "expected"),
+    [
+        ("GET", "/v1/rlkv/gates", GenerationMode.POSITIVE, {200}),
+        ("PUT", "/v1/rlkv/gates", GenerationMode.POSITIVE, {400}),  # never the model's shape
+        ("PUT", "/v1/rlkv/gates", GenerationMode.NEGATIVE, {400}),
+        ("POST", "/v1/rlkv/rollouts", GenerationMode.POSITIVE, {200, 400}),
+        ("POST", "/v1/rlkv/rollouts", GenerationMode.NEGATIVE, {400}),
+    ],
+)
+def test_answers_are_as_described(
+    gated: Server, method: str, route: str, mode: GenerationMode, expected: set[int]
+) -> None:
+    assert statuses(operations_of(gated)[method, route], mode, 25) <= expected
 
 
 @pytest.fixture(scope="module")
