@@ -22,7 +22,7 @@ from rlkv_vllm.engine.gates import (
     rolled_out,
 )
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.serving.status import Refusal, Unauthorized
+from rlkv_vllm.serving.status import Refusal, Unauthorized, Unreadable
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: For /openapi.json.
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Refusal},
+    400: {"model": Refusal | Unreadable},
     401: {"model": Unauthorized},
 }
 

@@ -100,15 +100,21 @@ class Reason(BaseModel):
 
 
 class Refusal(BaseModel):
-    """The form of all errors of vLLM's server but one."""
+    """The form of all errors of vLLM's server but two."""
 
     error: Reason
 
 
 class Unauthorized(BaseModel):
-    """The form of that one."""
+    """Without the API key."""
 
     error: Literal["Unauthorized"]
+
+
+class Unreadable(BaseModel):
+    """A body that is no text: refused by FastAPI, before vLLM."""
+
+    detail: str
 
 
 class Need(BaseModel):
