@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _HEADERS = {"Retry-After": str(SHUTDOWN_TIMEOUT_S), "Connection": "close"}
 #: Within it, requests that came before the signal have reached the engine.
-_ARRIVE_S = 1.0
+_ARRIVE_S = 2.0
 #: After the time that vLLM gives its engine.
 _CUT_AFTER_S = 1.0
 

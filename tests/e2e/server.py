@@ -92,12 +92,6 @@ class Server:
                     found.append(child)
         return found
 
-    def stop(self, signal_number: int) -> tuple[int, list[psutil.Process]]:
-        """Send a signal; the exit status and the processes that outlive the server."""
-        children = self.children()
-        self.process.send_signal(signal_number)
-        return self.end_of(children)
-
     def end_of(self, children: Sequence[psutil.Process]) -> tuple[int, list[psutil.Process]]:
         """Wait for the end; the exit status, and those of its processes that outlive it."""
         return self.process.wait(STOP_TIMEOUT_S), outliving(children)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.asking import client_of, while_answering
+from tests.e2e.drain import check_drain
 from tests.e2e.server import KEY, Server, wait_for
 from tests.e2e.test_monitoring import get, metrics
 
@@ -41,5 +41,4 @@ def test_figures_are_those_of_all_processes(server: Server) -> None:
         assert now["rlkv:ring_evictions_total"] > 0
         assert now["rlkv:preemptions_total"] == now["vllm:num_preemptions_total"]
         assert json.loads(get(f"{server.url}/v1/rlkv"))["use"]["blocks"]["full"] == 0
-    assert server.stop(signal.SIGTERM) == (0, [])
-    assert "Traceback" not in server.output()
+    check_drain(server, client)
