@@ -150,8 +150,5 @@ def _distinct(values: Sequence[float]) -> list[float]:
     apart: list[float] = []
     for value in values:
         apart.append(max(value, apart[-1] + STEP) if apart else value)
-    top = 1.0
-    for place in reversed(range(len(apart))):
-        apart[place] = min(apart[place], top)
-        top = apart[place] - STEP
-    return apart
+    last = len(apart) - 1
+    return [min(value, 1 - STEP * (last - place)) for place, value in enumerate(apart)]
