@@ -316,16 +316,16 @@ def _race(
 
 
 def _paid_for(chains: Sequence[Chain], known: Sequence[Chain], per_line: int) -> list[Chain]:
-    """`known`, and those of `chains` that do with so many more allocations, the first ones first.
+    """`known`, and those of `chains` that do with so many more allocations per line, in order.
 
     Later ones that need no further allocation are among them.
     """
     free = {one for chain in known for one in chain}
-    paid: set[Streaming] = set()
+    paid: list[set[Streaming]] = [set() for _ in chains[0]] if chains else []
     kept = dict.fromkeys(known)
     for chain in chains:
-        more = paid | ({*chain} - free)
-        if len(more) <= per_line * len(chain):
+        more = [have | ({one} - free) for have, one in zip(paid, chain, strict=True)]
+        if all(len(have) <= per_line for have in more):
             paid = more
             kept[chain] = None
     return list(kept)
