@@ -156,7 +156,7 @@ def test_noise_is_not_followed(tmp_path: Path) -> None:
         return [rng.random() < 0.5 for _ in problems]
 
     def taken(level: float) -> int:
-        changes = {"problems": 16, "candidates": 4, "level": level}
+        changes = {"problems": 16, "reach": 3, "candidates": 4, "level": level}
         count = 0
         for seed in range(50):
             folder = tmp_path / f"{level}-{seed}"
