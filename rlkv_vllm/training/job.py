@@ -24,6 +24,7 @@ from rlkv_vllm.profile.io import (
     check_matches,
     load_profile,
     one_line,
+    read_json_object,
     save_profile,
     write_text_atomic,
 )
@@ -394,7 +395,7 @@ def _refine(
         found = gather_object(list(zip(mine, correct, strict=True)))
         return [right for _, right in sorted(found)]
 
-    return refine_gates(
+    refined = refine_gates(
         gates,
         judge,
         len(curriculum.problems),
@@ -405,6 +406,11 @@ def _refine(
         writes=rank == 0,
         report=lambda done, total: listener.report("refinement", done, total),
     )
+    if rank == 0:
+        result = read_json_object(config.output / REFINE_FILE)["result"]
+        end = "the found heads are taken" if result["is_taken"] else "the gates are kept"
+        listener.say(f"refinement: {result['answers']} answers, {end} (p {result['p']:.2g})")
+    return refined
 
 
 def _profile(

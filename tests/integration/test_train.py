@@ -105,9 +105,11 @@ def test_a_profile_is_refined_and_a_killed_refinement_resumes(whole: Path, tmp_p
     other = job.model_copy(update={"refine": job.refine.model_copy(update={"problems": 1})})
     with pytest.raises(RlkvError, match=r"refine\.json: answers .* with other settings"):
         run(other, resume=True)
-    run(job, resume=True)
+    said: list[str] = []
+    run(job, resume=True, listener=Listener(say=said.append))
     after = json.loads((output / "refine.json").read_text())
     assert all(after["solved"][name].startswith(bits) for name, bits in before["solved"].items())
+    assert any(f"refinement: {after['result']['answers']} answers, the" in line for line in said)
     assert after["result"]["answers"] == sum(map(len, after["solved"].values()))
     assert not (output / "metrics.jsonl").exists(), "no gates are trained"
     profile, given = load_profile(output / "profile.json"), load_profile(start)
