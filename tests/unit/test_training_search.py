@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.training.config import RefineConfig
 from rlkv_vllm.training.search import (
     Answers,
     Found,
@@ -175,6 +176,25 @@ def test_chains_are_nested_within_reach_and_within_cost(
     assert len(judge.asked) == len({*judge.asked}), "no answer is asked for twice"
     asked = num_in_question(len(HEADS), lines, reach)
     assert len(judge.asked) <= most_answers(asked, len(lines), candidates, problems)
+
+
+@pytest.mark.parametrize(
+    ("heads", "lines", "reach", "asked", "most"),
+    [
+        (20, [8, 10], 10, 20, 27_968),
+        (288, [144], 10, 20, 15_840),
+        (288, [115, 144], 10, 40, 38_048),
+        (288, [115, 144], 20, 69, 64_032),
+    ],
+)
+def test_cost_is_as_documented(
+    heads: int, lines: list[int], reach: int, asked: int, most: int
+) -> None:
+    """The table of docs/training.md: search and test, with the other defaults."""
+    config = RefineConfig()
+    tested = 2 * len(lines) * config.problems
+    assert num_in_question(heads, lines, reach) == asked
+    assert most_answers(asked, len(lines), config.candidates, config.problems) + tested == most
 
 
 def test_what_always_streams_is_under_everything(tmp_path: Path) -> None:
