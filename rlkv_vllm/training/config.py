@@ -86,9 +86,9 @@ class CurriculumConfig(_Section):
 
 
 class RefineConfig(_Section):
-    """Exchanges of heads judged by the reward of hard allocations, after the training."""
+    """Search for full heads by the answers of really split heads, after the training."""
 
-    rounds: Annotated[int, Field(ge=0)] = Field(default=0, description="0 leaves it out.")
+    enabled: bool = Field(default=False, description="Whether to refine the gates.")
     start: Path | None = Field(
         default=None,
         description="Head profile to refine, in place of training; null: the trained gates.",
@@ -96,17 +96,19 @@ class RefineConfig(_Section):
     sparsities: Annotated[list[Share], Field(min_length=1)] = Field(
         default=[0.4, 0.5], description="Sparsities that count, all alike."
     )
-    problems: Positive = Field(
-        default=40,
-        description="Problems that every exchange is tried on; finalists get two times as many, "
-        "the best one four times.",
-    )
     reach: Positive = Field(
-        default=4, description="Heads on either side of a sparsity's line that may be exchanged."
+        default=10, description="Heads in question on either side of a sparsity's line."
     )
-    finalists: Positive = Field(default=4, description="Exchanges that are tried again.")
+    candidates: Positive = Field(
+        default=64, description="Allocations per sparsity in the first round of a race."
+    )
+    problems: Positive = Field(
+        default=256,
+        description="Problems that finalists solve; as many others test the winner. At most half "
+        "of the curriculum.",
+    )
     level: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.1, description="p-value up to which the gain of an exchange counts as real."
+        default=0.1, description="p-value up to which the winner's gain counts as real."
     )
     max_new_tokens: Positive | None = Field(
         default=None, description="Where an answer is cut off; null: as in training."
@@ -242,8 +244,8 @@ def make_config(content: Mapping[str, Any], where: str) -> TrainConfig:
             "see docs/training.md for every option"
         ) from error
     _check_trainer(config.trainer, where)
-    if config.refine.start is not None and not config.refine.rounds:
-        raise RlkvError(f"{where}: refine.start needs refine.rounds of at least 1: give both")
+    if config.refine.start is not None and not config.refine.enabled:
+        raise RlkvError(f"{where}: refine.start needs refine.enabled: give both")
     if config.rollout.staleness and config.rollout.engine == "transformers":
         raise RlkvError(
             f"{where}: rollout.staleness {config.rollout.staleness}: the model that is trained "

@@ -24,6 +24,7 @@ from rlkv_vllm.profile.io import (
     check_matches,
     load_profile,
     one_line,
+    read_json_object,
     save_profile,
     write_text_atomic,
 )
@@ -39,10 +40,11 @@ from rlkv_vllm.training.config import (
 from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
 from rlkv_vllm.training.gated_attention import attach_gates
 from rlkv_vllm.training.loading import load_model
-from rlkv_vllm.training.refine import REFINE_LOG_FILE, Allocation, refine_gates
+from rlkv_vllm.training.refine import REFINE_FILE, refine_gates
 from rlkv_vllm.training.report import write_report
 from rlkv_vllm.training.rollouts import Rollouts
 from rlkv_vllm.training.run_log import METRICS_FILE, OnStep, RunLog, best_gates
+from rlkv_vllm.training.search import Streaming, full_heads
 from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
 
 if TYPE_CHECKING:
@@ -141,7 +143,7 @@ def _run(
     output = config.output
     if output.exists() and not output.is_dir():
         raise RlkvError(f"--output {output}: is a file: give a folder")
-    logs = (output / METRICS_FILE, output / REFINE_LOG_FILE)
+    logs = (output / METRICS_FILE, output / REFINE_FILE)
     if not resume and (last_checkpoint(output) or any(log.exists() for log in logs)):
         raise RlkvError(
             f"--output {output}: holds an earlier run: give --resume to continue it, or choose "
@@ -190,7 +192,7 @@ def _run(
         given = load_profile(config.refine.start)
         check_matches(given, fingerprint)
         made = _Made(given.gates, given.provenance.method, given.provenance.source)
-    if config.refine.rounds:
+    if config.refine.enabled:
         gates = _refine(config, args, model, tokenizer, task, curriculum, made.gates, listener)
         made = replace(made, gates=gates, method=f"{made.method}+refine")
     if not is_main:
@@ -237,9 +239,9 @@ def _train(
             staleness=config.rollout.staleness,
         )
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if is_sharded and config.refine.rounds:
+        if is_sharded and config.refine.enabled:
             raise RlkvError(
-                "refine.rounds: a sharded model cannot write answers with full heads of their "
+                "refine.enabled: a sharded model cannot write answers with full heads of their "
                 "own: train without, and refine the profile on one process with refine.start"
             )
         # First, so that TensorBoard and others see what it adds.
@@ -372,32 +374,43 @@ def _refine(
     sink, window = _serve_span(config)
     rank, world = args.process_index, args.world_size
 
-    def judge(which: Sequence[int], full: Sequence[Allocation], seed: int) -> list[float]:
+    def judge(which: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
         mine = range(rank, len(which), world)
-        result = solve(
-            model,
-            tokenizer,
-            task,
-            [curriculum.problems[which[i]] for i in mine],
-            split=[HeadSplit(full[i], sink, window) for i in mine],
-            max_new_tokens=wanted.max_new_tokens or args.max_completion_length,
-            batch_size=wanted.batch_size,
-            draw=_draw(config, args),
-            seed=seed + rank,
-        )
-        found = gather_object(list(zip(mine, result.correct, strict=True)))
-        return [float(correct) for _, correct in sorted(found)]
+        correct: list[bool] = []
+        if mine:  # the last few answers may be fewer than processes
+            correct = solve(
+                model,
+                tokenizer,
+                task,
+                [curriculum.problems[which[i]] for i in mine],
+                split=[
+                    HeadSplit(full_heads(streaming[i], len(gates), len(gates[0])), sink, window)
+                    for i in mine
+                ],
+                max_new_tokens=wanted.max_new_tokens or args.max_completion_length,
+                batch_size=wanted.batch_size,
+                draw=_draw(config, args),
+                seed=seed + rank,
+            ).correct
+        found = gather_object(list(zip(mine, correct, strict=True)))
+        return [right for _, right in sorted(found)]
 
-    return refine_gates(
+    refined = refine_gates(
         gates,
         judge,
         len(curriculum.problems),
         wanted,
-        config.output / REFINE_LOG_FILE,
+        config.output / REFINE_FILE,
         seed=config.seed,
+        chunk=wanted.batch_size * world,
         writes=rank == 0,
         report=lambda done, total: listener.report("refinement", done, total),
     )
+    if rank == 0:
+        result = read_json_object(config.output / REFINE_FILE)["result"]
+        end = "the found heads are taken" if result["is_taken"] else "the gates are kept"
+        listener.say(f"refinement: {result['answers']} answers, {end} (p {result['p']:.2g})")
+    return refined
 
 
 def _profile(

@@ -212,34 +212,37 @@ def _gates(run: RunFolder) -> str:
 def _refinement(run: RunFolder) -> str:
     if not run.refinement:
         return ""
+    rows = run.refinement.get("rows")
     body = [
         _table_row(
             (
-                one_line(row["step"]),
-                one_line(sparsity),
-                _exchange(change.get("exchange")),
-                _shown(number(change.get("before")), ".3f"),
-                _shown(number(change.get("after")), ".3f"),
+                _shown(number(row.get("sparsity")), "g"),
+                _shown(number(row.get("given")), ".3f"),
+                _shown(number(row.get("found")), ".3f"),
+                _named(row.get("become_streaming")),
+                _named(row.get("become_full")),
             )
         )
-        for row in run.refinement
-        for sparsity, change in row["changes"].items()
-        if isinstance(change, dict)
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
     ]
-    header = ("round", "sparsity", "streaming and full head", "reward before", "after")
+    header = ("sparsity", "solved with the given gates", "found", "become streaming", "become full")
+    p = _shown(number(run.refinement.get("p")), ".2g")
+    end = "The found heads are taken" if run.refinement.get("is_taken") else "The gates are kept"
     return _section(
         "Refinement",
-        "<p>Two heads were exchanged where that raised the reward of answers written with really "
-        "split heads. Before and after are on the same problems, other ones in every row.</p>",
+        "<p>A search for the full heads that serve best, by answers written with really split "
+        f"heads. {end}: p {p}, one-sided, on problems that nothing was chosen by.</p>",
         f"<table><thead>{_table_row(header, tag='th')}</thead>"
         f"<tbody>{''.join(body)}</tbody></table>",
     )
 
 
-def _exchange(heads: object) -> str:
+def _named(heads: object) -> str:
     if not isinstance(heads, list) or not all(isinstance(h, list) and len(h) == 2 for h in heads):
         return "-"
-    return ", ".join(f"layer {one_line(layer)} head {one_line(head)}" for layer, head in heads)
+    named = (f"layer {one_line(layer)} head {one_line(head)}" for layer, head in heads)
+    return ", ".join(named) or "-"
 
 
 def _heads(run: RunFolder) -> str:

@@ -24,7 +24,7 @@ class RunFolder:
         profile: the head profile, if it got that far.
         metrics: a mapping per training step, in order.
         gates: (step, gates ``[layers][KV heads]``), in order.
-        refinement: a mapping per round, in order; empty without a refinement.
+        refinement: what came out of it; empty without a refinement, or before its end.
         curriculum: figures of the problem set.
         config: text of run.yaml.
         missing: what is not there or not readable, in words.
@@ -34,7 +34,7 @@ class RunFolder:
     profile: HeadProfile | None
     metrics: list[dict[str, Any]]
     gates: list[tuple[int, list[list[float]]]]
-    refinement: list[dict[str, Any]]
+    refinement: Mapping[str, Any]
     curriculum: Mapping[str, Any]
     config: str
     missing: list[str]
@@ -66,8 +66,8 @@ def read_run(run_dir: Path) -> RunFolder:
         profile=_read_profile(run_dir / "profile.json", missing),
         metrics=_read_metrics(run_dir / "metrics.jsonl", missing),
         gates=_read_gates(run_dir / "gates.jsonl", missing),
-        refinement=_read_refinement(run_dir / "refine.jsonl", missing),
-        curriculum=_read_curriculum(run_dir / "curriculum.json", missing),
+        refinement=_read_refinement(run_dir / "refine.json", missing),
+        curriculum=_read_mapping(run_dir / "curriculum.json", "the curriculum", missing),
         config=_read_text(run_dir / "run.yaml", "the configuration", missing),
         missing=missing,
     )
@@ -145,18 +145,20 @@ def _read_gates(path: Path, missing: list[str]) -> list[tuple[int, list[list[flo
     return found
 
 
-def _read_refinement(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+def _read_refinement(path: Path, missing: list[str]) -> Mapping[str, Any]:
     if not path.exists():  # most runs have none
-        return []
-    rows = _read_lines(path, "rewards of the refinement", missing)
-    return [row for row in rows.values() if isinstance(row.get("changes"), dict)]
+        return {}
+    result = _read_mapping(path, "the refinement", missing).get("result")
+    if result is None:
+        missing.append("the refinement: it is not finished")
+    return result if isinstance(result, dict) else {}
 
 
-def _read_curriculum(path: Path, missing: list[str]) -> Mapping[str, Any]:
-    text = _read_text(path, "the curriculum", missing)
+def _read_mapping(path: Path, what: str, missing: list[str]) -> Mapping[str, Any]:
+    text = _read_text(path, what, missing)
     try:
         content = json.loads(text) if text else {}
-    except ValueError as error:
-        missing.append(f"the curriculum: {path.name} cannot be read ({one_line(error)})")
+    except (ValueError, RecursionError) as error:
+        missing.append(f"{what}: {path.name} cannot be read ({one_line(error)})")
         return {}
     return content if isinstance(content, dict) else {}

@@ -46,6 +46,10 @@ def config(output: Path, **trainer: Any) -> TrainConfig:
     )
 
 
+#: A refinement of a few answers.
+REFINE = {"enabled": True, "problems": 2, "reach": 1, "candidates": 2, "sparsities": [0.5]}
+
+
 def rows(output: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / name).read_text().splitlines()]
 
@@ -82,7 +86,7 @@ def test_a_finished_run_is_only_evaluated_again(whole: Path) -> None:
 
 def test_a_profile_is_refined_and_a_killed_refinement_resumes(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    refine = {"rounds": 2, "problems": 2, "reach": 2, "finalists": 2, "sparsities": [0.5]}
+    refine = {**REFINE, "reach": 2}
     start = str(whole / "profile.json")
     asked = config(output).model_dump(mode="json") | {"refine": {**refine, "start": start}}
     job = make_config(asked, "test")
@@ -95,15 +99,23 @@ def test_a_profile_is_refined_and_a_killed_refinement_resumes(whole: Path, tmp_p
         run(job, listener=Listener(report=die))
     with pytest.raises(RlkvError, match="holds an earlier run"):
         run(job)
-    before = (output / "refine.jsonl").read_text()
-    run(job, resume=True)
-    assert [row["step"] for row in rows(output, "refine.jsonl")][:2] == [0, 1]
-    assert (output / "refine.jsonl").read_text().startswith(before)
+    before = json.loads((output / "refine.json").read_text())
+    assert before["solved"]
+    assert "result" not in before
+    other = job.model_copy(update={"refine": job.refine.model_copy(update={"problems": 1})})
+    with pytest.raises(RlkvError, match=r"refine\.json: answers .* with other settings"):
+        run(other, resume=True)
+    said: list[str] = []
+    run(job, resume=True, listener=Listener(say=said.append))
+    after = json.loads((output / "refine.json").read_text())
+    assert all(after["solved"][name].startswith(bits) for name, bits in before["solved"].items())
+    assert any(f"refinement: {after['result']['answers']} answers, the" in line for line in said)
+    assert after["result"]["answers"] == sum(map(len, after["solved"].values()))
     assert not (output / "metrics.jsonl").exists(), "no gates are trained"
     profile, given = load_profile(output / "profile.json"), load_profile(start)
     assert profile.provenance.method == "rlkv+refine"
     assert profile.provenance.config["refine"]["start"] == "profile.json"
-    assert sorted(chain(*profile.gates)) == sorted(chain(*given.gates))
+    assert sorted(chain(*profile.gates)) == pytest.approx(sorted(chain(*given.gates)), abs=1e-4)
     assert "Refinement" in (output / "report.html").read_text()
 
 
@@ -204,7 +216,9 @@ def test_a_full_disk_stops_a_run_that_resumes(
 
 def test_two_processes_share_a_run(tmp_path: Path) -> None:
     job_file = tmp_path / "job.yaml"
-    asked = config(tmp_path / "run", max_steps=2, per_device_train_batch_size=2)
+    options = config(tmp_path / "run", max_steps=2, per_device_train_batch_size=2)
+    content = options.model_dump(mode="json") | {"refine": {**REFINE, "batch_size": 2}}
+    asked = make_config(content, "test")
     job_file.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
     subprocess.run(
         [
@@ -227,7 +241,13 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     assert json.loads((output / "curriculum.json").read_text())["tried"] == 8
     assert [row["step"] for row in rows(output, "metrics.jsonl")] == [1, 2]
     assert len(list((output / "checkpoint-2").glob("rng_state_*.pth"))) == 2
-    assert load_profile(output / "profile.json").provenance.method == "rlkv"
+    profile = load_profile(output / "profile.json")
+    assert profile.provenance.method == "rlkv+refine"
+    refined = (output / "refine.json").read_bytes()
+    (output / "refine.json").unlink()
+    run(asked, resume=True)  # on one process
+    assert (output / "refine.json").read_bytes() == refined
+    assert load_profile(output / "profile.json").gates == profile.gates
 
 
 def test_a_collapsed_run_stops_and_keeps_the_last_good_gates(tmp_path: Path) -> None:

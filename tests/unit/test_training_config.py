@@ -45,6 +45,8 @@ def test_run_file_round_trips(tmp_path: Path) -> None:
         ("trainer.colour=red", "trainer.colour is no option of RlkvConfig"),
         ("trainer.beta=0.1", "trainer.beta is set by the job"),
         ("evaluation.sparsities=[2]", "evaluation.sparsities.0"),
+        ("refine.start=a.json", "refine.start needs refine.enabled"),
+        ("refine.rounds=2", "refine.rounds: Extra inputs are not permitted"),
         ("rollout.staleness=-1", "rollout.staleness"),
         ("rollout.staleness=2", "choose another rollout.engine"),
         ("trainer.eval_strategy=steps", "trainer.eval_strategy is set by the job"),

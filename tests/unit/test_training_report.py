@@ -155,21 +155,37 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "sparsity 0.4" in heads  # the recommended one
 
 
-def test_the_rounds_of_a_refinement(tmp_path: Path) -> None:
+def test_a_refinement(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert "Refinement" not in page(run).text
-    changes = {
-        "0.5": {"exchange": [[3, 1], [2, 0]], "before": 0.625, "after": 0.75},
-        "0.4": {"exchange": None, "before": 0.875, "after": 0.875},
-    }
-    rounds = [{"step": 0, "ranking": []}, {"step": 1, "changes": changes}]
-    (run / "refine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rounds))
+    row = {"sparsity": 0.4, "given": 0.625, "found": 0.75}
+    row |= {"become_streaming": [[3, 1]], "become_full": [[2, 0]]}
+    result = {"p": 0.0312, "is_taken": True, "rows": [row]}
+    (run / "refine.json").write_text(json.dumps({"result": result, "solved": {}}))
     found = page(run)
-    for words in ("Refinement", "layer 3 head 1, layer 2 head 0", "0.625", "0.750", "0.875"):
+    for words in ("Refinement", "layer 3 head 1", "layer 2 head 0", "0.625", "0.750", "p 0.031"):
         assert words in found.text, words
+    assert "The found heads are taken" in found.text
     assert "Not in this report" not in found.text
-    (run / "refine.jsonl").write_text('{"step": 1, "changes": {"0.5": 3, "0.4": {}}}\n')
-    assert "Refinement" in page(run).text
+    result["is_taken"] = False
+    (run / "refine.json").write_text(json.dumps({"result": result, "solved": {}}))
+    assert "The gates are kept" in page(run).text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"solved": {}}', "the refinement: it is not finished"),
+        ('{"result": {"rows": 3', "refine.json cannot be read"),
+        ('{"result": {"rows": [3, {"become_full": 4}]}}', "Refinement"),
+        ('{"result": 3}', None),
+    ],
+)
+def test_a_refinement_cut_short_or_damaged(tmp_path: Path, text: str, words: str | None) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "refine.json").write_text(text)
+    found = page(run).text
+    assert words in found if words else "Refinement" not in found
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
