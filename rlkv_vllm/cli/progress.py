@@ -50,7 +50,7 @@ class StageProgress:
         if stage not in self._stages:
             self._stages[stage] = int(self._bars.add_task(stage, total=total, state=state))
         task = self._bars.task_ids[self._stages[stage]]
-        self._bars.update(task, completed=done, state=state)
+        self._bars.update(task, completed=done, total=total, state=state)
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -58,7 +58,7 @@ def refine_gates(
         seed: of the choice of problems.
         chunk: answers asked for at once.
         writes: whether this process keeps the file.
-        report: called with (answers so far, answers at most).
+        report: called with (answers so far, answers at most); at the end both are their number.
 
     Returns:
         The values of `gates`, dealt out anew.
@@ -122,7 +122,7 @@ def refine_gates(
         for line, old, new in zip(lines, given, chosen, strict=True)
     ]
     answers.keep({"p": p, "is_taken": is_taken, "answers": answers.count, "rows": rows})
-    report(most, most)
+    report(answers.count, answers.count)
     return _dealt(gates, start, chosen) if is_taken else [list(row) for row in gates]
 
 
