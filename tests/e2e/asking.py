@@ -10,7 +10,7 @@ from typing import Any
 import openai
 
 from rlkv_vllm.testbed.problems import ANSWER, FAMILIES, ReasonedProblem, make_problems
-from tests.e2e.server import KEY, Server
+from tests.e2e.server import ANSWER_TIMEOUT_S, KEY, Server
 
 SEED = 20261123  # not a seed of the training data
 
@@ -41,9 +41,9 @@ def ask(client: openai.OpenAI, problem: ReasonedProblem, **options: Any) -> Any:
 
 
 def while_answering(client: openai.OpenAI, is_enough: Callable[[], bool]) -> Iterator[None]:
-    """Goes on while questions are answered, and for a minute at most until there is enough."""
+    """Goes on while questions are answered, and for five minutes at most until there is enough."""
     asked = problems(per_family=8)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 5 * ANSWER_TIMEOUT_S
     with ThreadPoolExecutor(16) as pool:
         replies = [pool.submit(ask, client, problem) for problem in asked]
         while True:
