@@ -244,7 +244,6 @@ def test_a_server_without_space_for_its_first_line_does_not_start() -> None:
             timeout=STOP_TIMEOUT_S,
             check=False,
         )
-    print("STATUS", done.returncode)
     assert done.returncode != 0
 
 
