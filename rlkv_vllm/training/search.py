@@ -195,8 +195,8 @@ def search(
     return Found(pairs.needed, best)
 
 
-def most_answers(heads: int, lines: int, candidates: int, problems: int, known: int = 1) -> int:
-    """How many answers `search` asks for, at most, with so many heads in question."""
+def most_answers(heads: int, lines: int, candidates: int, problems: int) -> int:
+    """How many answers `search` asks for, at most, with so many heads and one known chain."""
     race = asked = 0
     for rung, part in enumerate(RUNGS):
         now = _of(problems, part)
@@ -204,7 +204,7 @@ def most_answers(heads: int, lines: int, candidates: int, problems: int, known: 
         asked = now
     pairs = heads * (heads - 1) // 2
     alone = (heads + 1) * _of(problems, SINGLE) + pairs * _of(problems, PAIR)
-    return alone + (1 + EXCHANGES) * race + lines * known * problems
+    return alone + (1 + EXCHANGES) * race + lines * problems
 
 
 def num_in_question(heads: int, lines: Sequence[int], reach: int) -> int:
