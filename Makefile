@@ -77,7 +77,7 @@ audit: $(DEV_STAMP)  ## report: known vulnerabilities and licences of what is in
 	-@$(BIN)/pip-licenses --order license --summary | cut -c1-80 | grep -E '^ *[0-9]+ '
 
 docs: $(SERVE_STAMP)  ## pages that are made from code
-	$(BIN)/python -m rlkv_vllm.engine.features docs/features.md
+	$(BIN)/python -m tests.support.features docs/features.md
 
 wheel: $(DEV_STAMP)  ## wheel and sdist into dist/
 	$(BIN)/python -m build

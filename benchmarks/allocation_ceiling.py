@@ -4,7 +4,7 @@
         --output ceiling.json
 
 Answers whether a scorer or the model is to blame for what a sparsity costs. It is the search of
-`rlkv train`'s refinement (rlkv_vllm/training/search.py) with all heads in question, wider, and from
+`rlkv train`'s refinement (rlkv_vllm/search/search.py) with all heads in question, wider, and from
 nothing: its ranking is the order of the heads in the model. The best allocation, and the profiles,
 which take part in the race, solve --n fresh problems.
 
@@ -25,9 +25,10 @@ from pathlib import Path
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.statistics import mcnemar_p, wilson_interval
-from rlkv_vllm.profile.io import load_profile, write_text_atomic
-from rlkv_vllm.training.search import Answers, Streaming, full_heads, search
+from rlkv_vllm.files import write_text_atomic
+from rlkv_vllm.profile.io import load_profile
+from rlkv_vllm.search.search import Answers, Streaming, full_heads, search
+from rlkv_vllm.statistics import mcnemar_p, wilson_interval
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,9 +57,9 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from compare_scorers import weights_hash  # the script beside this one
 
-    from rlkv_vllm.evaluation.masked import HeadSplit, solve
+    from rlkv_vllm.hf.answers import HeadSplit, solve
+    from rlkv_vllm.hf.loading import load_model, set_threads
     from rlkv_vllm.tasks import Problem, get_task
-    from rlkv_vllm.training.loading import load_model, set_threads
 
     if args.seed == args.search_seed:
         raise RlkvError("--search-seed: choose other problems than those of --seed")

@@ -37,9 +37,9 @@ from vllm.forward_context import override_forward_context
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, _get_attn_isa
 
 from rlkv_vllm.allocation.forecast import CacheGeometry
-from rlkv_vllm.engine.cpu_backend import SplitCPUImpl
-from rlkv_vllm.engine.cpu_heads import SplitMetadata
-from rlkv_vllm.engine.head_cache import HeadCacheLayer, HeadGroup, LayerHeads
+from rlkv_vllm.engine.cache.head_cache import HeadCacheLayer, HeadGroup, LayerHeads
+from rlkv_vllm.engine.cpu.backend import SplitCPUImpl
+from rlkv_vllm.engine.cpu.heads import SplitMetadata
 
 #: On a machine with other work, CPU time of one thread tells what wall time of an idle one would.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}

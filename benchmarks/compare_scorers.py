@@ -27,14 +27,9 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.compare import Outcome, compare, markdown, rank_agreement
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import FULL, STREAMING, Split
+from rlkv_vllm.files import read_json_object, write_bytes_atomic, write_text_atomic
 from rlkv_vllm.profile import HeadProfile
-from rlkv_vllm.profile.io import (
-    check_matches,
-    load_profile,
-    read_json_object,
-    write_bytes_atomic,
-    write_text_atomic,
-)
+from rlkv_vllm.profile.io import check_matches, load_profile
 
 FORMAT = "compare scorers 1"
 
@@ -89,9 +84,9 @@ def measure(
     args: argparse.Namespace,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Settings, gates and outcomes of one base model."""
-    from rlkv_vllm.evaluation.masked import HeadSplit, solve
+    from rlkv_vllm.hf.answers import HeadSplit, solve
+    from rlkv_vllm.hf.loading import load_model, set_threads
     from rlkv_vllm.tasks import get_task
-    from rlkv_vllm.training.loading import load_model, set_threads
 
     sparsities = sorted(set(read_sparsities(args.sparsity, "--sparsity")) - {0.0, 1.0})
     profiles = [_labelled(text) for text in args.profiles]

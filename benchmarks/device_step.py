@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from rlkv_vllm.engine.scheduler import SplitScheduler
+from rlkv_vllm.engine.cache.scheduler import SplitScheduler
 
 _DEVICE_S = float(os.environ["RLKV_DEVICE_MS"]) / 1e3
 

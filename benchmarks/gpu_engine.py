@@ -39,11 +39,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.allocation.roofline import ModelSize
 from rlkv_vllm.bench.cases.capacity import Endless
 from rlkv_vllm.bench.cases.decode import STEP_BUDGET, Decode
 from rlkv_vllm.bench.engine import Engine, probe_device
 from rlkv_vllm.bench.random_model import write_model
+from rlkv_vllm.planning.roofline import ModelSize
 
 SINK, WINDOW = 16, 64
 #: Batches of the capacity part reach far beyond what vLLM captures by default.
@@ -166,12 +166,13 @@ def parity(job: Job, folder: Path, tiny: bool) -> Iterator[dict[str, Any]]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' oracle
 
     from rlkv_vllm.allocation.heads import allocate
-    from rlkv_vllm.engine.gates import set_gates
-    from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
+    from rlkv_vllm.engine.gated.live import set_gates
+    from rlkv_vllm.hf.gated_attention import attach_gates
+    from rlkv_vllm.models import load_model_fingerprint
+    from rlkv_vllm.profile.io import save_profile
     from rlkv_vllm.profile.schema import HeadProfile, Provenance
-    from rlkv_vllm.training.gated_attention import attach_gates
-    from tests.checkpoints import VOCAB, make_checkpoint
-    from tests.oracle import logprobs
+    from tests.support.checkpoints import VOCAB, make_checkpoint
+    from tests.support.oracle import logprobs
 
     model = folder / f"small-{job.dtype}"
     if not (model / "profile.json").exists():

@@ -29,7 +29,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rlkv_vllm.kernels.split_attention import LayerCache, Workspace, split_attention, write_cache
+from rlkv_vllm.kernels.triton.split_attention import (
+    LayerCache,
+    Workspace,
+    split_attention,
+    write_cache,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -34,9 +34,14 @@ import torch
 import triton
 
 from rlkv_vllm.kernels.reference import reference_attention
-from rlkv_vllm.kernels.split_attention import LayerCache, Workspace, split_attention, write_cache
-from rlkv_vllm.kernels.triton_decode import INTERPRETER, DecodeConfig
-from rlkv_vllm.kernels.triton_prefill import PrefillConfig
+from rlkv_vllm.kernels.triton.decode import INTERPRETER, DecodeConfig
+from rlkv_vllm.kernels.triton.prefill import PrefillConfig
+from rlkv_vllm.kernels.triton.split_attention import (
+    LayerCache,
+    Workspace,
+    split_attention,
+    write_cache,
+)
 
 SINK, WINDOW = 16, 64
 SPARSITIES = (0.0, 0.2, 0.5, 0.8)

@@ -37,8 +37,9 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 
-from rlkv_vllm import testbed
-from rlkv_vllm.serving.arguments import EMBEDDED_CACHE_BYTES, SCHEDULER, WORKER_EXTENSION
+from rlkv_vllm import models
+from rlkv_vllm.engine.launch import SCHEDULER, WORKER_EXTENSION
+from rlkv_vllm.models import EMBEDDED_CACHE_BYTES
 
 START_TIMEOUT_S = 600
 #: What is asked how fast answers are without anybody's metrics: the floor of any route.
@@ -86,8 +87,8 @@ class Server:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         flags = {
-            "--model": testbed.model_dir(),
-            "--served-model-name": testbed.MODEL_NAME,
+            "--model": models.model_dir(),
+            "--served-model-name": models.MODEL_NAME,
             "--dtype": "float32",
             "--kv-cache-memory-bytes": EMBEDDED_CACHE_BYTES,
             "--uvicorn-log-level": "error",  # no log lines of requests
@@ -139,7 +140,7 @@ class Server:
 
 
 def questions(count: int) -> list[str]:
-    from rlkv_vllm.testbed.problems import FAMILIES, make_problems
+    from rlkv_vllm.tasks.puzzles import FAMILIES, make_problems
 
     each = -(-count // len(FAMILIES))
     return [p.prompt for f in FAMILIES for p in make_problems(f, each, seed=1)][:count]
@@ -153,7 +154,7 @@ async def load(client: httpx.AsyncClient, server: Server, prompts: list[str], at
             reply = await client.post(
                 f"{server.url}/v1/chat/completions",
                 json={
-                    "model": testbed.MODEL_NAME,
+                    "model": models.MODEL_NAME,
                     "messages": [{"role": "user", "content": prompt}],
                     "temperature": 0,
                 },
@@ -260,10 +261,10 @@ def time_of_a_step(args: argparse.Namespace) -> dict[str, float]:
 
     from rlkv_vllm.allocation import CacheGeometry
     from rlkv_vllm.allocation.forecast import forecast_split
+    from rlkv_vllm.engine.cache.ring_manager import RingManager
+    from rlkv_vllm.engine.cache.scheduler import SplitScheduler
+    from rlkv_vllm.engine.cache.specs import RingSpec
     from rlkv_vllm.engine.compat import attach_figures
-    from rlkv_vllm.engine.ring_manager import RingManager
-    from rlkv_vllm.engine.scheduler import SplitScheduler
-    from rlkv_vllm.engine.specs import RingSpec
     from rlkv_vllm.plugin import register
     from rlkv_vllm.serving.metrics import RlkvStatLogger
     from rlkv_vllm.serving.status import CacheFigures

@@ -29,13 +29,13 @@ import psutil
 import torch
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import write_text_atomic
-from rlkv_vllm.rollout import colocated
+from rlkv_vllm.files import write_text_atomic
+from rlkv_vllm.hf.gated_attention import attach_gates
+from rlkv_vllm.hf.loading import load_model, set_threads
+from rlkv_vllm.rollouts import colocated
+from rlkv_vllm.rollouts.queue import Sampling
 from rlkv_vllm.tasks import get_task
 from rlkv_vllm.training.config import make_config
-from rlkv_vllm.training.gated_attention import attach_gates
-from rlkv_vllm.training.loading import load_model, set_threads
-from rlkv_vllm.training.rollouts import Sampling
 
 
 def parse_args() -> argparse.Namespace:

@@ -45,10 +45,10 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from rlkv_vllm.bench.random_model import parse_shape, write_model
+from rlkv_vllm.engine.cache.head_cache import HeadCacheLayer, register_head_caches
+from rlkv_vllm.engine.cache.scheduler import SplitScheduler
 from rlkv_vllm.engine.config import split_plan
-from rlkv_vllm.engine.cpu_backend import SplitCPUBackend
-from rlkv_vllm.engine.head_cache import HeadCacheLayer, register_head_caches
-from rlkv_vllm.engine.scheduler import SplitScheduler
+from rlkv_vllm.engine.cpu.backend import SplitCPUBackend
 from rlkv_vllm.plugin import register
 
 SHAPE = parse_shape("random:28x8x128")

@@ -15,10 +15,10 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from rlkv_vllm.engine.cuda_guard import register_guards
-    from rlkv_vllm.engine.ring_manager import RingManager
-    from rlkv_vllm.engine.specs import RingSpec
+    from rlkv_vllm.engine.cache.ring_manager import RingManager
+    from rlkv_vllm.engine.cache.specs import RingSpec
+    from rlkv_vllm.engine.cuda.guard import register_guards
 
     KVCacheSpecRegistry.register(RingSpec, RingManager, uniform_type_base_spec=RingSpec)
-    register_backend(AttentionBackendEnum.CPU_ATTN, "rlkv_vllm.engine.cpu_backend.SplitCPUBackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, "rlkv_vllm.engine.cpu.backend.SplitCPUBackend")
     register_guards()

@@ -12,7 +12,7 @@ from hypothesis import settings
 # of it.
 if importlib.util.find_spec("triton") and os.environ.get("RLKV_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-    import rlkv_vllm.kernels.split_attention  # noqa: F401
+    import rlkv_vllm.kernels.triton.split_attention  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 
@@ -33,7 +33,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByKind(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            kind = file.split("/")[-2]
+            kind = file.split("/")[1]
             return file if kind == "unit" else kind
 
     return ByKind(config, log)

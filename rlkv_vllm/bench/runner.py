@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlkv_vllm.allocation.roofline import Device
 from rlkv_vllm.bench.case import Case, Point
 from rlkv_vllm.bench.record import Record, Result
 from rlkv_vllm.bench.report import gain_text
 from rlkv_vllm.bench.server import ServerSession
 from rlkv_vllm.bench.session import Session
 from rlkv_vllm.bench.target import Target
+from rlkv_vllm.planning.roofline import Device
 
 #: What a process needs beside weights and cache.
 PROCESS_BYTES = 2 * 2**30

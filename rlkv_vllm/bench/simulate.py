@@ -2,7 +2,7 @@
 
 The scheduler admits, preempts and frees as in the engine, with the split's ring managers where
 the cache is split. Instead of running a model, every step takes the time that the roofline says.
-What `rlkv_vllm/allocation/cluster.py` plans is held against it.
+What `rlkv_vllm/planning/fleet.py` plans is held against it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.allocation.cluster import Lengths, Replica
-from rlkv_vllm.allocation.roofline import ModelSize
 from rlkv_vllm.bench.random_model import write_model
+from rlkv_vllm.planning.fleet import Lengths, Replica
+from rlkv_vllm.planning.roofline import ModelSize
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def make_scheduler(replica: Replica, max_model_len: int) -> Any:
     )
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from rlkv_vllm.engine.scheduler import SplitScheduler
-    from rlkv_vllm.engine.specs import RingSpec
+    from rlkv_vllm.engine.cache.scheduler import SplitScheduler
+    from rlkv_vllm.engine.cache.specs import RingSpec
 
     config = _config(max_model_len, replica.max_num_seqs)
     geometry, groups = replica.forecast.geometry, replica.forecast.groups

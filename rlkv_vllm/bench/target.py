@@ -6,20 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.allocation.forecast import Forecast, forecast_profile
-from rlkv_vllm.allocation.roofline import ModelSize
+from rlkv_vllm.allocation.forecast import Forecast
 from rlkv_vllm.bench import random_model
 from rlkv_vllm.bench.case import ALL_FULL, SPLIT, STOCK, Setup
 from rlkv_vllm.bench.worker import EngineSpec
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import (
-    check_matches,
-    fingerprint_from_config,
-    load_model_config,
-    one_line,
-)
+from rlkv_vllm.files import one_line
+from rlkv_vllm.models import MODEL_NAME, fingerprint_from_config, load_model_config, model_source
+from rlkv_vllm.planning.roofline import ModelSize
+from rlkv_vllm.profile.forecast import forecast_profile
+from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
-from rlkv_vllm.testbed import MODEL_NAME, model_source
 
 #: The embedded model has small contexts, so that a small cache is what limits it.
 EMBEDDED_MEMORY = 64 * 2**20

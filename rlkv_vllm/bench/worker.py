@@ -58,31 +58,18 @@ def main() -> int:
     def answer(**values: Any) -> None:
         print(MARK + json.dumps(values), file=answers, flush=True)
 
-    from vllm import LLM
-
     from rlkv_vllm.bench.cases import CASES
     from rlkv_vllm.bench.engine import Engine, probe_device
+    from rlkv_vllm.engine.launch import start
     from rlkv_vllm.errors import RlkvError
-    from rlkv_vllm.serving.arguments import WORKER_EXTENSION
 
     before = time.perf_counter()
-    extra: dict[str, Any] = {}
-    if spec.split is not None:
-        extra = {
-            "additional_config": {"rlkv": spec.split},
-            "worker_extension_cls": WORKER_EXTENSION,
-        }
     try:
-        llm = LLM(spec.model, **spec.options, **extra)
+        llm = start(spec.model, spec.split, **spec.options)
     except RlkvError as error:
         answer(error=str(error))
         return 2
     engine_seconds = time.perf_counter() - before
-    if spec.split is not None:
-        reports = llm.collective_rpc("rlkv_split_report")
-        if not reports or not all(report["active"] for report in reports):
-            answer(error="the engine runs without the split cache: run `rlkv doctor`")
-            return 2
     vocab = llm.llm_engine.model_config.get_vocab_size()
     engine = Engine(llm, vocab, spec.variant)
     engine.generate([[5, 6, 7]], 1)

@@ -97,11 +97,11 @@ def evaluate(
     from rlkv_vllm.evaluation.record import Record, output_format
     from rlkv_vllm.evaluation.served import Sampling, answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
-    from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
-    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, engine_classes
+    from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source
+    from rlkv_vllm.profile.io import check_matches
+    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS
     from rlkv_vllm.serving.progress import quiet_logging
     from rlkv_vllm.tasks import get_task, skip_note
-    from rlkv_vllm.testbed import MODEL_NAME, model_source
 
     # All that can be wrong with what was given is found here, before an engine starts.
     shares = read_sparsities(sparsity, "--sparsity")
@@ -177,7 +177,7 @@ def evaluate(
     try:
         sweep.run(
             splits,
-            lambda one: answer(source, one, chosen, problems, sampling, options | engine_classes()),
+            lambda one: answer(source, one, chosen, problems, sampling, options),
             record,
             on_row,
         )

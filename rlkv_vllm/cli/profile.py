@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlkv_vllm.cli.cluster import ClusterFlags, cache_memory, find_gpu, print_cluster
+from rlkv_vllm.cli.plan import ClusterFlags, cache_memory, find_gpu, print_cluster
 from rlkv_vllm.cli.sizes import parse_size, show_size
 from rlkv_vllm.cli.tables import new_table, print_plain
 from rlkv_vllm.errors import RlkvError
@@ -153,9 +153,9 @@ def validate(
     model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
 ) -> None:
     """Check a profile, and with --model that it fits that model."""
-    from rlkv_vllm.profile.io import check_matches, load_model_fingerprint
+    from rlkv_vllm.models import load_model_fingerprint, model_source
+    from rlkv_vllm.profile.io import check_matches
     from rlkv_vllm.profile.lookup import find_profile
-    from rlkv_vllm.testbed import model_source
 
     loaded, path = find_profile(profile)
     if model is not None:
@@ -181,9 +181,9 @@ def import_(
     ] = None,
 ) -> None:
     """Make a profile from the files that RLKV or DuoAttention publish."""
-    from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
+    from rlkv_vllm.models import load_model_fingerprint, model_source
+    from rlkv_vllm.profile.io import save_profile
     from rlkv_vllm.profile.published import import_published
-    from rlkv_vllm.testbed import model_source
 
     fingerprint = load_model_fingerprint(model_source(model))
     imported = import_published(path, fingerprint, sink=sink, window=window)
@@ -279,15 +279,11 @@ def plan(
     ] = False,
 ) -> None:
     """Forecast the cache memory of a split model against the full cache, or a whole cluster."""
-    from rlkv_vllm.allocation.forecast import forecast_profile
-    from rlkv_vllm.allocation.roofline import ModelSize
-    from rlkv_vllm.profile.io import (
-        check_matches,
-        fingerprint_from_config,
-        load_model_config,
-    )
+    from rlkv_vllm.models import fingerprint_from_config, load_model_config, model_source
+    from rlkv_vllm.planning.roofline import ModelSize
+    from rlkv_vllm.profile.forecast import forecast_profile
+    from rlkv_vllm.profile.io import check_matches
     from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
-    from rlkv_vllm.testbed import model_source
 
     flags = ClusterFlags(
         gpu, rate, prompt_tokens, output_tokens, tpot, load, efficiency, max_num_seqs, simulate

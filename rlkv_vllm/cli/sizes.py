@@ -13,7 +13,7 @@ def parse_size(flag: str, text: str) -> int:
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    from rlkv_vllm.profile.io import one_line
+    from rlkv_vllm.files import one_line
 
     given = f"{flag} {one_line(text, 40)}"
     try:

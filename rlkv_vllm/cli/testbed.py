@@ -42,9 +42,9 @@ def train(
         TimeRemainingColumn,
     )
 
-    from rlkv_vllm.testbed import MODEL_NAME
+    from rlkv_vllm.models import MODEL_NAME
+    from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES
     from rlkv_vllm.testbed import train as training
-    from rlkv_vllm.testbed.problems import FAMILIES, LONG_FAMILIES
 
     if family is not None:
         _check_task("--family", family, (*FAMILIES, *LONG_FAMILIES))
@@ -94,8 +94,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="The same seed gives the same problems.")] = 0,
 ) -> None:
     """Print problems as JSON lines with `prompt` and `answer`."""
-    from rlkv_vllm.testbed import MODEL_NAME
-    from rlkv_vllm.testbed.problems import FAMILIES, LONG_FAMILIES, make_problems
+    from rlkv_vllm.models import MODEL_NAME
+    from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES, make_problems
 
     _check_task("--task", task, (*FAMILIES, *LONG_FAMILIES, MODEL_NAME))
     for problem in make_problems(None if task == MODEL_NAME else task, n, seed):

@@ -52,11 +52,11 @@ def train(
         changes.append(f"seed={seed}")
     job = load_config(config, changes)
 
-    from rlkv_vllm.rollout import open_rollouts
+    from rlkv_vllm.rollouts import open_rollouts
     from rlkv_vllm.training.job import PROFILE_FILE, Listener, run
 
     if threads is not None:
-        from rlkv_vllm.training.loading import set_threads
+        from rlkv_vllm.hf.loading import set_threads
 
         set_threads(threads)
     is_main = int(os.environ.get("RANK", "0")) == 0

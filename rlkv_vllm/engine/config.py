@@ -19,13 +19,14 @@ from rlkv_vllm.allocation.forecast import (
     FP8_BLOCK_SIZE_MULTIPLE,
     CacheGeometry,
     Forecast,
-    forecast_profile,
 )
 from rlkv_vllm.allocation.groups import CacheGroups
 from rlkv_vllm.engine.compat import block_size_is_the_users
 from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_gated_supported, check_supported
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import check_matches, fingerprint_from_config
+from rlkv_vllm.models import fingerprint_from_config
+from rlkv_vllm.profile.forecast import forecast_profile
+from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
 from rlkv_vllm.profile.schema import HeadProfile
 

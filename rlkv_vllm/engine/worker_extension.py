@@ -11,10 +11,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from rlkv_vllm.engine.gated_layer import GatedLayer
-from rlkv_vllm.engine.head_cache import HeadCacheLayer
+from rlkv_vllm.engine.cache.head_cache import HeadCacheLayer
+from rlkv_vllm.engine.cache.specs import RingSpec
+from rlkv_vllm.engine.gated.layer import GatedLayer
 from rlkv_vllm.engine.report import SplitReport
-from rlkv_vllm.engine.specs import RingSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -84,7 +84,7 @@ class RlkvWorkerExtension:
         }
 
     def rlkv_set_gates(self, gates: Sequence[Sequence[float]], version: int) -> None:
-        """Attend with other gates from the next step on; checked by :mod:`rlkv_vllm.engine.gates`.
+        """Attend with other gates from the next step on; checked by `gated.live`.
 
         Args:
             gates: ``[layers][KV heads of the model]``.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.masked import HeadSplit, solve
 from rlkv_vllm.evaluation.rows import evaluation_row
+from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.profile.schema import EvaluationRow
 from rlkv_vllm.tasks import Problem, Task
 

@@ -11,7 +11,7 @@ from typing import Any
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import FULL, STREAMING
-from rlkv_vllm.evaluation.statistics import mcnemar_p
+from rlkv_vllm.statistics import mcnemar_p
 
 Gates = Sequence[Sequence[float]]
 

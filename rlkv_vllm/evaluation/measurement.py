@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from rlkv_vllm.evaluation.statistics import percentile_95, wilson_interval
+from rlkv_vllm.statistics import percentile_95, wilson_interval
 
 
 class Result(Protocol):

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
-from rlkv_vllm.evaluation.statistics import mcnemar_p
-from rlkv_vllm.profile.io import one_line, read_json_object, write_bytes_atomic
+from rlkv_vllm.files import one_line, read_json_object, write_bytes_atomic
+from rlkv_vllm.statistics import mcnemar_p
 
 FORMATS = ("json", "csv")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.engine.launch import started
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.tasks import Problem, Task, is_solved, output_text
@@ -68,21 +68,16 @@ def answer(
     Raises:
         RlkvError: the engine serves whole caches.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     show_bars = sys.stderr.isatty()
     options = {"disable_log_stats": True, "use_tqdm_on_load": show_bars} | (engine_options or {})
-    options["additional_config"] = {"rlkv": split.engine_config()}
-    llm: LLM = LLM(model, **options)
-    try:
-        _require_split(llm)
+    with started(model, split.engine_config(), **options) as llm:
         # What is done once, for the first request, is not part of the time; no problem is used,
         # because its prompt would stay in the prefix cache.
         warm_up: Any = [{"role": "user", "content": "1"}]
         llm.chat(warm_up, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         return answer_with(llm, task, problems, sampling, show_bar=show_bars)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 def answer_with(
@@ -138,16 +133,3 @@ def _sampling_params(sampling: Sampling, n: int) -> list[SamplingParams]:
         )
         for place in range(n)
     ]
-
-
-def _require_split(llm: LLM) -> None:
-    """Refuse to report a full cache as a split one.
-
-    Raises:
-        RlkvError: the plugin is not loaded in the engine's workers.
-    """
-    reports = llm.collective_rpc("rlkv_split_report")
-    if not reports or not all(report["active"] for report in reports):
-        raise RlkvError(
-            "the engine runs without the split cache: is the plugin installed? Run `rlkv doctor`"
-        )

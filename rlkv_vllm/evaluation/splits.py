@@ -14,7 +14,7 @@ from typing import Any
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.profile.schema import HeadProfile
 

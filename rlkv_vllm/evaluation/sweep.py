@@ -17,12 +17,8 @@ from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
 from rlkv_vllm.evaluation.served import Sampling
 from rlkv_vllm.evaluation.splits import Candidate, Split, concerns
-from rlkv_vllm.profile.io import (
-    load_profile,
-    one_line,
-    profile_text,
-    write_bytes_atomic,
-)
+from rlkv_vllm.files import one_line, write_bytes_atomic
+from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.lookup import packaged_folders
 from rlkv_vllm.profile.schema import ModelFingerprint
 from rlkv_vllm.tasks import Problem

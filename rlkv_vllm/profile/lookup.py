@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import one_line, read_bytes, read_text
 from rlkv_vllm.profile import hub
-from rlkv_vllm.profile.io import load_profile, one_line, read_bytes, read_text
+from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.profile.schema import HeadProfile
 
 HUB_FILE = "head_profile.json"

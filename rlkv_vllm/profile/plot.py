@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line, write_bytes_atomic
+from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.profile.schema import HeadProfile
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ Both are tab-separated tables, one row per layer and one column per KV head:
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -16,17 +17,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm import __version__
 from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.allocation.span import SERVING_SPAN
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line, read_json_object, read_text, write_bytes_atomic
+from rlkv_vllm.files import one_line, read_json_object, read_text, write_bytes_atomic
 from rlkv_vllm.profile.schema import HeadProfile, ModelFingerprint, Provenance
 
 RLKV_FILE = "adapter_weights.tsv"
 DUO_FILE = "full_attention_heads.tsv"
 DUO_CONFIG = "config.json"
 
-RLKV_SINK, RLKV_WINDOW = 16, 64  # what the RLKV authors serve with (their files do not say)
 CLIP_TOLERANCE = 0.05  # bfloat16 training overshoots; the published files stay within 0.011
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -65,8 +65,8 @@ def import_published(
         window = _tokens(config_file, config, "window", window)
     else:
         method, source = "rlkv", "https://arxiv.org/abs/2510.08525"
-        sink = RLKV_SINK if sink is None else sink
-        window = RLKV_WINDOW if window is None else window
+        sink = SERVING_SPAN.sink if sink is None else sink
+        window = SERVING_SPAN.window if window is None else window
     if not 0 <= sink < 2**31:
         raise RlkvError(f"--sink {sink}: must be 0 or more tokens")
     if not 1 <= window < 2**31:
@@ -87,7 +87,7 @@ def import_published(
                 "published_config": config,
             },
             seed=seed if type(seed) is int else None,
-            versions={"rlkv_vllm": __version__},
+            versions={"rlkv_vllm": importlib.metadata.version("rlkv-vllm")},
             created=date.today(),
             data=data if isinstance(data, str) else None,
         ),

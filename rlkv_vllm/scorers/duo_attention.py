@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 import torch
 
+from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.scorers.optimise import IGNORED, Batch, optimise_gates
 from rlkv_vllm.scorers.scorer import Gates, Sample, Scorer, ScoringInput
-from rlkv_vllm.training.gated_attention import attach_gates
 
 #: Tokens that a passkey has in front; repeated at the end, they say which one is asked for.
 CUE = 2

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.hf.gated_attention import GatedAttention
 from rlkv_vllm.scorers.scorer import Gates, Sample
-from rlkv_vllm.training.gated_attention import GatedAttention
 
 IGNORED = -100
 

@@ -23,7 +23,7 @@ def score_heads(given: ScoringInput) -> Gates:
         raise RlkvError(
             f"--method rlkv needs the training packages ({error}): pip install 'rlkv-vllm[train]'"
         ) from error
-    from rlkv_vllm.training.gated_attention import attach_gates
+    from rlkv_vllm.hf.gated_attention import attach_gates
 
     options = given.settings
     longest = max(len(sample.completion_ids) for sample in given.samples)

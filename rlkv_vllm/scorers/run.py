@@ -9,23 +9,21 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.allocation.heads import check_sparsity
+from rlkv_vllm.allocation.span import SERVING_SPAN, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
-from rlkv_vllm.evaluation.masked import solve
 from rlkv_vllm.evaluation.rows import recommended_sparsity
+from rlkv_vllm.files import one_line
+from rlkv_vllm.hf.answers import solve
+from rlkv_vllm.hf.loading import load_model
+from rlkv_vllm.models import default_span
 from rlkv_vllm.profile import EvaluationRow, HeadProfile, Provenance
-from rlkv_vllm.profile.io import one_line
 from rlkv_vllm.scorers import get_scorer
 from rlkv_vllm.scorers.scorer import Sample, ScoringInput
 from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
-from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
-from rlkv_vllm.training.loading import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-#: Sink and window to serve with unless told otherwise, those of RLKV (arXiv 2510.08525).
-DEFAULT_SINK, DEFAULT_WINDOW = 16, 64
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,9 @@ def make_profile(
         task.problems(config.n, config.seed),
         "--n or --evaluate",
     )
-    embedded = config.model == MODEL_NAME
-    sink = config.sink if config.sink is not None else SINK if embedded else DEFAULT_SINK
-    window = config.window if config.window is not None else WINDOW if embedded else DEFAULT_WINDOW
+    sink, window = resolve_span(
+        config.sink, config.window, default_span(config.model, SERVING_SPAN)
+    )
     model, tokenizer, fingerprint = load_model(config.model, config.revision)
 
     solved, samples = own_correct_answers(model, tokenizer, task, config, report)

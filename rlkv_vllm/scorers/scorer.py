@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,30 +7,22 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlkv_vllm import testbed
+from rlkv_vllm import models
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-WORKER_EXTENSION = "rlkv_vllm.engine.worker_extension.RlkvWorkerExtension"
-SCHEDULER = "rlkv_vllm.engine.scheduler.SplitScheduler"
-CPU_WORKER = "rlkv_vllm.engine.cpu_worker.SplitCPUWorker"
-
 #: How the embedded reasoner is served where the user says nothing: in the
 #: precision it was measured in (vLLM's "auto" makes bfloat16 of float32), and
 #: without compilation, from which it is too small to gain.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
-    "profile": testbed.MODEL_NAME,
-    "served_model_name": [testbed.MODEL_NAME],
-    "reasoning_parser": testbed.REASONING_PARSER,
+    "profile": models.MODEL_NAME,
+    "served_model_name": [models.MODEL_NAME],
+    "reasoning_parser": models.REASONING_PARSER,
     "dtype": "float32",
     "enforce_eager": True,
 }
-#: vLLM's 128 tokens are longer than many prompts: their answers would not share a cache.
-GATED_CPU_BLOCK_SIZE = 32
-#: Holds hundreds of its longest requests.
-EMBEDDED_CACHE_BYTES = 256 * 2**20
 
 #: How long running requests may finish after Ctrl-C or SIGTERM. vLLM's 0 kills
 #: the engine, which then complains.
@@ -138,10 +130,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise
     except (ValueError, OSError, IndexError) as error:  # --config FILE, dotted flags
         raise RlkvError(f"{' '.join(str(error).split())}: see `rlkv serve --help`") from error
-    args.model = args.model_tag or args.model or testbed.MODEL_NAME
-    is_embedded = args.model == testbed.MODEL_NAME
+    args.model = args.model_tag or args.model or models.MODEL_NAME
+    is_embedded = args.model == models.MODEL_NAME
     if is_embedded:
-        args.model = str(testbed.model_dir())
+        args.model = str(models.model_dir())
         for name, value in EMBEDDED_DEFAULTS.items():
             if name == "profile" and args.mode == "gated":
                 continue
@@ -171,20 +163,6 @@ def _server_parser() -> FlexibleArgumentParser:
     return parser
 
 
-def engine_classes(*, is_split: bool = True) -> dict[str, str]:
-    """The classes that take places of vLLM's, by the name of vLLM's setting.
-
-    Args:
-        is_split: whether the cache is split, so that the scheduler counts its blocks.
-    """
-    from vllm.platforms import current_platform
-
-    classes = {"worker_extension_cls": WORKER_EXTENSION}
-    if is_split:
-        classes["scheduler_cls"] = SCHEDULER
-    return classes | ({"worker_cls": CPU_WORKER} if current_platform.is_cpu() else {})
-
-
 def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
     """Put the split configuration where vLLM hands it to every process.
 
@@ -196,7 +174,7 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
     Raises:
         RlkvError: the user's flags want the same places.
     """
-    from vllm.platforms import current_platform
+    from rlkv_vllm.engine.launch import engine_options
 
     additional = args.additional_config or {}
     if not isinstance(additional, dict):
@@ -209,17 +187,15 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
             "--additional-config already has an entry 'rlkv': with `rlkv serve` say it with "
             "--profile, --sparsity, --sink and --window, and remove the entry"
         )
-    is_split = split.get("mode") != "gated"
-    if not is_split:
-        args.logprobs_mode = "processed_logprobs"  # what was sampled from, as trainers need it
-        if current_platform.is_cpu() and args.block_size is None:
-            args.block_size = GATED_CPU_BLOCK_SIZE
-    for name, value in engine_classes(is_split=is_split).items():
-        given = getattr(args, name)
-        if given not in ("", "auto", None, value):
+    options = engine_options(split, additional)
+    if args.block_size is not None:
+        options.pop("block_size", None)
+    for name in ("worker_extension_cls", "scheduler_cls", "worker_cls"):
+        given, needed = getattr(args, name), options.get(name)
+        if needed is not None and given not in ("", "auto", None, needed):
             raise RlkvError(
                 f"--{name.replace('_', '-')} {given}: the split cache needs this place for "
-                f"{value}: remove the flag"
+                f"{needed}: remove the flag"
             )
+    for name, value in options.items():
         setattr(args, name, value)
-    args.additional_config = {**additional, "rlkv": split}

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rlkv_vllm import testbed
+from rlkv_vllm import models
 from rlkv_vllm.engine.compat import SUPPORTED_VLLM, check_vllm_version
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
 from rlkv_vllm.serving import preflight
 
 _MIN_FREE_GIB = 2.0
@@ -158,24 +158,10 @@ def _embedded_model() -> str:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from rlkv_vllm.engine.config import split_plan
-    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS, add_split
+    from rlkv_vllm.engine.launch import split
 
-    model = str(testbed.model_dir())
-    wanted = argparse.Namespace(
-        model=model,
-        revision=None,
-        profile=EMBEDDED_DEFAULTS["profile"],
-        sparsity=None,
-        sink=None,
-        window=None,
-        additional_config=None,
-        worker_extension_cls="",
-        scheduler_cls=None,
-        worker_cls="auto",
-    )
-    add_split(wanted, preflight.split_options(wanted))
     config = AsyncEngineArgs(
-        model=model, additional_config=wanted.additional_config
+        model=str(models.model_dir()), **split(models.MODEL_NAME)
     ).create_engine_config()
     plan = split_plan(config)
     if plan is None:

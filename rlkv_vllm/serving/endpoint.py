@@ -9,16 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 
-from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
 from rlkv_vllm.serving.drain import TurnAway, watch_signals
 from rlkv_vllm.serving.page import page
 from rlkv_vllm.serving.status import (
@@ -36,11 +33,7 @@ if TYPE_CHECKING:
     from starlette.datastructures import State
     from vllm.engine.protocol import EngineClient
 
-    from rlkv_vllm.engine.config import SplitPlan
     from rlkv_vllm.serving.metrics import RlkvStatLogger
-
-REPORT_METHOD = "rlkv_split_report"
-_REPORT_TIMEOUT_S = 60.0
 
 #: More requests than any server runs; keeps the figures small enough for a JSON reader.
 _MOST_REQUESTS = 1_000_000
@@ -92,6 +85,7 @@ class RlkvEndpoint:
             return
         type(self).engine_client = engine_client
         from rlkv_vllm.engine.config import gated_config, split_plan
+        from rlkv_vllm.engine.launch import prove_async
 
         gated = gated_config(engine_client.vllm_config)
         if gated is not None:
@@ -104,7 +98,7 @@ class RlkvEndpoint:
         plan = split_plan(engine_client.vllm_config)
         if plan is None:
             return
-        reports = await prove_split(engine_client, plan)
+        reports = await prove_async(engine_client, plan)
         figures = CacheFigures(plan, min(report.num_blocks for report in reports))
         stat_logger = _stat_logger(engine_client)
         stat_logger.show_split(figures)
@@ -180,65 +174,3 @@ def _stat_logger(engine_client: Any) -> RlkvStatLogger:
 
 def _is_first_api_process(engine_client: Any) -> bool:
     return not getattr(engine_client.engine_core, "client_index", 0)
-
-
-async def prove_split(engine_client: EngineClient, plan: SplitPlan) -> list[SplitReport]:
-    """Ask every worker what it built and compare that with the plan.
-
-    Returns:
-        One report per worker.
-
-    Raises:
-        RlkvError: a worker cannot answer, keeps whole caches, or built another split.
-    """
-    try:
-        answers = await engine_client.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
-    except Exception as error:  # whatever it is, nothing is proven
-        raise _not_active(f"no report from the workers: {one_line(error)}") from error
-    return check_answers(answers, plan)
-
-
-def check_answers(answers: Sequence[dict[str, Any]], plan: SplitPlan) -> list[SplitReport]:
-    """Compare the workers' answers with the plan; see :func:`prove_split`."""
-    tp_size = plan.groups.allocation.tp_size
-    if sorted(answer.get("rank", -1) for answer in answers) != list(range(tp_size)):
-        raise _not_active(f"{len(answers)} of {tp_size} workers answered")
-    reports = []
-    for answer in answers:
-        worker = f"worker {answer['rank']}"
-        if not answer["active"]:
-            unsplit = answer["unsplit_layers"]
-            why = (
-                f"{len(unsplit)} attention layers keep whole caches, e.g. {unsplit[0]}"
-                if unsplit
-                else f"it has {answer['full_head_caches']} full and "
-                f"{answer['streaming_head_caches']} streaming head caches"
-            )
-            raise _not_active(f"{worker}: {why}")
-        report = SplitReport.from_dict(answer)
-        for what, expected in _expected(plan).items():
-            built = getattr(report, what)
-            if built != expected:
-                raise _not_active(f"{worker} has {what} {built}, expected {expected}")
-        reports.append(report)
-    return reports
-
-
-def _expected(plan: SplitPlan) -> dict[str, Any]:
-    allocation, geometry = plan.groups.allocation, plan.geometry
-    return {
-        "profile_sha256": plan.profile.sha256(),
-        "sparsity": plan.sparsity,
-        "full_heads": allocation.num_full,
-        "streaming_heads": allocation.num_streaming,
-        "sink": geometry.sink,
-        "window": geometry.window,
-        "block_size": geometry.block_size,
-    }
-
-
-def _not_active(why: str) -> RlkvError:
-    return RlkvError(
-        f"the KV cache is not split, so this server does not start ({why}): run `rlkv doctor`, "
-        "and see that nothing removes 'rlkv' from VLLM_PLUGINS"
-    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlkv_vllm.engine.gates import (
+from rlkv_vllm.engine.gated.live import (
     GET_METHOD,
     GatesUpdater,
     LiveGates,

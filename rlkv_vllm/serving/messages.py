@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
 
 _LIMIT = 400
 

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from rlkv_vllm.engine.scheduler import BlockUse, SplitScheduler
+from rlkv_vllm.engine.cache.scheduler import BlockUse, SplitScheduler
 from rlkv_vllm.serving.status import ByKind, CacheFigures, CacheUse
 
 if TYPE_CHECKING:

@@ -11,9 +11,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm import testbed
+from rlkv_vllm import models
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import check_matches, load_model_fingerprint, one_line
+from rlkv_vllm.files import one_line
+from rlkv_vllm.models import load_model_fingerprint
+from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ def gated_options(args: argparse.Namespace) -> dict[str, Any]:
     default = GatedConfig(mode="gated")
     sink, window = default.sink, default.window
     if args.is_embedded:
-        sink, window = testbed.SINK, testbed.WINDOW
+        sink, window = models.EMBEDDED_SPAN
     return {
         "mode": "gated",
         "sink": sink if args.sink is None else args.sink,

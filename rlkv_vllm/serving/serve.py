@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
+from rlkv_vllm.models import EMBEDDED_CACHE_BYTES
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving import preflight, progress
 from rlkv_vllm.serving.arguments import (
-    EMBEDDED_CACHE_BYTES,
     add_split,
     own_options,
     parse,

@@ -6,8 +6,9 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 
-from rlkv_vllm import testbed
+from rlkv_vllm import models
 from rlkv_vllm.engine.report import SplitReport
+from rlkv_vllm.tasks import puzzles
 
 
 def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
@@ -67,6 +68,6 @@ def _where(args: Namespace) -> str:
 
 def example_question(model: str) -> str:
     """A question that the model of this name may be asked first."""
-    if model == testbed.MODEL_NAME:
-        return testbed.example_question()
+    if model == models.MODEL_NAME:
+        return puzzles.example_question()
     return "A train leaves at 9:40 and arrives at 13:05. How long does it travel?"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
 from rlkv_vllm.tasks import dataset, gym
-from rlkv_vllm.tasks.answers import output_text
 from rlkv_vllm.tasks.files import read_file_task
+from rlkv_vllm.tasks.grading import output_text
 from rlkv_vllm.tasks.reward import RewardedTask
 from rlkv_vllm.tasks.rows import Columns
 from rlkv_vllm.tasks.task import Problem, Task, is_solved, skip_note

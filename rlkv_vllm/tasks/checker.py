@@ -18,7 +18,7 @@ import threading
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
 
 #: A check may take this long (seconds of CPU time, so that a busy machine decides nothing).
 CPU_SECONDS = 5.0

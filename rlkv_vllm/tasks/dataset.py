@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
 from rlkv_vllm.tasks.rows import Columns, RowsTask, UnusableAnswer, UnusablePrompt
 from rlkv_vllm.tasks.task import Problem
 

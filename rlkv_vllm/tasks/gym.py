@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
-from rlkv_vllm.tasks.answers import bare, final_answer
+from rlkv_vllm.files import one_line
 from rlkv_vllm.tasks.checker import CHECKER
+from rlkv_vllm.tasks.grading import bare, final_answer
 from rlkv_vllm.tasks.task import SOLVED, Problem
 
 PREFIX = "gym:"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
+from rlkv_vllm.files import one_line
 from rlkv_vllm.tasks.task import Problem, Task
 
 

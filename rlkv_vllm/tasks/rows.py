@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line
-from rlkv_vllm.tasks.answers import gold_answer, is_equivalent
+from rlkv_vllm.files import one_line
+from rlkv_vllm.tasks.grading import gold_answer, is_equivalent
 from rlkv_vllm.tasks.task import Problem
 
 #: Names under which a reward gets the rest; columns called so are not passed on.

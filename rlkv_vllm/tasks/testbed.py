@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rlkv_vllm.tasks.answers import is_correct
+from rlkv_vllm.models import MODEL_NAME
+from rlkv_vllm.tasks.grading import is_correct
+from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES, make_problems
 from rlkv_vllm.tasks.task import Problem
-from rlkv_vllm.testbed import MODEL_NAME
-from rlkv_vllm.testbed.problems import FAMILIES, LONG_FAMILIES, make_problems
 
 #: Names of the tasks here; the first one is all families of the shipped model in turn.
 NAMES = (MODEL_NAME, *FAMILIES, *LONG_FAMILIES)

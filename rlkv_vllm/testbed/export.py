@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlkv_vllm.evaluation.masked import HeadSplit, solve
-from rlkv_vllm.profile.io import write_bytes_atomic
+from rlkv_vllm.files import write_bytes_atomic
+from rlkv_vllm.hf.answers import HeadSplit, solve
+from rlkv_vllm.models import EMBEDDED_SPAN, MODEL_NAME
 from rlkv_vllm.tasks import get_task
-from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
-from rlkv_vllm.testbed.problems import FAMILIES
+from rlkv_vllm.tasks.puzzles import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
@@ -56,7 +56,7 @@ def measure(
         "output_tokens".
     """
     task = get_task(family or MODEL_NAME)
-    none_full = HeadSplit([()] * model.config.num_hidden_layers, SINK, WINDOW)
+    none_full = HeadSplit([()] * model.config.num_hidden_layers, *EMBEDDED_SPAN)
     result = solve(
         model,
         tokenizer,
@@ -116,8 +116,8 @@ def export(
         "accuracy": accuracy,
         "n": n,
         "seed": _MEASURE_SEED,
-        "sink": SINK,
-        "window": WINDOW,
+        "sink": EMBEDDED_SPAN.sink,
+        "window": EMBEDDED_SPAN.window,
         "weights": str(model.dtype).removeprefix("torch."),
         "run": run,
         "created": date.today().isoformat(),

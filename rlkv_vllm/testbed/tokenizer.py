@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlkv_vllm.testbed.problems import ReasonedProblem, vocabulary
+from rlkv_vllm.tasks.puzzles import ReasonedProblem, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line, write_bytes_atomic
-from rlkv_vllm.testbed import model_source
+from rlkv_vllm.files import one_line, write_bytes_atomic
+from rlkv_vllm.models import model_source
+from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES, ReasonedProblem, make_problem
 from rlkv_vllm.testbed.export import MODEL_FILE, export
 from rlkv_vllm.testbed.model import MAX_LENGTH, build_model
 from rlkv_vllm.testbed.muon import Muon
-from rlkv_vllm.testbed.problems import FAMILIES, LONG_FAMILIES, ReasonedProblem, make_problem
 from rlkv_vllm.testbed.tokenizer import build_tokenizer, training_texts
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
+from rlkv_vllm.allocation.span import SERVING_SPAN, TRAINING_SPAN, Span, resolve_span
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import one_line, write_text_atomic
-from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
+from rlkv_vllm.files import one_line, write_text_atomic
+from rlkv_vllm.models import default_span
+from rlkv_vllm.search.config import RefineConfig
 
 RUN_FILE = "run.yaml"
-#: Published sink and window of training.
-TRAIN_SINK, TRAIN_WINDOW = 128, 256
 #: What `trainer` may not set: the job decides it.
 _RESERVED = (
     "output_dir",
@@ -83,37 +83,6 @@ class CurriculumConfig(_Section):
         default=False, description="Greedy answers instead of the trainer's sampling."
     )
     batch_size: Positive = Field(default=64, description="Problems answered together.")
-
-
-class RefineConfig(_Section):
-    """Search for full heads by the answers of really split heads, after the training."""
-
-    enabled: bool = Field(default=False, description="Whether to refine the gates.")
-    start: Path | None = Field(
-        default=None,
-        description="Head profile to refine, in place of training; null: the trained gates.",
-    )
-    sparsities: Annotated[list[Share], Field(min_length=1)] = Field(
-        default=[0.4, 0.5], description="Sparsities that count, all alike."
-    )
-    reach: Positive = Field(
-        default=10, description="Heads in question on either side of a sparsity's line."
-    )
-    candidates: Positive = Field(
-        default=64, description="Allocations per sparsity in the first round of a race."
-    )
-    problems: Positive = Field(
-        default=256,
-        description="Problems that finalists solve; as many others test the winner. At most half "
-        "of the curriculum.",
-    )
-    level: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.1, description="p-value up to which the winner's gain counts as real."
-    )
-    max_new_tokens: Positive | None = Field(
-        default=None, description="Where an answer is cut off; null: as in training."
-    )
-    batch_size: Positive = Field(default=128, description="Answers written together.")
 
 
 class EvaluationConfig(_Section):
@@ -193,11 +162,16 @@ class TrainConfig(_Section):
     )
 
     @property
-    def span(self) -> tuple[int, int]:
+    def span(self) -> Span:
         """Sink and window of local attention in training (tokens)."""
-        embedded = self.model == MODEL_NAME
-        sink = self.sink if self.sink is not None else SINK if embedded else TRAIN_SINK
-        return sink, self.window or (WINDOW if embedded else TRAIN_WINDOW)
+        return resolve_span(self.sink, self.window, default_span(self.model, TRAINING_SPAN))
+
+    @property
+    def serving_span(self) -> Span:
+        """Sink and window that the profile asks for (tokens)."""
+        return resolve_span(
+            self.serve_sink, self.serve_window, default_span(self.model, SERVING_SPAN)
+        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

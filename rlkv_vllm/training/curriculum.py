@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.masked import Draw, solve
-from rlkv_vllm.profile.io import write_text_atomic
+from rlkv_vllm.files import write_text_atomic
+from rlkv_vllm.hf.answers import Draw, solve
 from rlkv_vllm.tasks import Problem, Task
 
 if TYPE_CHECKING:

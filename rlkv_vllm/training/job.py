@@ -17,19 +17,17 @@ from accelerate.utils import gather_object
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
-from rlkv_vllm.evaluation.masked import Draw, HeadSplit, solve
 from rlkv_vllm.evaluation.rows import with_rows
+from rlkv_vllm.files import one_line, read_json_object, write_text_atomic
+from rlkv_vllm.hf.answers import Draw, HeadSplit, solve
+from rlkv_vllm.hf.gated_attention import attach_gates
+from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
-from rlkv_vllm.profile.io import (
-    check_matches,
-    load_profile,
-    one_line,
-    read_json_object,
-    save_profile,
-    write_text_atomic,
-)
+from rlkv_vllm.profile.io import check_matches, load_profile, save_profile
+from rlkv_vllm.rollouts.queue import Rollouts
+from rlkv_vllm.search.refine import REFINE_FILE, refine_gates
+from rlkv_vllm.search.search import Streaming, full_heads
 from rlkv_vllm.tasks import Task, get_task, skip_note
-from rlkv_vllm.testbed import MODEL_NAME, SINK, WINDOW
 from rlkv_vllm.training.config import (
     RUN_FILE,
     TrainConfig,
@@ -38,13 +36,8 @@ from rlkv_vllm.training.config import (
     save_run,
 )
 from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
-from rlkv_vllm.training.gated_attention import attach_gates
-from rlkv_vllm.training.loading import load_model
-from rlkv_vllm.training.refine import REFINE_FILE, refine_gates
 from rlkv_vllm.training.report import write_report
-from rlkv_vllm.training.rollouts import Rollouts
 from rlkv_vllm.training.run_log import METRICS_FILE, OnStep, RunLog, best_gates
-from rlkv_vllm.training.search import Streaming, full_heads
 from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
 
 if TYPE_CHECKING:
@@ -52,8 +45,6 @@ if TYPE_CHECKING:
 
 PROFILE_FILE, FINISHED_FILE = "profile.json", "finished.json"
 SOURCE = "arXiv:2510.08525 (RLKV)"
-#: Published sink and window when serving.
-SERVE_SINK, SERVE_WINDOW = 16, 64
 
 
 @dataclass(frozen=True)
@@ -314,14 +305,6 @@ def _draw(config: TrainConfig, args: RlkvConfig) -> Draw | None:
     return None if greedy else Draw(args.temperature, args.top_p, args.top_k)
 
 
-def _serve_span(config: TrainConfig) -> tuple[int, int]:
-    embedded = config.model == MODEL_NAME
-    sink = config.serve_sink
-    if sink is None:
-        sink = SINK if embedded else SERVE_SINK
-    return sink, config.serve_window or (WINDOW if embedded else SERVE_WINDOW)
-
-
 def _curriculum(
     config: TrainConfig,
     args: RlkvConfig,
@@ -371,7 +354,7 @@ def _refine(
 ) -> list[list[float]]:
     """Refine on the problems of the curriculum, with sink and window as served."""
     wanted = config.refine
-    sink, window = _serve_span(config)
+    sink, window = config.serving_span
     rank, world = args.process_index, args.world_size
 
     def judge(which: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
@@ -421,7 +404,7 @@ def _profile(
     curriculum: Curriculum,
     made: _Made,
 ) -> HeadProfile:
-    sink, window = _serve_span(config)
+    sink, window = config.serving_span
     settings = config.model_dump(mode="json", exclude={"output", "evaluation"})
     # Where a local copy lies is nobody else's business.
     settings |= {"model": fingerprint.id, "task": {**settings["task"], "name": task.name}}

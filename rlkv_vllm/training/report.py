@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 
 from rlkv_vllm.evaluation.plot import Point, accuracy_figure
-from rlkv_vllm.evaluation.statistics import wilson_interval
-from rlkv_vllm.profile.io import one_line, write_text_atomic
+from rlkv_vllm.files import one_line, write_text_atomic
 from rlkv_vllm.profile.plot import profile_figure
 from rlkv_vllm.profile.schema import EvaluationRow
+from rlkv_vllm.statistics import wilson_interval
 from rlkv_vllm.training.report_charts import (
     gate_summary_figure,
     gates_figure,

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import load_profile, one_line
+from rlkv_vllm.files import one_line
+from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.profile.schema import HeadProfile
 
 

@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import write_text_atomic
-from rlkv_vllm.training.gated_attention import GatedAttention
+from rlkv_vllm.files import write_text_atomic
+from rlkv_vllm.hf.gated_attention import GatedAttention
 from rlkv_vllm.training.run_folder import step_rows
 
 METRICS_FILE, GATES_LOG_FILE = "metrics.jsonl", "gates.jsonl"

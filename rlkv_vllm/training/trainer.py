@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.profile.io import write_bytes_atomic, write_text_atomic
+from rlkv_vllm.files import write_bytes_atomic, write_text_atomic
+from rlkv_vllm.hf.gated_attention import GatedAttention
+from rlkv_vllm.rollouts.queue import RolloutQueue, Rollouts, Sampling
 from rlkv_vllm.tasks import Problem, Task, output_text
-from rlkv_vllm.training.gated_attention import GatedAttention
 from rlkv_vllm.training.penalty import penalty_weight
-from rlkv_vllm.training.rollouts import RolloutQueue, Rollouts, Sampling
 
 GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from tests.e2e.asking import client_of
-from tests.e2e.server import KEY, Server
+from tests.support.asking import client_of
+from tests.support.server import KEY, Server
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # its price list would come from the network
 

@@ -10,8 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.asking import ask, is_right, problems
-from tests.e2e.server import KEY, Server
+from tests.support.asking import ask, is_right, problems
+from tests.support.server import KEY, Server
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "a="}]

@@ -14,10 +14,10 @@ import litellm
 import pytest
 from langchain_openai import ChatOpenAI
 
-from rlkv_vllm.testbed import model_dir
-from rlkv_vllm.testbed.problems import ReasonedProblem
-from tests.e2e.asking import is_right, problems
-from tests.e2e.server import KEY, Server, environment, metric
+from rlkv_vllm.models import model_dir
+from rlkv_vllm.tasks.puzzles import ReasonedProblem
+from tests.support.asking import is_right, problems
+from tests.support.server import KEY, Server, environment, metric
 
 #: Of litellm's own types.
 pytestmark = pytest.mark.filterwarnings("ignore:.*ReadOnly.*:UserWarning")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from rlkv_vllm import testbed
+from rlkv_vllm import models
 from rlkv_vllm.serving import healthcheck
-from tests.deploy import DEPLOY, metric_names
-from tests.e2e.server import ANSWER_TIMEOUT_S, Server
+from tests.support.deploy import DEPLOY, metric_names
+from tests.support.server import ANSWER_TIMEOUT_S, Server
 
 KEY = "a key with spaces"
 
@@ -69,8 +69,8 @@ def test_dashboard_and_alerts_use_metrics_that_the_server_has(split: Server) -> 
 def test_a_server_without_the_plugin_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """VLLM's own server with the plugin taken away by hand."""
     flags = {
-        "--model": str(testbed.model_dir()),
-        "--served-model-name": testbed.MODEL_NAME,
+        "--model": str(models.model_dir()),
+        "--served-model-name": models.MODEL_NAME,
         "--dtype": "float32",
         "--kv-cache-memory-bytes": "64M",
         "--additional-config": json.dumps({"rlkv": {"profile": "embedded"}}),

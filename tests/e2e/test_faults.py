@@ -23,8 +23,9 @@ import pytest
 
 from rlkv_vllm.bench.server import free_port
 from rlkv_vllm.profile.lookup import find_profile
-from tests.e2e.asking import ask, client_of, problems
-from tests.e2e.server import (
+from tests.support.asking import ask, client_of, problems
+from tests.support.machine import ranks_lock
+from tests.support.server import (
     ANSWER_TIMEOUT_S,
     KEY,
     RLKV,
@@ -34,7 +35,6 @@ from tests.e2e.server import (
     metric,
     wait_for,
 )
-from tests.machine import ranks_lock
 
 _WORD = "lorpus"  # stands in every question of the testbed's chains
 

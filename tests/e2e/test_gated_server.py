@@ -20,13 +20,14 @@ from schemathesis.generation import GenerationMode
 pytest.importorskip("trl")
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.rollout import open_rollouts
+from rlkv_vllm.hf.gated_attention import attach_gates
+from rlkv_vllm.hf.loading import load_model
+from rlkv_vllm.rollouts import open_rollouts
 from rlkv_vllm.tasks import get_task
 from rlkv_vllm.training.config import make_config
-from rlkv_vllm.training.gated_attention import attach_gates
 from rlkv_vllm.training.job import run
-from rlkv_vllm.training.loading import load_model
-from tests.e2e.server import (
+from tests.e2e.test_schema import operations_of, statuses
+from tests.support.server import (
     ANSWER_TIMEOUT_S,
     KEY,
     RLKV,
@@ -35,7 +36,6 @@ from tests.e2e.server import (
     environment,
     outliving,
 )
-from tests.e2e.test_schema import operations_of, statuses
 
 #: A row of every layer differs from the others.
 GATES = [[0.1 * layer, 1.0, 0.9, 0.0] for layer in range(5)]

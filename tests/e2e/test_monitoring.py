@@ -19,8 +19,8 @@ import pytest
 
 from rlkv_vllm.bench.server import free_port
 from rlkv_vllm.serving.status import SplitForecast, SplitStatus
-from tests.e2e.asking import while_answering
-from tests.e2e.server import ANSWER_TIMEOUT_S, KEY, Server, wait_for
+from tests.support.asking import while_answering
+from tests.support.server import ANSWER_TIMEOUT_S, KEY, Server, wait_for
 
 METRICS = (
     "active",

@@ -16,8 +16,8 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.e2e.asking import ask, is_right, problems
-from tests.e2e.server import KEY, Server
+from tests.support.asking import ask, is_right, problems
+from tests.support.server import KEY, Server
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PATIENCE_S = 30

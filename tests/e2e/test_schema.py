@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.e2e.server import ANSWER_TIMEOUT_S, KEY, Server
+from tests.support.server import ANSWER_TIMEOUT_S, KEY, Server
 
 CHECKS = [
     not_a_server_error,

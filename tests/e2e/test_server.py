@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from tests.e2e.asking import ask, client_of, is_right, problems
-from tests.e2e.drain import check_drain
-from tests.e2e.server import ANSWER_TIMEOUT_S, KEY, Server
+from tests.support.asking import ask, client_of, is_right, problems
+from tests.support.drain import check_drain
+from tests.support.server import ANSWER_TIMEOUT_S, KEY, Server
 
 
 def test_right_answers_with_the_reasoning_separated(client: openai.OpenAI) -> None:

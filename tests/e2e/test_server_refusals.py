@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import rlkv_vllm
-from tests.e2e.server import RLKV, START_TIMEOUT_S, Server, environment
+from tests.support.server import RLKV, START_TIMEOUT_S, Server, environment
 
 #: The check of the installation is left out, so that only the proof at start is left.
 _WITHOUT_PREFLIGHT = """

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.asking import client_of, while_answering
-from tests.e2e.drain import check_drain
-from tests.e2e.server import KEY, Server, wait_for
 from tests.e2e.test_monitoring import get, metrics
+from tests.support.asking import client_of, while_answering
+from tests.support.drain import check_drain
+from tests.support.server import KEY, Server, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import VOCAB, make_checkpoint
-from tests.engines import EngineCache, write_profile
+from tests.support.checkpoints import VOCAB, make_checkpoint
+from tests.support.engines import EngineCache, write_profile
 
 
 @pytest.fixture(scope="session")

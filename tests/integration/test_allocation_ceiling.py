@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlkv_vllm.errors import RlkvError
-from tests.scripts import load_benchmark
+from tests.support.scripts import load_benchmark
 
 pytest.importorskip("trl")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlkv_vllm.allocation.cluster import (
+from rlkv_vllm.allocation.forecast import CacheGeometry, forecast_split
+from rlkv_vllm.bench.simulate import make_scheduler, simulate
+from rlkv_vllm.planning.fleet import (
     GPUS,
     Lengths,
     Replica,
@@ -13,10 +15,8 @@ from rlkv_vllm.allocation.cluster import (
     replicas_of,
     sustained,
 )
-from rlkv_vllm.allocation.forecast import CacheGeometry, forecast_split
-from rlkv_vllm.allocation.roofline import ModelSize
-from rlkv_vllm.bench.simulate import make_scheduler, simulate
-from tests.profiles import random_gates
+from rlkv_vllm.planning.roofline import ModelSize
+from tests.support.profiles import random_gates
 
 MODEL = ModelSize(28, 2048, 6144, 16, 8, 128, vocab=32000)
 GATES = random_gates(28, 8)
@@ -81,7 +81,7 @@ def test_a_replica_holds_what_is_planned_and_not_much_more() -> None:
 
 
 def test_the_split_has_its_ring_managers() -> None:
-    from rlkv_vllm.engine.ring_manager import RingManager
+    from rlkv_vllm.engine.cache.ring_manager import RingManager
 
     one = replica("split", 0.5, 0.25, 256)
     managers = make_scheduler(one, 4096).kv_cache_manager.coordinator.single_type_managers

@@ -20,13 +20,14 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.request import Request
 
+from rlkv_vllm.engine.cache.head_cache import HeadCacheLayer, register_head_caches
+from rlkv_vllm.engine.cache.specs import RingSpec
 from rlkv_vllm.engine.config import SplitPlan, split_plan
-from rlkv_vllm.engine.cpu_backend import SplitCPUBackend
-from rlkv_vllm.engine.head_cache import HeadCacheLayer, register_head_caches
+from rlkv_vllm.engine.cpu.backend import SplitCPUBackend
 from rlkv_vllm.engine.report import SplitReport
-from rlkv_vllm.engine.specs import RingSpec
+from rlkv_vllm.models import load_model_fingerprint
 from rlkv_vllm.plugin import register
-from rlkv_vllm.profile.io import load_model_fingerprint, save_profile
+from rlkv_vllm.profile.io import save_profile
 from rlkv_vllm.profile.schema import HeadProfile, Provenance
 
 register()

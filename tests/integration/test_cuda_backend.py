@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlkv_vllm.serving.arguments import engine_classes
-from tests.checkpoints import make_checkpoint
-from tests.cuda_on_cpu import Result, Scenario, run_scenarios
+from rlkv_vllm.engine.launch import engine_options
 from tests.integration.conftest import random_prompt
 from tests.integration.test_gated import GATED, random_gates
 from tests.integration.test_gated import differences as gated_differences
-from tests.oracle import count_differences
+from tests.support.checkpoints import make_checkpoint
+from tests.support.cuda_on_cpu import Result, Scenario, run_scenarios
+from tests.support.oracle import count_differences
 
 pytest.importorskip("triton")
 
@@ -66,8 +66,7 @@ def results(model: Path, profile_of: Callable[..., Path]) -> list[Result]:
     )
     gated = {
         "num_gpu_blocks_override": 13,
-        "additional_config": GATED,
-        **engine_classes(is_split=False),
+        **engine_options(GATED["rlkv"]),
     }
     return run_scenarios(
         [

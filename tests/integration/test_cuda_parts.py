@@ -35,15 +35,15 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.utils import clear_layer_kv_caches
 
 from rlkv_vllm.engine import cuda_backend, gated_layer, split_layer
+from rlkv_vllm.engine.cache.specs import RingSpec
 from rlkv_vllm.engine.config import gated_config, split_plan
-from rlkv_vllm.engine.cuda_backend import GatedCUDAImpl, SplitCUDABackend, SplitCUDAImpl
-from rlkv_vllm.engine.specs import RingSpec
+from rlkv_vllm.engine.cuda.backend import GatedCUDAImpl, SplitCUDABackend, SplitCUDAImpl
 from rlkv_vllm.engine.support import check_supported
 from rlkv_vllm.engine.worker_extension import RlkvWorkerExtension
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.kernels.layer_cache import OFFSET_UNIT
+from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT
 from rlkv_vllm.plugin import register
-from tests.checkpoints import make_checkpoint
+from tests.support.checkpoints import make_checkpoint
 
 register()
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlkv_vllm.evaluation import masked
 from rlkv_vllm.evaluation.served import Sampling, answer
 from rlkv_vllm.evaluation.splits import find_candidates, plan
-from rlkv_vllm.serving.arguments import engine_classes
+from rlkv_vllm.hf import answers
+from rlkv_vllm.models import model_dir
 from rlkv_vllm.tasks import get_task
-from rlkv_vllm.testbed import model_dir
-from tests.engines import EngineCache
+from tests.support.engines import EngineCache
 
 N, CAP = 12, 120
 
@@ -34,17 +33,16 @@ def test_served_answers_are_those_of_the_masked_model(engines: EngineCache) -> N
                 "dtype": "float32",
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": 64 << 20,
-                **engine_classes(),
             },
         )
     finally:
         cleanup_dist_env_and_memory()
-    expected = masked.solve(
+    expected = answers.solve(
         AutoModelForCausalLM.from_pretrained(source, dtype="float32"),
         AutoTokenizer.from_pretrained(source),
         task,
         problems,
-        split=masked.HeadSplit(split.full_heads, split.sink, split.window),
+        split=answers.HeadSplit(split.full_heads, split.sink, split.window),
         max_new_tokens=CAP,
     )
     assert list(served.correct) == expected.correct

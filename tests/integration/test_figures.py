@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client import REGISTRY
 
+from rlkv_vllm.engine.cache.ring_manager import RingManager
 from rlkv_vllm.engine.config import split_plan
-from rlkv_vllm.engine.ring_manager import RingManager
 from rlkv_vllm.serving.metrics import RlkvStatLogger
 from rlkv_vllm.serving.status import ByKind, CacheFigures
-from tests.engines import (
+from tests.integration.conftest import random_prompt
+from tests.support.engines import (
     EngineCache,
     blocks_in_tables,
     blocks_in_use,
@@ -21,7 +22,6 @@ from tests.engines import (
     pool_is_restored,
     scheduler,
 )
-from tests.integration.conftest import random_prompt
 
 if TYPE_CHECKING:
     from vllm import LLM

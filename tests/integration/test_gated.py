@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlkv_vllm.engine.gates import LiveGates, gates_version, get_gates, set_gates
+from rlkv_vllm.engine.gated.live import LiveGates, gates_version, get_gates, set_gates
+from rlkv_vllm.engine.launch import engine_options
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.serving.arguments import engine_classes
-from rlkv_vllm.training.gated_attention import attach_gates
-from tests.checkpoints import ARCHITECTURES, NUM_KV_HEADS, NUM_LAYERS
-from tests.engines import EngineCache, generate, pool_is_restored, run_script, scheduler
+from rlkv_vllm.hf.gated_attention import attach_gates
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import ALL_FULL, UNEVEN, stock
-from tests.oracle import count_differences
+from tests.support.checkpoints import ARCHITECTURES, NUM_KV_HEADS, NUM_LAYERS
+from tests.support.engines import EngineCache, generate, pool_is_restored, run_script, scheduler
+from tests.support.oracle import count_differences
 
 SINK, WINDOW = 5, 33
 GATED = {"rlkv": {"mode": "gated", "sink": SINK, "window": WINDOW}}
@@ -33,8 +33,7 @@ def gated(engines: EngineCache) -> Callable[..., Any]:
     return partial(
         engines.get,
         max_model_len=1024,
-        additional_config=GATED,
-        **engine_classes(is_split=False),
+        **engine_options(GATED["rlkv"]),
     )
 
 
@@ -155,7 +154,7 @@ _SERVER = """
 import asyncio, json, sys
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
-from rlkv_vllm.engine.gates import GET_METHOD, GatesUpdater, LiveGates, gates_version
+from rlkv_vllm.engine.gated.live import GET_METHOD, GatesUpdater, LiveGates, gates_version
 
 async def ask(engine, prompt, i):
     params = SamplingParams(

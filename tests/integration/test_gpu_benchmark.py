@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "gpu_engine.py"
+from tests.support import ROOT
+
+BENCHMARK = ROOT / "benchmarks" / "gpu_engine.py"
 
 
 def run(out: Path, *arguments: str) -> str:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from rlkv_vllm.engine.config import split_plan
-from tests.checkpoints import NUM_KV_HEADS, NUM_LAYERS
-from tests.engines import EngineCache, generate, pool_is_restored
 from tests.integration.conftest import random_prompt
-from tests.oracle import count_differences, logprobs
+from tests.support import ROOT
+from tests.support.checkpoints import NUM_KV_HEADS, NUM_LAYERS
+from tests.support.engines import EngineCache, generate, pool_is_restored
+from tests.support.oracle import count_differences, logprobs
 
 #: Layers with some, without any, with all, and with one full head.
 UNEVEN = ((0, 1), (), (0, 1, 2, 3), (2,))
@@ -167,7 +168,7 @@ def test_a_cache_of_8_bits_is_the_oracle_with_rounded_keys(
 
 _STOCK = """
 import json, sys
-from tests.engines import engine, generate
+from tests.support.engines import engine, generate
 from pathlib import Path
 model, options, prompts = json.loads(sys.stdin.read())
 with engine(Path(model), **options) as llm:
@@ -185,7 +186,7 @@ def stock(model: Path, prompts: list[list[int]], **options: Any) -> list[Any]:
         [sys.executable, "-c", _STOCK],
         input=json.dumps([str(model), options, prompts]),
         env=os.environ | {"VLLM_PLUGINS": "none"},
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         text=True,
         capture_output=True,
         check=False,

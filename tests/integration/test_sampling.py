@@ -24,11 +24,11 @@ from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
 
 from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.models import MODEL_NAME, model_dir
 from rlkv_vllm.profile.lookup import find_profile
-from rlkv_vllm.testbed import MODEL_NAME, model_dir
-from rlkv_vllm.testbed.problems import FAMILIES, make_problems
-from tests import oracle
-from tests.engines import EngineCache, block_pool, pool_is_restored, scheduler
+from rlkv_vllm.tasks.puzzles import FAMILIES, make_problems
+from tests.support import ROOT, oracle
+from tests.support.engines import EngineCache, block_pool, pool_is_restored, scheduler
 
 SPARSITY, END = 0.5, 3  # <|end|>
 BLOCKS = 150
@@ -353,7 +353,7 @@ def test_reset_of_the_prefix_cache_while_requests_run(llm: LLM, expected: Expect
 _DRAFTS = """
 import json, sys
 from pathlib import Path
-from tests.engines import engine, generate, pool_is_restored, preemptions, scheduler
+from tests.support.engines import engine, generate, pool_is_restored, preemptions, scheduler
 model, profile, options, waves = json.loads(sys.stdin.read())
 with engine(Path(model), Path(profile), **options) as llm:
     drafts, count = [], scheduler(llm).make_spec_decoding_stats
@@ -392,7 +392,7 @@ def test_rejected_drafts_do_not_disturb_a_ring(
     done = subprocess.run(
         [sys.executable, "-c", _DRAFTS],
         input=json.dumps([str(model_dir()), str(profile_path), options, [asked, asked[-1:]]]),
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         text=True,
         capture_output=True,
         check=False,

@@ -12,11 +12,18 @@ from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
 
-from rlkv_vllm.engine.scheduler import BlockUse
-from tests.engines import EngineCache, generate, greedy, pool_is_restored, preemptions, scheduler
+from rlkv_vllm.engine.cache.scheduler import BlockUse
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import ALL_STREAMING, PROMPT_LENGTHS, UNEVEN
-from tests.oracle import count_differences, logprobs
+from tests.support.engines import (
+    EngineCache,
+    generate,
+    greedy,
+    pool_is_restored,
+    preemptions,
+    scheduler,
+)
+from tests.support.oracle import count_differences, logprobs
 
 SINK, WINDOW, BLOCK = 16, 64, 16
 RETENTION = 256

@@ -12,22 +12,21 @@ import pytest
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.profile.io import load_profile
-from tests.engines import run_script
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import UNEVEN
-from tests.oracle import count_differences
+from tests.support.engines import run_script
+from tests.support.oracle import count_differences
 
 _ENGINE = """
 import json, sys
 from vllm import LLM, SamplingParams
-from rlkv_vllm.serving.arguments import engine_classes
+from rlkv_vllm.engine.launch import engine_options
 if __name__ == "__main__":
     model, profile, ranks, max_tokens, prompts = json.loads(sys.stdin.read())
     llm = LLM(
         model, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=1024,
         tensor_parallel_size=ranks, kv_cache_memory_bytes=32 << 20, block_size=16,
-        additional_config={"rlkv": {"profile": profile}},
-        **engine_classes(),
+        **engine_options({"profile": profile}),
     )
     params = SamplingParams(
         temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("trl")
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.rollouts.queue import Gates, Rollout, Sampling
 from rlkv_vllm.training.config import TrainConfig
 from rlkv_vllm.training.job import Listener, run
-from rlkv_vllm.training.rollouts import Gates, Rollout, Sampling
 from tests.integration.test_train import config, rows
 
 STEPS = 6

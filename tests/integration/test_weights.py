@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engines import EngineCache, generate
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import ALL_FULL, UNEVEN
-from tests.oracle import count_differences
+from tests.support.engines import EngineCache, generate
+from tests.support.oracle import count_differences
 
 SINK, WINDOW = 16, 64
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -29,13 +29,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.engines import engine, pool_is_restored, scheduler, write_profile  # before vLLM
+from tests.support.engines import engine, pool_is_restored, scheduler, write_profile  # before vLLM
 
 import httpx  # isort: skip
 import psutil  # isort: skip
 
-from tests.checkpoints import VOCAB, make_checkpoint  # isort: skip
-from tests.e2e.server import Server, metric, wait_for  # isort: skip
+from tests.support.checkpoints import VOCAB, make_checkpoint  # isort: skip
+from tests.support.server import Server, metric, wait_for  # isort: skip
 from tests.integration.test_parity import UNEVEN  # isort: skip
 
 SINK, WINDOW, BLOCK, CHUNK = 16, 64, 16, 256

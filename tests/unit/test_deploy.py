@@ -23,12 +23,12 @@ from packaging.utils import canonicalize_name
 
 import rlkv_vllm
 from rlkv_vllm.bench.server import free_port
+from rlkv_vllm.engine.launch import SCHEDULER, WORKER_EXTENSION
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving import healthcheck
-from rlkv_vllm.serving.arguments import SCHEDULER, WORKER_EXTENSION, parse
-from rlkv_vllm.testbed import example_question
-from rlkv_vllm.testbed.problems import make_problems
-from tests.deploy import ALERTS, DASHBOARD, DEPLOY, ROOT, metric_names, panels
+from rlkv_vllm.serving.arguments import parse
+from rlkv_vllm.tasks.puzzles import example_question, make_problems
+from tests.support.deploy import ALERTS, DASHBOARD, DEPLOY, ROOT, metric_names, panels
 
 COMPOSE_FILES = sorted(DEPLOY.glob("compose*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import MAX_FILE_BYTES, read_json_object
 from rlkv_vllm.profile import hub, lookup
-from rlkv_vllm.profile.io import MAX_FILE_BYTES, load_profile, profile_text, read_json_object
+from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.profile.published import import_published
-from tests.profiles import assert_one_line, make_profile
+from tests.support.profiles import assert_one_line, make_profile
 
 
 class _TouchesWhenUnpickled:

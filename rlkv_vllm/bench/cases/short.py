@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from rlkv_vllm.allocation.roofline import Device
 from rlkv_vllm.bench.case import Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine
+from rlkv_vllm.planning.roofline import Device
 
 
 class Short(Case):

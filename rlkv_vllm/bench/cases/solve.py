@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from rlkv_vllm.allocation.roofline import Device
 from rlkv_vllm.bench.case import Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine
 from rlkv_vllm.evaluation.served import Sampling, answer_with
+from rlkv_vllm.planning.roofline import Device
 from rlkv_vllm.tasks import get_task
 
 

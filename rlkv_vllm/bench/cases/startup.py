@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from rlkv_vllm.allocation.roofline import Device
 from rlkv_vllm.bench.case import Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine
+from rlkv_vllm.planning.roofline import Device
 
 
 class Startup(Case):

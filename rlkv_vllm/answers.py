@@ -1,0 +1,72 @@
+"""How answers are sampled, and what an answer is: the same types wherever answers are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Sampling(BaseModel):
+    """Sampling parameters; names, meaning and defaults as in vLLM's `SamplingParams`.
+
+    Attributes:
+        max_tokens: length limit of an answer.
+        temperature: 0 for greedy decoding.
+        top_p: smallest set of tokens with at least this probability.
+        top_k: that many most likely tokens; 0 for all.
+        min_p: least probability of a token, as a share of the most likely one's.
+        repetition_penalty: 1 for none.
+        stop_token_ids: tokens that end an answer.
+        seed: of the random numbers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+    def describe(self) -> str:
+        """In words, for titles."""
+        if self.is_greedy:
+            return "greedy"
+        limits = [f"temperature {self.temperature:g}"]
+        if self.top_p < 1:
+            limits.append(f"top-p {self.top_p:g}")
+        if self.top_k:
+            limits.append(f"top-k {self.top_k}")
+        return ", ".join(limits)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote for one prompt.
+
+    Attributes:
+        token_ids: generated tokens; the end token is the last one if there is one.
+        prompt_ids: the prompt, where it is known.
+        logprobs: of every token, as sampled; None where nobody asked for them.
+        text: the output as a task scores it.
+        is_correct: whether the task accepts it.
+        hit_cap: whether the token limit cut it off.
+    """
+
+    token_ids: Sequence[int]
+    prompt_ids: Sequence[int] = ()
+    logprobs: Sequence[float] | None = None
+    text: str = ""
+    is_correct: bool = False
+    hit_cap: bool = False

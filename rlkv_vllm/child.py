@@ -1,0 +1,160 @@
+"""A child process that answers questions: an engine beside a trainer, or one of a benchmark."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import one_line
+
+#: Called in the child: gives the first reply, and the function that answers each question.
+Setup = Callable[..., tuple[Any, Callable[[Any], Any]]]
+
+
+class Child:
+    """A process started anew (a fork would inherit threads), with one question at a time.
+
+    It ends with its parent, however that ends. Ctrl-C is for the parent.
+
+    Args:
+        name: what it is, for errors, e.g. ``"the split engine"``.
+        setup: a function of a module; runs in the child.
+        args: for `setup`, picklable.
+        environment: set before the child imports anything; None removes a variable.
+        log: file for all that the child prints; kept only if it fails. None: the parent's stderr.
+        advice: how to go on after its death, for errors.
+
+    Attributes:
+        started: the first reply.
+
+    Raises:
+        RlkvError: `setup` raised, or the process died.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        setup: Setup,
+        *args: Any,
+        environment: Mapping[str, str | None] = {},
+        log: Path | None = None,
+        advice: str = "out of memory?",
+    ) -> None:
+        self._name, self._log, self._advice = name, log, advice
+        self._failed = False
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(theirs, log, setup, args), name=name)
+        with _environment(environment):
+            self._process.start()
+        theirs.close()
+        try:
+            self.started = self._reply()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, question: Any) -> Any:
+        """The reply to a question.
+
+        Raises:
+            RlkvError: the function that answers raised, or the process died.
+        """
+        try:
+            self._pipe.send(question)
+        except OSError:
+            raise self._died() from None
+        return self._reply()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()  # an idle child ends by that
+        self._process.join(5)
+        self._process.terminate()
+        self._process.join(10)
+        self._process.kill()
+        self._process.join()
+        if self._log is not None and not self._failed:
+            self._log.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _reply(self) -> Any:
+        try:
+            failed, content = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._died() from None
+        if failed:
+            raise RlkvError(content)
+        return content
+
+    def _died(self) -> RlkvError:
+        self._process.join(10)
+        self._failed = True
+        code = self._process.exitcode
+        how = f"was killed by signal {-code}" if code and code < 0 else f"ended with status {code}"
+        said = ""
+        if self._log is not None:
+            lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines()]
+            errors = [line for line in lines if "Error" in line] or [line for line in lines if line]
+            said = f": {errors[-1][-300:] if errors else 'it said nothing'} (log: {self._log})"
+        return RlkvError(f"{self._name} {how}{said}; {self._advice}")
+
+
+def _run(pipe: Connection, log: Path | None, setup: Setup, args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if log is not None:
+        # Libraries write below Python, too.
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    try:
+        reply, answer = setup(*args)
+        pipe.send((False, reply))
+        while True:
+            pipe.send((False, answer(pipe.recv())))
+    except (EOFError, BrokenPipeError):
+        pass
+    except RlkvError as error:
+        pipe.send((True, str(error)))
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        pipe.send((True, f"{type(error).__name__}: {one_line(error)}"))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables of this process, changed while a child starts."""
+    before = {name: os.environ.get(name) for name in changes}
+
+    def put(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(changes)
+    try:
+        yield
+    finally:
+        put(before)

@@ -1,0 +1,1 @@
+"""The split cache inside vLLM: specs, block managers, cache layers, scheduler."""

@@ -1,0 +1,1 @@
+"""The split cache on the CPU."""

@@ -1,0 +1,266 @@
+"""Attention on the CPU with full and streaming heads in one layer.
+
+Full heads go through vLLM's own C++ paged attention. So do streaming heads, over the short block
+tables of :mod:`rlkv_vllm.kernels.cpu.ring_tiles`, or, where those do not serve the sink, through
+:mod:`rlkv_vllm.kernels.cpu.streaming`. Without a split plan everything is vLLM's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionLayer, MultipleOf
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+    _get_attn_isa,
+)
+
+from rlkv_vllm.allocation.forecast import BLOCK_SIZE_MULTIPLE
+from rlkv_vllm.engine.cache.head_cache import HeadGroup, LayerHeads
+from rlkv_vllm.engine.cache.split_layer import StepMetadata, register_layer, step_metadata
+from rlkv_vllm.engine.config import gated_config, split_config, split_plan
+from rlkv_vllm.engine.cpu.heads import FullHeads, Heads, RingHeads, SplitMetadata, StreamingHeads
+from rlkv_vllm.engine.cpu.paged import CacheNumber
+from rlkv_vllm.engine.gated.cpu import GatedCPUImpl
+from rlkv_vllm.engine.support import check_layer_supported
+from rlkv_vllm.kernels.cpu.ring_tiles import serves
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+class SplitCPUBackend(CPUAttentionBackend):
+    """Stands in for ``CPU_ATTN``; vLLM's own classes do the work without a split plan."""
+
+    # Both caches of a layer are written in forward(): the attention layer itself owns none.
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: object | None = None,
+    ) -> list[int | MultipleOf]:
+        """vLLM prefers multiples of 32 on the CPU; its kernel takes 16, which rings want."""
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None and split_config(vllm_config) is None:
+            return CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @staticmethod
+    def get_impl_cls() -> type[SplitCPUImpl | GatedCPUImpl]:
+        """The attention implementation."""
+        if gated_config(get_current_vllm_config()) is not None:
+            return GatedCPUImpl
+        return SplitCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SplitCPUMetadataBuilder]:
+        """The metadata builder."""
+        return SplitCPUMetadataBuilder
+
+
+class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Keeps the step's tensors; vLLM's builder when there is no split plan."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        self.split = split_config(vllm_config) is not None
+        if not self.split:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            return
+        self.kv_cache_spec = kv_cache_spec
+        self.layer_names = layer_names
+        self.vllm_config = vllm_config
+        self.device = device
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """Metadata of one step for one block table."""
+        if not self.split:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return SplitMetadata(**StepMetadata.fields_of(common_attn_metadata))
+
+
+@dataclass(frozen=True)
+class _HeadIndex:
+    """Which heads of a layer each group has.
+
+    Attributes:
+        heads: KV heads and query heads of each group.
+        order: where each query head of the layer is found in the groups' side by side.
+    """
+
+    heads: list[tuple[torch.Tensor, torch.Tensor]]
+    order: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: LayerHeads, queries_per_kv: int) -> _HeadIndex | None:
+        """The index of a layer, or None when one group has all its heads."""
+        if len(layer.groups) == 1:
+            return None
+        kv_heads = [torch.tensor(group.kv_heads) for group in layer.groups]
+        each = torch.arange(queries_per_kv)
+        query_heads = [(heads[:, None] * queries_per_kv + each).flatten() for heads in kv_heads]
+        return cls(list(zip(kv_heads, query_heads, strict=True)), torch.cat(query_heads).argsort())
+
+
+class SplitCPUImpl(CPUAttentionBackendImpl):
+    """Attention of one layer; vLLM's own when there is no split plan."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+            **kwargs,
+        )
+        self._vllm_config = get_current_vllm_config()
+        self.plan = split_plan(self._vllm_config)
+        if self.plan is not None:
+            check_layer_supported(
+                alibi_slopes=alibi_slopes,
+                sliding_window=sliding_window,
+                logits_soft_cap=logits_soft_cap,
+                attn_type=attn_type,
+                sinks=sinks,
+                kv_sharing_target=kv_sharing_target_layer_name,
+            )
+        self.heads: LayerHeads | None = None
+        self._bound: list[Heads] | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Register the layer's head caches: the only hook before vLLM collects cache specs."""
+        super().process_weights_after_loading(act_dtype)
+        if self.plan is None or self.heads is not None:
+            return
+        self.heads = register_layer(self, self.plan, self._vllm_config, act_dtype, self._unbind)
+        self.prepare(act_dtype)
+
+    def prepare(self, act_dtype: torch.dtype) -> None:
+        """Derive from the layer's heads what every step needs."""
+        assert self.plan is not None
+        assert self.heads is not None
+        self._isa = _get_attn_isa(
+            act_dtype, self.plan.geometry.block_size, self.head_size, self.kv_cache_dtype
+        )
+        self._names = [group.metadata_name for group in self.heads.groups]
+        self._split = _HeadIndex.of(self.heads, self.num_queries_per_kv)
+
+    def _bind(self, group: HeadGroup, layer: AttentionLayer) -> Heads:
+        assert self.heads is not None
+        assert self.plan is not None
+        geometry = self.plan.geometry
+        number = CacheNumber(self.kv_cache_dtype, layer._k_scale_float, layer._v_scale_float)
+        if group is self.heads.full:
+            return FullHeads(group.view(), self._isa, self.scale, number)
+        if serves(geometry.sink, geometry.window) and not self.is_fp8_kv_cache:
+            return RingHeads(group.view(), geometry, self.scale)
+        return StreamingHeads(group.view(), geometry, self.scale, number)
+
+    def _unbind(self) -> None:
+        self._bound = None
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the step's KV and attend.
+
+        Args:
+            layer: the attention layer.
+            query: ``[tokens, query heads, head_dim]``.
+            key: ``[tokens, KV heads, head_dim]``.
+            value: as ``key``.
+            kv_cache: the cache of the layer's first head; unused when split.
+            attn_metadata: None while vLLM profiles the model.
+            output: ``[tokens, query heads, head_dim]``, filled in place.
+            output_scale: not supported by the CPU backend.
+            output_block_scale: not supported by the CPU backend.
+        """
+        if attn_metadata is None:
+            return output
+        if self.plan is None:
+            if key is not None and value is not None and not self._shares_cache(layer):
+                self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+            return super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        assert self.heads is not None
+        if self._bound is None:
+            self._bound = [self._bind(group, layer) for group in self.heads.groups]
+        metadata = step_metadata()
+        n = attn_metadata.num_actual_tokens
+        answer = output
+        if len(query) != n:  # padded; four slices cost as much as a call of the operator
+            query, key, value, answer = query[:n], key[:n], value[:n], output[:n]
+        if self._split is None:
+            self._bound[0].attend(metadata[self._names[0]], query, key, value, answer)
+            return output
+        parts = []
+        for heads, name, (kv_heads, query_heads) in zip(
+            self._bound, self._names, self._split.heads, strict=True
+        ):
+            q = query.index_select(1, query_heads)
+            k, v = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
+            parts.append(torch.empty_like(q))
+            heads.attend(metadata[name], q, k, v, parts[-1])
+        torch.index_select(torch.cat(parts, 1), 1, self._split.order, out=answer)
+        return output
+
+    @staticmethod
+    def _shares_cache(layer: AttentionLayer) -> bool:
+        return getattr(layer, "kv_sharing_target_layer_name", None) is not None

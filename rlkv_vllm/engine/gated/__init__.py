@@ -1,0 +1,1 @@
+"""Gated mode: full caches and a gate per KV head."""

@@ -1,0 +1,212 @@
+"""The one way to make an engine with a split cache, or one in gated mode.
+
+`rlkv serve`, `rlkv eval`, `rlkv bench`, rollouts, tests and the public API take the engine's
+classes from here, and the proof that every worker's cache is really split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rlkv_vllm.engine.config import CONFIG_KEY, GATED, SplitPlan, split_plan
+from rlkv_vllm.engine.report import SplitReport
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import one_line
+from rlkv_vllm.profile.choice import choose_profile
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.engine.protocol import EngineClient
+
+WORKER_EXTENSION = "rlkv_vllm.engine.worker_extension.RlkvWorkerExtension"
+SCHEDULER = "rlkv_vllm.engine.cache.scheduler.SplitScheduler"
+CPU_WORKER = "rlkv_vllm.engine.cpu.worker.SplitCPUWorker"
+
+#: vLLM's 128 tokens are longer than many prompts: their answers would not share a cache.
+GATED_CPU_BLOCK_SIZE = 32
+
+REPORT_METHOD = "rlkv_split_report"
+_REPORT_TIMEOUT_S = 60.0
+
+
+def split(
+    profile: str,
+    sparsity: float | None = None,
+    *,
+    sink: int | None = None,
+    window: int | None = None,
+    retention_interval: int | None = None,
+    additional_config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` and of vLLM's `EngineArgs` for a split cache.
+
+    ``LLM(model, **split("profile.json", sparsity=0.5))`` is the engine that `rlkv serve` makes.
+    The profile is read and checked now; whether it fits the model is checked by the engine,
+    before weights are loaded.
+
+    Args:
+        profile: a file, a packaged name, or ``org/repo[@revision][:file]`` on the Hugging Face
+            hub.
+        sparsity: share of streaming KV heads, 0 to 1; None: what the profile recommends.
+        sink: first tokens that streaming heads keep; None: the profile's.
+        window: last tokens that streaming heads keep; None: the profile's.
+        retention_interval: prompt tokens between two places at which another prompt with the same
+            beginning can resume from the prefix cache; 0 for none, None for the default.
+        additional_config: further entries of vLLM's ``additional_config``.
+
+    Raises:
+        RlkvError: no such profile, it is not valid, or a value is out of range.
+    """
+    choice = choose_profile(profile, sparsity, sink=sink, window=window)
+    config = choice.engine_config()
+    if retention_interval is not None:
+        config["retention_interval"] = retention_interval
+    return engine_options(config, additional_config)
+
+
+def engine_options(
+    config: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for a split cache or gated mode.
+
+    Args:
+        config: ``additional_config["rlkv"]``.
+        additional_config: its other entries.
+    """
+    from vllm.platforms import current_platform
+
+    is_gated = config.get("mode") == GATED
+    options: dict[str, Any] = {
+        "additional_config": {**(additional_config or {}), CONFIG_KEY: dict(config)},
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+    if current_platform.is_cpu():
+        options["worker_cls"] = CPU_WORKER
+    if not is_gated:
+        options["scheduler_cls"] = SCHEDULER  # counts the blocks of each kind of head
+        return options
+    options["logprobs_mode"] = "processed_logprobs"  # as sampled, which trainers need
+    if current_platform.is_cpu():
+        options["block_size"] = GATED_CPU_BLOCK_SIZE
+    return options
+
+
+def start(model: str, config: Mapping[str, Any] | None, **options: Any) -> LLM:
+    """An engine, its split proven.
+
+    Args:
+        model: model folder or Hub id.
+        config: ``additional_config["rlkv"]``; None: stock vLLM.
+        options: more arguments of `vllm.LLM`; they win over those of `engine_options`.
+
+    Raises:
+        RlkvError: the cache is not split as configured.
+    """
+    from vllm import LLM
+
+    if config is not None:
+        options = engine_options(config) | options
+    llm = LLM(model, **options)
+    if config is not None and config.get("mode") != GATED:
+        try:
+            prove(llm)
+        except BaseException:
+            llm.llm_engine.engine_core.shutdown()
+            raise
+    return llm
+
+
+@contextmanager
+def started(model: str, config: Mapping[str, Any] | None, **options: Any) -> Iterator[LLM]:
+    """As `start`; the engine is shut down when the block ends."""
+    llm = start(model, config, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def prove(llm: LLM) -> list[SplitReport]:
+    """Ask every worker what it built, and compare that with the plan.
+
+    A plugin that fails to load is only logged by vLLM, and the engine would keep full caches.
+
+    Args:
+        llm: an engine made with `split`.
+
+    Returns:
+        A report per worker.
+
+    Raises:
+        RlkvError: a worker cannot answer, keeps full caches, or built another split.
+    """
+    plan = split_plan(llm.llm_engine.vllm_config)
+    try:
+        answers = llm.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
+    except Exception as error:  # whatever it is, nothing is proven
+        raise not_split(f"no report from the workers: {one_line(error)}") from error
+    return check_reports(answers, plan)
+
+
+async def prove_async(engine_client: EngineClient, plan: SplitPlan) -> list[SplitReport]:
+    """As `prove`, of a server's engine."""
+    try:
+        answers = await engine_client.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
+    except Exception as error:  # whatever it is, nothing is proven
+        raise not_split(f"no report from the workers: {one_line(error)}") from error
+    return check_reports(answers, plan)
+
+
+def check_reports(answers: Sequence[dict[str, Any]], plan: SplitPlan | None) -> list[SplitReport]:
+    """Compare what the workers answered with the plan.
+
+    Raises:
+        RlkvError: as `prove`.
+    """
+    if plan is None:
+        raise not_split(f"additional_config has no entry '{CONFIG_KEY}' with a profile")
+    tp_size = plan.groups.allocation.tp_size
+    if sorted(answer.get("rank", -1) for answer in answers) != list(range(tp_size)):
+        raise not_split(f"{len(answers)} of {tp_size} workers answered")
+    return [_checked(answer, plan) for answer in answers]
+
+
+def _checked(answer: dict[str, Any], plan: SplitPlan) -> SplitReport:
+    worker = f"worker {answer['rank']}"
+    if not answer["active"]:
+        unsplit = answer["unsplit_layers"]
+        why = (
+            f"{len(unsplit)} attention layers keep full caches, e.g. {unsplit[0]}"
+            if unsplit
+            else f"it has {answer['full_head_caches']} full and "
+            f"{answer['streaming_head_caches']} streaming head caches"
+        )
+        raise not_split(f"{worker}: {why}")
+    report = SplitReport.from_dict(answer)
+    expected = SplitReport.of(plan, answer["rank"], report.num_blocks)
+    for what in _MUST_AGREE:
+        built, planned = getattr(report, what), getattr(expected, what)
+        if built != planned:
+            raise not_split(f"{worker} has {what} {built}, expected {planned}")
+    return report
+
+
+_MUST_AGREE = (
+    "profile_sha256",
+    "sparsity",
+    "full_heads",
+    "streaming_heads",
+    "sink",
+    "window",
+    "block_size",
+)
+
+
+def not_split(why: str) -> RlkvError:
+    """The error of an engine whose cache is not split."""
+    return RlkvError(
+        f"the KV cache is not split ({why}): run `rlkv doctor`, and see that nothing removes "
+        "'rlkv' from VLLM_PLUGINS"
+    )

@@ -1,0 +1,1 @@
+"""Models in transformers with gates or per-head masks."""

@@ -1,0 +1,454 @@
+"""Attention with one gate per KV head, in any Hugging Face decoder, without patching its code.
+
+``out = gate * full_attention + (1 - gate) * local_attention`` per KV head (RLKV, arXiv 2510.08525,
+eq. 3; the same mix as DuoAttention, arXiv 2410.10819). Transformers lets a model look up its
+attention function and its mask function by name; both are registered here, one name per backend.
+
+Two backends: `sdpa` has a boolean mask of all T x S pairs, `flex` a block mask. Where there is
+one query per sequence, both use the boolean mask: a row of S booleans is small, and a block of
+128 queries would be computed for it.
+
+Shape suffixes: B sequences, T query tokens, S key tokens, L layers, H KV heads, Q query heads
+(``Q = H * G``), D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.hf import flex, sharding
+
+#: `auto` is flex on CUDA and sdpa elsewhere, wherever the model is when it runs.
+Backend = Literal["auto", "sdpa", "flex"]
+#: Names of the attention and mask functions in transformers' registries, by backend.
+IMPLEMENTATIONS = {name: f"rlkv_gated_{name}" for name in get_args(Backend)}
+#: Name of the gate parameter of every attention module.
+GATE_NAME = "rlkv_gate"
+
+_HANDLE_NAME = "_rlkv_gated_attention"
+
+
+def local_mask(allowed_B1TS: torch.Tensor, sink: int, window: int) -> torch.Tensor:
+    """The keys that a streaming head sees, of those that a full head sees.
+
+    Counts allowed keys instead of using positions, so that it holds under padding on either side
+    and with any cache.
+
+    Args:
+        allowed_B1TS: boolean causal mask, padding included.
+        sink: number of first tokens that every query sees (tokens).
+        window: number of last tokens, the query's own included (tokens).
+
+    Returns:
+        Boolean ``[B, 1, T, S]``.
+    """
+    rank = allowed_B1TS.cumsum(-1, dtype=torch.int32)
+    total = rank[..., -1:]
+    return allowed_B1TS & ((rank <= sink) | (rank > total - window))
+
+
+class GatedAttention:
+    """The gates of one model while they are attached to it; made by `attach_gates`.
+
+    Starts in soft mode with all gates 1, which equals the ungated model. A context manager:
+    leaving it detaches.
+
+    The model may be wrapped in DDP, FSDP2 (`fully_shard`, accelerate's `fsdp_version: 2`) or
+    DeepSpeed ZeRO afterwards: gates are parameters of the attention modules, are sharded and
+    reduced with them, and are the only ones that train. All processes must then call `set_soft`
+    with values, `values` and `mean` together.
+
+    Attributes:
+        model: the model.
+        sink: first tokens that local attention sees.
+        window: last tokens that local attention sees, the query's own included.
+        num_kv_heads: H.
+        is_hard: whether heads are full or streaming as `set_hard` said, whatever the gates.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        sink: int,
+        window: int,
+        backend: Backend,
+    ) -> None:
+        config = model.config.get_text_config()
+        self.model = model
+        self.sink = sink
+        self.window = window
+        self.num_kv_heads: int = (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        self.is_hard = False
+        self._layers = list(layers)
+        self._full: tuple[tuple[bool, ...], ...] = ()
+        self._full_BLH: torch.Tensor | None = None  # where every sequence has its own
+        self._masks: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._frozen = [weight for weight in model.parameters() if weight.requires_grad]
+        self._implementation = model.config._attn_implementation
+        for weight in self._frozen:
+            weight.requires_grad_(False)
+        for layer in self._layers:
+            device = next(layer.parameters()).device
+            gate = nn.Parameter(torch.ones(self.num_kv_heads, device=device))
+            layer.register_parameter(GATE_NAME, gate)
+            setattr(layer, _HANDLE_NAME, self)
+        model.set_attn_implementation(IMPLEMENTATIONS[backend])
+
+    @property
+    def gates(self) -> list[nn.Parameter]:
+        """The parameter of every layer, float32 ``[H]``, lowest layer first.
+
+        They are parameters of the model named ``...self_attn.rlkv_gate``. Ask again after the
+        model has been wrapped: sharding replaces parameters.
+        """
+        return [getattr(layer, GATE_NAME) for layer in self._layers]
+
+    def set_soft(self, values_LH: Sequence[Sequence[float]] | None = None) -> None:
+        """Mix full and local attention by the gates, after setting them to `values_LH` if given.
+
+        Raises:
+            RlkvError: if `values_LH` is not ``[L][H]``.
+        """
+        if values_LH is not None:
+            shape = (len(self._layers), self.num_kv_heads)
+            if len(values_LH) != shape[0] or any(len(row) != shape[1] for row in values_LH):
+                raise RlkvError(
+                    f"gates have {[len(row) for row in values_LH]} values per layer: the model "
+                    f"has {shape[0]} layers of {shape[1]} KV heads"
+                )
+            sharding.settle(self.model)
+            for gate, row in zip(self.gates, values_LH, strict=True):
+                sharding.write(gate, torch.tensor(row))
+        self.is_hard = False
+
+    def set_hard(self, full_heads: Sequence[Collection[int]]) -> None:
+        """Make `full_heads` full heads and all others streaming heads, whatever the gates.
+
+        Args:
+            full_heads: KV heads per layer, as `rlkv_vllm.allocation.Allocation.full`.
+
+        Raises:
+            RlkvError: if the number of layers is wrong or a head does not exist.
+        """
+        self._full = self._table(full_heads)
+        self._full_BLH = None
+        self.is_hard = True
+
+    def set_hard_each(self, allocations: Sequence[Sequence[Collection[int]]]) -> None:
+        """`set_hard` with full heads of its own for every sequence of the next forward passes.
+
+        Only with a boolean mask: attach with the backend `sdpa`.
+
+        Args:
+            allocations: one per sequence of the batch, each as `set_hard` takes it.
+
+        Raises:
+            RlkvError: as `set_hard`.
+        """
+        self._full_BLH = torch.tensor(
+            [self._table(full_heads) for full_heads in allocations], device=self.model.device
+        )
+        self.is_hard = True
+
+    def select_sequences(self, rows: torch.Tensor) -> None:
+        """Follow a batch of which only `rows` go on, as a cache's `batch_select_indices`."""
+        if self._full_BLH is not None:
+            self._full_BLH = self._full_BLH[rows]
+
+    def _table(self, full_heads: Sequence[Collection[int]]) -> tuple[tuple[bool, ...], ...]:
+        """Whether a head is full, ``[L][H]``."""
+        if len(full_heads) != len(self._layers):
+            raise RlkvError(
+                f"full heads are given for {len(full_heads)} layers: the model has "
+                f"{len(self._layers)}"
+            )
+        for layer, heads in enumerate(full_heads):
+            for head in heads:
+                if not 0 <= head < self.num_kv_heads:
+                    raise RlkvError(
+                        f"full head {head} of layer {layer} does not exist: the model has KV "
+                        f"heads 0 to {self.num_kv_heads - 1}"
+                    )
+        return tuple(
+            tuple(head in heads for head in range(self.num_kv_heads)) for heads in full_heads
+        )
+
+    def values(self) -> list[list[float]]:
+        """The present gates, ``[L][H]``."""
+        return [sharding.read(gate).tolist() for gate in self.gates]
+
+    def mean(self) -> torch.Tensor:
+        """Mean absolute gate over all layers and KV heads, a scalar that gradients flow through."""
+        return torch.cat([sharding.whole(gate) for gate in self.gates]).abs().mean()
+
+    def clamp_after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make every step of `optimizer`, which must train gates only, end in [0, 1].
+
+        Done in the optimizer, so that it reaches whatever a wrapper has made of its parameters:
+        shards, or float32 copies. Give torch's own optimizer, before accelerate prepares it.
+        """
+
+        def clamp(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.clamp_(0.0, 1.0)
+
+        optimizer.register_step_post_hook(clamp)
+
+    def detach(self) -> None:
+        """Give the model back as it was: attention, trainable weights, no gates."""
+        if self._layers:
+            for layer in self._layers:
+                delattr(layer, GATE_NAME)
+                delattr(layer, _HANDLE_NAME)
+            for weight in self._frozen:
+                weight.requires_grad_(True)
+            self.model.set_attn_implementation(self._implementation)
+            self._layers = []
+            self._masks = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query_BQTD: torch.Tensor,
+        key_BHSD: torch.Tensor,
+        value_BHSD: torch.Tensor,
+        allowed: torch.Tensor | flex.BlockMasks,
+        **options: Any,
+    ) -> torch.Tensor:
+        """One layer; returns ``[B, T, Q, D]``."""
+        group = query_BQTD.shape[1] // key_BHSD.shape[1]
+
+        def attend(full_H: tuple[bool, ...] | torch.Tensor) -> torch.Tensor:
+            if isinstance(allowed, flex.BlockMasks):
+                if isinstance(full_H, torch.Tensor):
+                    raise RlkvError("full heads of their own for every sequence need backend sdpa")
+                full_Q = tuple(full for full in full_H for _ in range(group))
+                blocks = allowed.get(full_Q, self.sink, self.window, query_BQTD.device)
+                return flex.attend(query_BQTD, key_BHSD, value_BHSD, blocks, **options)
+            mask_BHTS = self._mask(allowed, full_H)
+            if query_BQTD.shape[2] == 1:
+                return _attend_one(query_BQTD, key_BHSD, value_BHSD, mask_BHTS, **options)
+            mask = mask_BHTS if mask_BHTS.shape[1] == 1 else mask_BHTS.repeat_interleave(group, 1)
+            return sdpa_attention_forward(
+                module, query_BQTD, key_BHSD, value_BHSD, mask, **options
+            )[0]
+
+        if self.is_hard:
+            layer = module.layer_idx
+            each = self._full_BLH
+            return attend(self._full[layer] if each is None else each[:, layer])
+        full_BTQD = attend((True,) * self.num_kv_heads)
+        local_BTQD = attend((False,) * self.num_kv_heads)
+        # In float32 for bfloat16 models: near 1, bfloat16 has steps of 1/256, and the gradient
+        # of a gate is a sum over all tokens.
+        gate_Q1 = getattr(module, GATE_NAME).repeat_interleave(group)[:, None]
+        return (gate_Q1 * full_BTQD + (1 - gate_Q1) * local_BTQD).to(full_BTQD.dtype)
+
+    def _mask(
+        self, allowed_B1TS: torch.Tensor, full_H: tuple[bool, ...] | torch.Tensor
+    ) -> torch.Tensor:
+        """Visible keys: ``[B, 1, T, S]`` where all heads are alike, else ``[B, H, T, S]``.
+
+        A tensor of full heads is ``[B, H]``.
+        """
+        if isinstance(full_H, torch.Tensor):
+            return torch.where(full_H[..., None, None], allowed_B1TS, self._local(allowed_B1TS))
+        if all(full_H):
+            return allowed_B1TS
+        local_B1TS = self._local(allowed_B1TS)
+        if not any(full_H):
+            return local_B1TS
+        full_H11 = torch.tensor(full_H, device=allowed_B1TS.device)[:, None, None]
+        return torch.where(full_H11, allowed_B1TS, local_B1TS)
+
+    def _local(self, allowed_B1TS: torch.Tensor) -> torch.Tensor:
+        """The local mask of a forward pass: made by its first layer, shared by the others."""
+        # Keeping the causal mask alive is what makes the comparison by identity safe.
+        if self._masks is None or self._masks[0] is not allowed_B1TS:
+            self._masks = (allowed_B1TS, local_mask(allowed_B1TS, self.sink, self.window))
+        return self._masks[1]
+
+
+def _attend_one(
+    query_BQ1D: torch.Tensor,
+    key_BHSD: torch.Tensor,
+    value_BHSD: torch.Tensor,
+    mask_BH1S: torch.Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """A decode step; returns ``[B, 1, Q, D]``.
+
+    The query heads of a KV head become queries of one head, so that no key or value is copied.
+    """
+    num_sequences, num_heads, one, size = query_BQ1D.shape
+    grouped_BHGD = query_BQ1D.reshape(num_sequences, key_BHSD.shape[1], -1, size)
+    out_BHGD = nn.functional.scaled_dot_product_attention(
+        grouped_BHGD, key_BHSD, value_BHSD, mask_BH1S, dropout_p=dropout, scale=scaling
+    )
+    return out_BHGD.reshape(num_sequences, one, num_heads, size)
+
+
+def attach_gates(
+    model: PreTrainedModel, sink: int, window: int, backend: Backend = "auto"
+) -> GatedAttention:
+    """Give every KV head of `model` a gate and freeze all its weights.
+
+    Args:
+        model: a Hugging Face decoder whose layers all have causal attention over all tokens.
+        sink: first tokens that local attention sees, >= 0.
+        window: last tokens that local attention sees, the query's own included, >= 1.
+        backend: `sdpa` computes streaming heads as dearly as full heads, everywhere. `flex`
+            skips what they do not see; on CUDA it is compiled, on the CPU it is slow and has no
+            gradients. `auto` is flex on CUDA, else sdpa.
+
+    Raises:
+        RlkvError: if the model has sliding-window layers, has gates already, or does not look up
+            its attention function by name; if sink, window or backend are out of range.
+    """
+    kind = type(model).__name__
+    if backend not in IMPLEMENTATIONS:
+        raise RlkvError(f"backend {backend}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+    if sink < 0 or window < 1:
+        raise RlkvError(f"sink {sink}, window {window}: sink must be >= 0 and window >= 1")
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        layer_types = ["sliding_attention" if sliding else "full_attention"]
+    other = sorted(set(layer_types) - {"full_attention"})
+    if other:
+        raise RlkvError(
+            f"model {kind} has layers of type {', '.join(other)}: only models whose layers all "
+            "have full attention can be gated; set `sliding_window` to null in config.json if "
+            "the model works without"
+        )
+    if not model._supports_attention_backend:
+        raise RlkvError(
+            f"model {kind} does not support transformers' AttentionInterface: use an "
+            "architecture that does, such as Qwen3, Qwen2, Llama or Mistral"
+        )
+    layers = sorted(
+        (
+            module
+            for module in model.modules()
+            if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+        ),
+        key=lambda module: module.layer_idx,
+    )
+    if [layer.layer_idx for layer in layers] != list(range(config.num_hidden_layers)):
+        raise RlkvError(
+            f"model {kind} has {len(layers)} attention layers with KV heads, its config says "
+            f"{config.num_hidden_layers}: use a decoder with one attention per layer"
+        )
+    if any(hasattr(layer, GATE_NAME) for layer in layers):
+        raise RlkvError(f"model {kind} has gates already: call detach() on them first")
+    return GatedAttention(model, layers, sink, window, backend)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | flex.BlockMasks | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    if not isinstance(attention_mask, flex.BlockMasks) and (
+        attention_mask is None or attention_mask.dtype != torch.bool
+    ):
+        given = "none" if attention_mask is None else f"one of {attention_mask.dtype}"
+        raise RlkvError(
+            f"gated attention needs a boolean attention mask, got {given}: give the model a mask "
+            "[sequences, tokens], or none at all"
+        )
+    handle: GatedAttention = getattr(module, _HANDLE_NAME)
+    return handle._attend(module, query, key, value, attention_mask, **options), None
+
+
+def _boolean_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    # Without a mask there would be nothing to derive the local mask from.
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: torch.Tensor | None = sdpa_mask(*args, **(kwargs | skips))
+    return mask
+
+
+def _block_masks(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | flex.BlockMasks | None:
+    # All else takes the boolean mask as well: packed sequences, and static caches, which have
+    # room behind the queries and tell the offset on the device only.
+    plain = (
+        mask_function is causal_mask_function
+        and isinstance(q_offset, int)
+        and kv_length == q_offset + q_length
+        and (attention_mask is None or attention_mask.shape[1] == kv_length)
+    )
+    if q_length == 1 or not plain:
+        return _boolean_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **kwargs,
+        )
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    return flex.BlockMasks(attention_mask, q_length)
+
+
+def _fitting_mask(
+    *, device: torch.device | str = "cpu", **kwargs: Any
+) -> torch.Tensor | flex.BlockMasks | None:
+    make = _block_masks if torch.device(device).type == "cuda" else _boolean_mask
+    return make(device=device, **kwargs)
+
+
+# Both or neither: a name missing from the mask registry silently means no mask at all.
+for _backend, _make_mask in (
+    ("auto", _fitting_mask),
+    ("sdpa", _boolean_mask),
+    ("flex", _block_masks),
+):
+    AttentionInterface.register(IMPLEMENTATIONS[_backend], _attention)
+    AttentionMaskInterface.register(IMPLEMENTATIONS[_backend], _make_mask)

@@ -1,0 +1,261 @@
+"""Streaming-head attention as dense paged attention over short block tables, for the CPU.
+
+vLLM's C++ paged attention knows causal and sliding-window masks, no sinks. A *tile* - up to
+``window`` consecutive query tokens of one request - becomes a request of its own whose table is
+
+    [window before the tile] [sinks] [the tile's own tokens]
+
+Keys keep no position in the cache (it is rotated into them), so their order is free. With a
+sliding window of ``sink + window`` over this table every query sees exactly its window and the
+sinks: the sinks stand between the window's old end and the query, so they never leave, and
+they push the window's start out by just their number. Only the two ends of a table
+may hold part of a page: the causal mask cuts one, the sliding window the other. That is why a
+sink must be whole pages; :mod:`rlkv_vllm.kernels.cpu.streaming` takes any.
+
+A decode step reads the cache in place. A prefill reads a scratch cache of the same layout, since
+a chunk's tokens that leave the window before the chunk ends have no block (lean prefill).
+
+Pages here are ``PAGE`` tokens, whatever the block size: a block of a streaming head is
+``block_size / PAGE`` of them, and slots count alike.
+
+Shape suffixes: N tokens, M requests, P tiles, W pages of a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+#: Tokens of a page: the smallest that vLLM's kernel takes.
+PAGE = 16
+
+#: Most query tokens of a tile. From 16 to 256 the length made no difference (CPU, 2026-11-24).
+MAX_TILE = 64
+
+_Ints = NDArray[np.int64]
+
+
+def serves(sink: int, window: int) -> bool:
+    """Whether tables of pages can express the mask."""
+    return sink % PAGE == 0 and window >= PAGE
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles as vLLM's operator takes requests.
+
+    Attributes:
+        rows: rows of the step that the tiles answer, in order; None: all of them.
+        tables: int32 ``[P, W]``, page ids.
+        lengths: int32 ``[P]``, keys in each table.
+        starts: int32 ``[P + 1]``, first row of each tile among ``rows``.
+    """
+
+    rows: torch.Tensor | None
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    starts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where the pages of a prefill come from.
+
+    Attributes:
+        num_pages: of the scratch cache.
+        cached: page ids in the cache that are copied.
+        copies: their pages in the scratch cache.
+        ends: pages that hold the last token of a request: what follows it is read and masked.
+        slots: int64, scratch slots of the new tokens of ``Tiles.rows``.
+    """
+
+    num_pages: int
+    cached: torch.Tensor
+    copies: torch.Tensor
+    ends: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RingStep:
+    """One step of all streaming heads that read one block table.
+
+    Attributes:
+        slots: int64 ``[N]``, cache slots of the new tokens; -1 where there is no block.
+        decode: requests with one new token, over the cache.
+        prefill: the others, over the scratch cache.
+        scratch: with ``prefill``.
+    """
+
+    slots: torch.Tensor
+    decode: Tiles | None
+    prefill: Tiles | None
+    scratch: Scratch | None
+
+
+def plan_ring_step(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    block_size: int,
+    sink: int,
+    window: int,
+    null_block: int = 0,
+) -> RingStep:
+    """Tables of one step, shared by all layers.
+
+    Args:
+        block_table: int32 ``[M, max blocks]``, entry ``i`` holds positions ``i * block_size ..``;
+            entries out of the window may be stale.
+        seq_lens: ``[M]`` tokens after this step, new ones included.
+        query_start_loc: ``[M + 1]`` first row of each request.
+        slot_mapping: ``[N]`` slot of each new token; in the null block where it has none.
+        block_size: tokens per block, a multiple of ``PAGE``.
+        sink: first tokens kept; see :func:`serves`.
+        window: last tokens kept, the query's own included.
+        null_block: id of the block that nobody owns.
+    """
+    # numpy: at these sizes a torch operation costs several times as much.
+    table = block_table.numpy()
+    ends = seq_lens.numpy().astype(np.int64)
+    starts = query_start_loc.numpy().astype(np.int64)
+    news = np.diff(starts)
+    geometry = _Geometry(sink // PAGE, window, block_size // PAGE)
+    slots = slot_mapping
+    single = news == 1
+    decode = prefill = scratch = None
+    if single.all():
+        decode = _decode(table, ends, None, geometry)
+        return RingStep(slots, decode, None, None)
+    slots = torch.where(slot_mapping >= (null_block + 1) * block_size, slot_mapping, -1)
+    if single.any():
+        decode = _decode(table[single], ends[single], starts[:-1][single], geometry)
+    many = news > 1
+    prefill, scratch = _prefill(table[many], ends[many], news[many], starts[:-1][many], geometry)
+    return RingStep(slots, decode, prefill, scratch)
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    sink_pages: int
+    window: int
+    pages_per_block: int
+
+    def first_page(self, positions: _Ints) -> _Ints:
+        """First page after the sinks that a query at a position sees."""
+        return np.maximum((positions - self.window + 1) // PAGE, self.sink_pages)
+
+    def page_ids(self, tables: NDArray[np.int32], requests: _Ints, pages: _Ints) -> _Ints:
+        blocks = tables[requests, pages // self.pages_per_block].astype(np.int64)
+        return blocks * self.pages_per_block + pages % self.pages_per_block
+
+
+def _tables(first: _Ints, last: _Ints, geometry: _Geometry) -> tuple[_Ints, _Ints]:
+    """Logical pages of tiles, and how many keys precede each tile's own pages.
+
+    Args:
+        first: position of each tile's first query.
+        last: of its last.
+        geometry: sizes.
+    """
+    sinks = geometry.sink_pages
+    own, end = first // PAGE, last // PAGE
+    window_from = geometry.first_page(first)
+    # A tile that begins among the sinks sees all before it: its table is the request's own.
+    num_window = np.where(own < sinks, 0, own - window_from)
+    num_sinks = np.minimum(own, sinks)
+    before = num_window + num_sinks
+    width = int((before + end - own).max()) + 1
+    j = np.arange(width)
+    pages = np.where(
+        j < num_window[:, None],
+        window_from[:, None] + j,
+        np.where(
+            j < before[:, None],
+            j - num_window[:, None],
+            np.minimum(own[:, None] + j - before[:, None], end[:, None]),
+        ),
+    )
+    return pages, before * PAGE
+
+
+def _decode(
+    tables: NDArray[np.int32], ends: _Ints, rows: _Ints | None, geometry: _Geometry
+) -> Tiles:
+    positions = ends - 1
+    pages, before = _tables(positions, positions, geometry)
+    requests = np.arange(len(ends))
+    return Tiles(
+        rows=None if rows is None else torch.from_numpy(rows),
+        tables=_int32(geometry.page_ids(tables, requests[:, None], pages)),
+        lengths=_int32(before + positions % PAGE + 1),
+        starts=torch.arange(len(ends) + 1, dtype=torch.int32),
+    )
+
+
+def _prefill(
+    tables: NDArray[np.int32], ends: _Ints, news: _Ints, rows: _Ints, geometry: _Geometry
+) -> tuple[Tiles, Scratch]:
+    sinks = geometry.sink_pages
+    first, last = ends - news, ends - 1
+    requests = np.arange(len(ends))
+
+    # Scratch pages of a request: its sinks, then the window before the chunk and the chunk.
+    from_page = geometry.first_page(first)
+    end_page = last // PAGE + 1
+    num_sinks = np.minimum(end_page, sinks)
+    num_pages = num_sinks + np.maximum(end_page - from_page, 0)
+    base = np.cumsum(num_pages) - num_pages
+    total = int(num_pages.sum())
+
+    def scratch_pages(requests: _Ints, pages: _Ints) -> _Ints:
+        after_sinks = num_sinks[requests] + pages - from_page[requests]
+        return base[requests] + np.where(pages < sinks, pages, after_sinks)
+
+    owner = np.repeat(requests, num_pages)
+    page = np.arange(total) - base[owner]
+    page = np.where(page < num_sinks[owner], page, page - num_sinks[owner] + from_page[owner])
+    copies = np.flatnonzero(page * PAGE < first[owner])
+    cached = geometry.page_ids(tables, owner[copies], page[copies])
+
+    owner_N = np.repeat(requests, news)
+    offset_N = np.arange(len(owner_N)) - (np.cumsum(news) - news)[owner_N]
+    position_N = first[owner_N] + offset_N
+    slots_N = scratch_pages(owner_N, position_N // PAGE) * PAGE + position_N % PAGE
+
+    # Tiles begin at page boundaries, but for the first of a request.
+    tile = max(PAGE, min(MAX_TILE, geometry.window // PAGE * PAGE))
+    aligned = first // PAGE * PAGE
+    num_tiles = (last - aligned) // tile + 1
+    owner_P = np.repeat(requests, num_tiles)
+    tile_P = np.arange(len(owner_P)) - (np.cumsum(num_tiles) - num_tiles)[owner_P]
+    begin_P = aligned[owner_P] + tile_P * tile
+    first_P = np.maximum(begin_P, first[owner_P])
+    last_P = np.minimum(begin_P + tile - 1, last[owner_P])
+    pages_PW, before_P = _tables(first_P, last_P, geometry)
+    starts = np.zeros(len(owner_P) + 1, np.int32)
+    np.cumsum(last_P - first_P + 1, out=starts[1:])
+    return (
+        Tiles(
+            rows=torch.from_numpy(rows[owner_N] + offset_N),
+            tables=_int32(scratch_pages(owner_P[:, None], pages_PW)),
+            lengths=_int32(before_P + last_P - first_P // PAGE * PAGE + 1),
+            starts=torch.from_numpy(starts),
+        ),
+        Scratch(
+            num_pages=total,
+            cached=torch.from_numpy(cached),
+            copies=torch.from_numpy(copies),
+            ends=torch.from_numpy(scratch_pages(requests, last // PAGE)),
+            slots=torch.from_numpy(slots_N),
+        ),
+    )
+
+
+def _int32(values: _Ints) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int32))

@@ -1,0 +1,159 @@
+"""Models by name: their folder, their config and their fingerprint.
+
+The only place that knows the name `embedded`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlkv_vllm.allocation.span import Span
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import one_line, read_json_object
+from rlkv_vllm.profile import hub
+from rlkv_vllm.profile.schema import ModelFingerprint
+
+#: What users call the model.
+MODEL_NAME = "embedded"
+#: The stock vLLM parser that separates `<think> ... </think>` from the answer.
+REASONING_PARSER = "deepseek_r1"
+#: Cache of the embedded model in bytes: hundreds of its longest requests.
+EMBEDDED_CACHE_BYTES = 256 * 2**20
+#: Sink and window: a tenth of a sequence of 190 tokens.
+EMBEDDED_SPAN = Span(4, 16)
+
+
+def model_dir() -> Path:
+    """The folder of the shipped weights, tokenizer and config.
+
+    Raises:
+        RlkvError: if the weights are missing from this installation.
+    """
+    folder = Path(__file__).parent / "testbed" / "weights"
+    if not (folder / "model.safetensors").is_file():
+        raise RlkvError(
+            f"{folder}: no model.safetensors of the embedded reasoner: install the package again, "
+            f"or make it with `rlkv testbed train --output {folder}`"
+        )
+    return folder
+
+
+def model_source(name: str) -> str:
+    """Where to load the model `name` from: the shipped weights for `MODEL_NAME`.
+
+    Raises:
+        RlkvError: as `model_dir`.
+    """
+    return str(model_dir()) if name == MODEL_NAME else name
+
+
+def fingerprint_from_config(
+    config: Any, model_id: str, revision: str | None = None
+) -> ModelFingerprint:
+    """Read the architecture out of a Hugging Face model config.
+
+    Args:
+        config: the dict of a `config.json`, or an object with `to_dict()` (transformers'
+            `PretrainedConfig`). A nested `text_config` (multimodal models) is followed.
+        model_id: Hugging Face id or path, kept for the record.
+        revision: commit or tag, kept for the record.
+
+    Raises:
+        RlkvError: naming the key that is missing or no positive integer.
+    """
+    if not isinstance(config, Mapping):
+        to_dict: Callable[[], dict[str, Any]] = config.to_dict
+        config = to_dict()
+    text = config.get("text_config")
+    nested = text if isinstance(text, Mapping) else config
+    model_type = nested.get("model_type") or config.get("model_type")
+    if not isinstance(model_type, str):
+        raise RlkvError(
+            f"model {one_line(model_id)}: config.json has no model_type: give a decoder model "
+            "in Hugging Face format"
+        )
+
+    def count(key: str, default: int | None = None) -> int:
+        value = nested.get(key)
+        if value is None:
+            value = default
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise RlkvError(
+                f"model {one_line(model_id)}: config.json has {key} {one_line(repr(value), 60)}, "
+                "a positive integer is needed: give a decoder model in Hugging Face format"
+            )
+        return value
+
+    query_heads = count("num_attention_heads")
+    hidden = nested.get("hidden_size")
+    return ModelFingerprint(
+        id=model_id,
+        revision=revision,
+        model_type=model_type,
+        num_layers=count("num_hidden_layers"),
+        num_query_heads=query_heads,
+        num_kv_heads=count("num_key_value_heads", query_heads),
+        head_dim=count("head_dim", hidden // query_heads if type(hidden) is int else None),
+    )
+
+
+def load_model_config(model: str, revision: str | None = None) -> tuple[dict[str, Any], str | None]:
+    """The `config.json` of a local model folder or a model on the Hugging Face hub.
+
+    Args:
+        model: a local folder, or `org/name` on the hub.
+        revision: commit, branch or tag on the hub.
+
+    Returns:
+        The config, and the commit it came from (`revision` for a local folder).
+
+    Raises:
+        RlkvError: if there is no such model, it is offline and not cached, or the file is
+            not valid JSON.
+    """
+    folder = _local_folder(model)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise RlkvError(
+                f"model {one_line(model)}: the folder has no config.json: give a model folder "
+                "in Hugging Face format"
+            )
+        return read_json_object(folder / "config.json"), revision
+    if not hub.is_repo_id(model):
+        raise RlkvError(
+            f"model {one_line(model)}: neither a folder nor an `org/name` on the Hugging Face "
+            "hub: check the path"
+        )
+    path, commit = hub.download(model, "config.json", revision, what="model")
+    return read_json_object(path), commit
+
+
+def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFingerprint:
+    """Fingerprint of a local model folder or of a model on the hub.
+
+    Raises:
+        RlkvError: as `load_model_config` and `fingerprint_from_config`.
+    """
+    config, commit = load_model_config(model, revision)
+    folder = _local_folder(model)
+    # Where somebody's copy lies is nobody else's business: a local model is known by its name.
+    name = model if folder is None else folder.resolve().name or model
+    return fingerprint_from_config(config, name, commit)
+
+
+def _local_folder(model: str) -> Path | None:
+    path = os.path.expanduser(model)
+    return Path(path) if os.path.isdir(path) else None
+
+
+def default_span(model: str, default: Span) -> Span:
+    """Sink and window for a model where the user gives none.
+
+    Args:
+        model: its name.
+        default: of any model but the embedded one.
+    """
+    return EMBEDDED_SPAN if model == MODEL_NAME else default

@@ -1,0 +1,1 @@
+"""What a profile saves: roofline and fleet planner."""

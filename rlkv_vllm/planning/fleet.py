@@ -1,0 +1,317 @@
+"""How many replicas a traffic needs, with a full cache and with a split one.
+
+A replica is seen in its steady state under load: as many requests run as its pool, its limits and
+the wanted speed allow, every step takes what the roofline says, and each request that ends makes
+room for the prefill of another. `rlkv_vllm/bench/simulate.py` holds this against vLLM's scheduler.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from rlkv_vllm.allocation.forecast import NULL_BLOCKS, Forecast
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.planning.roofline import Device, HeadCache, ModelSize, Roofline
+
+_GIB = 2**30
+#: From NVIDIA's data sheets: memory, bandwidth, dense bfloat16 operations.
+GPUS = {
+    device.name: device
+    for device in (
+        Device("A10", 24 * _GIB, 0.600e12, 125e12),
+        Device("L4", 24 * _GIB, 0.300e12, 121e12),
+        Device("L40S", 48 * _GIB, 0.864e12, 362e12),
+        Device("A100-40GB", 40 * _GIB, 1.555e12, 312e12),
+        Device("A100-80GB", 80 * _GIB, 2.039e12, 312e12),
+        Device("H100-80GB", 80 * _GIB, 3.350e12, 989e12),
+        Device("H200", 141 * _GIB, 4.800e12, 989e12),
+    )
+}
+#: What vLLM takes of a GPU's memory by default, and what activations and graphs need of that.
+VLLM_SHARE, WORK_BYTES = 0.92, 3 * _GIB
+#: Points at which a request's life is looked at.
+_AGES = 64
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Requests of one kind of traffic.
+
+    Attributes:
+        pairs: (prompt, output) tokens of typical requests, each as likely as any other.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+
+    def mean(self, function: Callable[[int, int], float]) -> float:
+        """Mean of a function of prompt and output."""
+        return statistics.fmean(function(prompt, output) for prompt, output in self.pairs)
+
+    @cached_property
+    def output(self) -> float:
+        """Mean output (tokens)."""
+        return self.mean(lambda _, output: output)
+
+    def mean_in_flight(self, function: Callable[[float], float]) -> float:
+        """Mean of a function of the context, over the requests that are decoding at a moment.
+
+        A request is met the more often the longer its output is.
+        """
+        total = weight = 0.0
+        for prompt, output in self.pairs:
+            ages = (prompt + output * (i + 0.5) / _AGES for i in range(_AGES))
+            total += output * sum(map(function, ages)) / _AGES
+            weight += output
+        return total / weight
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One engine with its cache.
+
+    Attributes:
+        name: of the kind of cache.
+        roofline: bounds of its steps.
+        forecast: of its cache.
+        is_split: whether the forecast's streaming heads are used, or the full cache.
+        memory_bytes: KV cache of each rank.
+        max_num_seqs: most requests at once.
+        note: what a reader must know.
+    """
+
+    name: str
+    roofline: Roofline
+    forecast: Forecast
+    is_split: bool
+    memory_bytes: int
+    max_num_seqs: int
+    note: str = ""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        forecast = self.forecast
+        return (forecast.num_blocks if self.is_split else forecast.stock_num_blocks)(
+            self.memory_bytes
+        )
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that a request of `tokens` holds."""
+        if self.is_split:
+            return self.forecast.blocks_per_request(tokens)
+        return self.forecast.geometry.full_blocks(tokens)
+
+
+@dataclass(frozen=True)
+class Sustained:
+    """A replica under load.
+
+    Attributes:
+        running: requests at once.
+        limit: what keeps more from running.
+        step_seconds: mean time of a step, which is that between two tokens of a request.
+        requests_per_s: that it completes.
+        tokens_per_s: that it generates.
+    """
+
+    running: float
+    limit: str
+    step_seconds: float
+    requests_per_s: float
+    tokens_per_s: float
+
+    def replicas(self, requests_per_s: float, load: float) -> int:
+        """Replicas for a traffic, none of them busier than `load`."""
+        return max(1, math.ceil(requests_per_s / (load * self.requests_per_s) - 1e-9))
+
+
+def sustained(replica: Replica, lengths: Lengths, tpot_seconds: float | None = None) -> Sustained:
+    """What a replica completes when requests always wait.
+
+    Args:
+        replica: the engine.
+        lengths: of its requests.
+        tpot_seconds: most time between two tokens of a request, None for no limit.
+
+    Raises:
+        RlkvError: the longest request does not fit, or a single one is slower than the limit.
+    """
+    longest = max(prompt + output for prompt, output in lengths.pairs)
+    pool = replica.num_blocks - NULL_BLOCKS
+    if replica.blocks(longest) > pool:
+        raise RlkvError(
+            f"{replica.name}: a request of {longest:,} tokens does not fit in the cache of "
+            f"{replica.memory_bytes / _GIB:.1f} GiB per rank: more --tp, a larger --gpu or shorter "
+            "requests"
+        )
+    held = lengths.mean_in_flight(lambda context: replica.blocks(math.ceil(context)))
+    read = lengths.mean_in_flight(replica.roofline.cache.head_tokens)
+    # vLLM admits a prompt as soon as it fits: on average half a prompt's blocks stay free.
+    starting = lengths.mean(lambda prompt, _: replica.blocks(prompt))
+    by_limit = {
+        "memory": (pool - starting / 2) / held,
+        "--max-num-seqs": float(replica.max_num_seqs),
+    }
+    limit = min(by_limit, key=by_limit.__getitem__)
+    running = max(1.0, by_limit[limit])
+    # What a request grows by is taken from the youngest ones, which are preempted and computed
+    # again: as often as a prompt's blocks go into that growth.
+    grown = lengths.mean(lambda prompt, output: replica.blocks(prompt + output)) - starting
+
+    def step_seconds(count: float) -> float:
+        is_full = count >= by_limit["memory"]
+        prefills = 1 + grown / starting if is_full else 1.0
+        return _mean_step(replica.roofline, lengths, count, read, prefills)
+
+    if tpot_seconds is not None and step_seconds(running) > tpot_seconds:
+        if step_seconds(1.0) > tpot_seconds:
+            raise RlkvError(
+                f"--tpot {tpot_seconds * 1e3:g}: one request alone takes "
+                f"{step_seconds(1.0) * 1e3:.2f} ms for a token with {replica.name}: allow more, "
+                "or more --tp"
+            )
+        low, high = 1.0, running
+        while high - low > 0.01:
+            middle = (low + high) / 2
+            low, high = (middle, high) if step_seconds(middle) <= tpot_seconds else (low, middle)
+        running, limit = low, "--tpot"
+    seconds = step_seconds(running)
+    rate = running / (max(1.0, lengths.output - 1) * seconds)
+    return Sustained(running, limit, seconds, rate, rate * lengths.output)
+
+
+def _mean_step(
+    roofline: Roofline, lengths: Lengths, running: float, read: float, prefills: float
+) -> float:
+    """Mean time of a step of `running` requests, the prefills of their successors among them."""
+    starts = prefills * running / max(1.0, lengths.output - 1)  # prompts per step
+    decode = roofline.step_seconds(running, running * read)
+    # A prompt fills a step of its own or comes with others: the operations are the same.
+    each = max(1.0, starts)
+    chunks = [(0, round(prompt)) for prompt, _ in lengths.pairs]
+    share = each / len(chunks)
+    pairs = share * sum(roofline.cache.pairs(first, last) for first, last in chunks)
+    tokens = share * sum(last for _, last in chunks)
+    with_prompts = roofline.step_seconds(
+        running, running * read, prompt_tokens=tokens, prompt_pairs=pairs, prompts=each
+    )
+    return decode + min(1.0, starts) * (with_prompts - decode)
+
+
+def read_lengths(flag: str, text: str) -> list[int]:
+    """Typical lengths of a text: `N`, `N-M` (evenly between), or `N~P95` (log-normal).
+
+    Args:
+        flag: for errors.
+        text: of the flag. `3000~9000` has the median 3,000 and the 95th percentile 9,000.
+
+    Raises:
+        RlkvError: it is none of these.
+    """
+    steps = [(i + 0.5) / _QUANTILES for i in range(_QUANTILES)]
+    try:
+        if "~" in text:
+            median, p95 = (float(part) for part in text.split("~"))
+            if not 0 < median <= p95:
+                raise ValueError
+            normal = statistics.NormalDist()
+            sigma = math.log(p95 / median) / normal.inv_cdf(0.95)
+            lengths = [median * math.exp(sigma * normal.inv_cdf(step)) for step in steps]
+        elif "-" in text:
+            low, high = (float(part) for part in text.split("-"))
+            if not 0 < low <= high:
+                raise ValueError
+            lengths = [low + (high - low) * step for step in steps]
+        else:
+            lengths = [float(int(text))]
+            if lengths[0] < 1:
+                raise ValueError
+    except ValueError:
+        raise RlkvError(
+            f"{flag} {text}: give tokens as N, as LEAST-MOST (evenly between), or as MEDIAN~P95 "
+            "(log-normal), such as 3000 or 1000-4000 or 3000~9000"
+        ) from None
+    return [max(1, round(length)) for length in lengths]
+
+
+_QUANTILES = 32
+
+
+def pair_lengths(prompts: Sequence[int], outputs: Sequence[int], longest: int) -> Lengths:
+    """Prompts and outputs that have nothing to do with each other, outputs cut at `longest`.
+
+    Raises:
+        RlkvError: a prompt leaves no room for an output.
+    """
+    if max(prompts) >= longest:
+        raise RlkvError(
+            f"--prompt-tokens: up to {max(prompts):,} tokens leave no room for an answer in "
+            f"--max-model-len {longest:,}"
+        )
+    # A step that has no common divisor with the number of outputs meets every pair in turn.
+    count = max(len(prompts), len(outputs))
+    stride = 13
+    return Lengths(
+        tuple(
+            (prompt, min(output, longest - prompt))
+            for i in range(count)
+            for prompt, output in [
+                (prompts[i % len(prompts)], outputs[i * stride % count % len(outputs)])
+            ]
+        )
+    )
+
+
+def replicas_of(
+    model: ModelSize,
+    device: Device,
+    forecasts: dict[int, Forecast],
+    *,
+    tp_size: int,
+    memory_bytes: int,
+    max_num_seqs: int,
+    split_fp8_note: str,
+) -> list[Replica]:
+    """The four kinds of cache.
+
+    Args:
+        model: sizes, with its weights' bytes.
+        device: one GPU.
+        forecasts: by bytes per element of the cache: of the model's type, and 1 for FP8.
+        tp_size: ranks.
+        memory_bytes: KV cache of each rank.
+        max_num_seqs: most requests at once.
+        split_fp8_note: what becomes of the split with an FP8 cache.
+    """
+    found = []
+    for is_split in (False, True):
+        for dtype_bytes, forecast in forecasts.items():
+            is_fp8 = dtype_bytes == 1
+            geometry = forecast.geometry
+            allocation = forecast.groups.allocation
+            heads = allocation.num_layers * allocation.heads_per_rank
+            cache = HeadCache.of(
+                allocation,
+                model,
+                sink=geometry.sink,
+                window=geometry.window,
+                dtype_bytes=dtype_bytes,
+            )
+            if not is_split:
+                cache = HeadCache(heads, 0, cache.ring, cache.head_dim, cache.q_per_kv, dtype_bytes)
+            found.append(
+                Replica(
+                    name=("split" if is_split else "full cache") + (" + FP8" if is_fp8 else ""),
+                    roofline=Roofline(device, model, cache, tp_size),
+                    forecast=forecast,
+                    is_split=is_split,
+                    memory_bytes=memory_bytes,
+                    max_num_seqs=max_num_seqs,
+                    note=split_fp8_note if is_split and is_fp8 else "",
+                )
+            )
+    return found

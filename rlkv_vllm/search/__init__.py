@@ -1,0 +1,1 @@
+"""Search for the full heads that serve best: `rlkv refine`."""

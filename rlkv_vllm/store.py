@@ -1,0 +1,95 @@
+"""Results of long work, written as they come and continued by the same command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import one_line, read_json_object, write_text_atomic
+
+
+class Store:
+    """A JSON file of results, guarded by the settings that decide them.
+
+    The file holds ``{"format": ..., "settings": {...}, **content}``. It is replaced atomically by
+    every `save`, so that a killed job continues from its last result.
+
+    Args:
+        path: of the file.
+        format: kind of the file, e.g. ``"rlkv bench 1"``.
+        settings: plain JSON values. A file with other values is refused, never overwritten.
+        fresh: ignore what the file holds.
+        flag: what names the file on the command line, for errors.
+        fix: what the user can do about a file that cannot be continued.
+
+    Attributes:
+        path: of the file.
+        settings: as JSON gives them back: tuples are lists.
+        content: what the file holds beside format and settings; change it, then `save`.
+
+    Raises:
+        RlkvError: the file is of another kind, of other settings, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        settings: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        flag: str = "--output",
+        fix: str = "name another file, or overwrite it with --fresh",
+    ) -> None:
+        self.path = path
+        self._format, self._flag, self._fix = format, flag, fix
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+        self.content: dict[str, Any] = {}
+        if fresh or not path.exists():
+            return
+        where = f"{flag} {one_line(path)}".strip()
+        try:
+            stored = read_json_object(path)
+        except RlkvError as error:
+            raise RlkvError(f"{flag} {error}; or {fix}".strip()) from error
+        if stored.pop("format", None) != format or not isinstance(stored.get("settings"), dict):
+            raise RlkvError(f"{where}: exists and is no file of `{format}`: {fix}")
+        found = differences(stored.pop("settings"), self.settings)
+        if found:
+            raise RlkvError(f"{where}: has other settings ({'; '.join(found)}): {fix}")
+        self.content = stored
+
+    def save(self) -> None:
+        """Write the file.
+
+        Raises:
+            RlkvError: it cannot be written.
+        """
+        whole = {"format": self._format, "settings": self.settings, **self.content}
+        write_text_atomic(self.path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested settings, in words; keys of `wanted` only.
+
+    Args:
+        stored: as they were.
+        wanted: as they are now.
+    """
+    found = []
+    for key, value in wanted.items():
+        old = stored.get(key)
+        if old == value:
+            continue
+        if isinstance(value, dict) and isinstance(old, dict):
+            found += [f"{key}.{text}" for text in differences(old, value)]
+        else:
+            found.append(f"{key} {_shown(old)} there, {_shown(value)} here")
+    return found
+
+
+def _shown(value: object) -> str:
+    return one_line(json.dumps(value), 24)

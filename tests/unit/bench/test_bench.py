@@ -1,0 +1,228 @@
+"""Cases, record and report of `rlkv bench`, without an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rlkv_vllm import cli
+from rlkv_vllm.bench.case import SPLIT, STOCK, Setup
+from rlkv_vllm.bench.cases import CASES
+from rlkv_vllm.bench.cases.capacity import PROMPT, mean_context
+from rlkv_vllm.bench.random_model import parse_shape
+from rlkv_vllm.bench.record import Record
+from rlkv_vllm.bench.report import figure, markdown
+from rlkv_vllm.bench.target import Options, Target, find_target
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.planning.roofline import Device
+from tests.support.profiles import assert_one_line
+
+DEVICE = Device("a machine", 1 << 34, 20e9, 100e9)
+
+
+def options(model: str = "random:4x2x64", **changes: Any) -> Options:
+    fields: dict[str, Any] = {
+        "model": model,
+        "profile": None,
+        "sparsity": None,
+        "sink": None,
+        "window": None,
+        "memory_bytes": 64 << 20,
+        "max_model_len": None,
+        "max_num_seqs": 128,
+        "dtype": None,
+        "eager": None,
+        "threads": 1,
+        "full": False,
+        "task": "embedded",
+        "turn_seconds": 1.0,
+        "is_cuda": False,
+    }
+    return Options(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return find_target("model", options(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def setup(target: Target) -> Setup:
+    return target.setup
+
+
+def test_variants_start_with_equal_options(target: Target) -> None:
+    specs = target.specs
+    assert specs[STOCK].options == specs[SPLIT].options == specs["all-full"].options
+    assert specs[STOCK].options["kv_cache_memory_bytes"] == 64 << 20
+    assert specs[STOCK].split is None
+    assert specs[STOCK].environment()["VLLM_PLUGINS"] == "none"
+    assert (specs[SPLIT].split or {})["sparsity"] == 0.5
+    assert (specs["all-full"].split or {})["sparsity"] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("full", [False, True])
+def test_points_fit_or_say_what_they_need(name: str, full: bool, setup: Setup) -> None:
+    case = CASES[name]()
+    points = case.points(setup, full=full)
+    assert points
+    keys = {metric.key for metric in case.metrics} | {"attention"}
+    for point in points:
+        assert set(case.columns) <= set(point)
+        assert json.loads(json.dumps(point)) == point  # it is looked up in a file
+        reason = case.too_large(setup, point)
+        assert reason is None or "--" in reason or "tokenizer" in reason
+        expected = case.expected(setup, DEVICE, point)
+        assert set(expected) <= keys
+        assert all(0.9 < gain < 2.5 for gain in expected.values())
+
+
+def test_what_does_not_fit_names_the_flag(setup: Setup) -> None:
+    # 2 x 4 layers x 2 heads x 64 x 2 bytes = 2 KiB per token: 32,768 tokens in blocks of 128.
+    assert setup.blocks(STOCK) == 256
+    assert setup.lacks(31, 1000) is None
+    assert setup.lacks(32, 1000) == "--memory 64MiB"
+    assert setup.lacks(1, setup.max_model_len) == f"--max-model-len {setup.max_model_len + 1}"
+    assert setup.lacks(129, 10) == "--max-num-seqs 129"
+
+
+def test_mean_context_weighs_requests_by_their_length() -> None:
+    # One length: ages are even from the prompt's to the whole.
+    assert mean_context(1064, 1064) == PROMPT + 500
+    assert mean_context(564, 1064) > PROMPT + 375
+
+
+def test_shapes() -> None:
+    shape = parse_shape("random:28x8x128@512")
+    assert (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden) == (28, 8, 128, 512)
+    assert parse_shape("random:4x2x64").hidden == 128
+    for bad in ("random:", "random:4x2", "random:0x2x64", "random:4x2x64@"):
+        with pytest.raises(RlkvError, match="28x8x128"):
+            parse_shape(bad)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RlkvError) as caught:
+        find_target("model", options(memory_bytes=1 << 20), tmp_path)
+    assert_one_line(caught.value, "--memory 1,048,576", "--max-model-len 8,448")
+    with pytest.raises(RlkvError) as caught:
+        CliRunner().invoke(cli.app, ["bench", "--cases", "fast"], catch_exceptions=False)
+    assert_one_line(caught.value, "--cases fast", "capacity")
+    with pytest.raises(RlkvError) as caught:
+        CliRunner().invoke(cli.app, ["bench", str(tmp_path)], catch_exceptions=False)
+    assert_one_line(caught.value, "--profile")
+
+
+# ---- record and report
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    described = {
+        "model": "random:4x2x64",
+        "profile": "random",
+        "sparsity": 0.5,
+        "full_heads": 4,
+        "streaming_heads": 4,
+        "sink": 16,
+        "window": 64,
+        "layers": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "weights_bytes": 1 << 20,
+        "memory_bytes": 64 << 20,
+        "threads": 1,
+        "engine": {"dtype": "bfloat16", "enforce_eager": True},
+    }
+    return {
+        "commands": ["rlkv bench random:4x2x64"],
+        "targets": {"model": described | changes},
+        "too_large": {"decode": ["batch 64, context 32768 (--memory 4.0GiB)"]},
+    }
+
+
+def result(case: str, point: dict[str, Any], **samples: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "case": case,
+        "target": "model",
+        "point": point,
+        "samples": samples,
+        "expected": {"seconds": 1.6, "running": 1.9, "tokens_per_s": 1.8, "attention": 2.0},
+        "alternating": True,
+    }
+
+
+DECODE = {"batch": 8, "steps": 4}
+RESULTS = [
+    result(
+        "capacity",
+        {"tokens": 4096, "at_once": {}, "seconds": 1},
+        stock=[{"running": 10.0, "tokens_per_s": 100.0, "preemptions": 0.0}] * 3,
+        split=[{"running": 19.0, "tokens_per_s": 160.0, "preemptions": 0.0}] * 3,
+    ),
+    result(
+        "decode",
+        DECODE | {"context": 128},
+        stock=[{"seconds": 0.1}] * 3,
+        split=[{"seconds": 0.1}] * 3,
+    ),
+    result(
+        "decode",
+        DECODE | {"context": 8192},
+        stock=[{"seconds": s} for s in (0.3, 0.29, 0.4)],
+        split=[{"seconds": s} for s in (0.2, 0.21, 0.3)],
+    ),
+]
+
+
+def test_a_record_goes_on_and_refuses_other_settings(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    record = Record(path, settings(), fresh=False)
+    record.set_device("model", DEVICE)
+    for each in RESULTS:
+        record.add(dict(each))
+    again = Record(path, settings(), fresh=False)
+    assert again.device("model") == DEVICE
+    assert again.find("decode", "model", DECODE | {"context": 8192}) is not None
+    assert again.find("decode", "model", DECODE | {"context": 4096}) is None
+    assert again.find("decode", "other", DECODE | {"context": 8192}) is None
+    again.add(dict(RESULTS[1]))
+    assert len(again.results) == len(RESULTS)  # replaced, not repeated
+    with pytest.raises(RlkvError) as caught:
+        Record(path, settings(sparsity=0.8), fresh=False)
+    assert_one_line(caught.value, "model.sparsity 0.5 there, 0.8 here", "--fresh")
+    assert not Record(path, settings(sparsity=0.8), fresh=True).results
+    # Another model goes into the same report.
+    both = settings() | {"targets": {"reasoner": settings()["targets"]["model"]}}
+    assert set(Record(path, both, fresh=False).content["settings"]["targets"]) == {
+        "model",
+        "reasoner",
+    }
+    path.write_text("{}")
+    with pytest.raises(RlkvError, match="no result of `rlkv bench`"):
+        Record(path, settings(), fresh=False)
+
+
+def test_report(tmp_path: Path) -> None:
+    record = Record(tmp_path / "run.json", settings(), fresh=False)
+    record.set_device("model", DEVICE)
+    for each in RESULTS:
+        record.add(dict(each))
+    text = markdown(record.content, "run.png")
+    assert "**How many more users**: 19.0 requests of up to 4,096 tokens at once instead of" in text
+    assert "copies 20.0 GB/s, matrix products 100 GFLOP/s" in text
+    # Pairs of one round are compared: 1.5, 1.38, 1.33; the median over the roofline's 1.6.
+    assert (
+        "| 8 | 8,192 | 300 (290-400) | 210 (200-300) | **1.38** (1.33-1.50) | 1.60 | 86% |" in text
+    )
+    # Attention alone: 200 ms against 110 ms.
+    assert "| 8 | 8,192 | 200.0 | 110.0 | **1.82** | 2.00 | 91% |" in text
+    assert "batch 64, context 32768 (--memory 4.0GiB)" in text
+    drawing = figure(record.content)
+    assert drawing is not None
+    drawing.savefig(tmp_path / "run.png")
+    assert figure(Record(tmp_path / "none.json", settings(), fresh=False).content) is None

@@ -1,0 +1,378 @@
+"""``rlkv eval`` with a fake engine: the table, the files, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from rlkv_vllm.cli import app
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation import served
+from rlkv_vllm.evaluation.measurement import Measurement
+from rlkv_vllm.evaluation.served import Sampling
+from rlkv_vllm.evaluation.splits import Split
+from rlkv_vllm.profile.io import load_profile, save_profile
+from rlkv_vllm.profile.lookup import packaged_profiles
+from rlkv_vllm.tasks import Problem
+from tests.support.profiles import assert_one_line, make_model_dir, make_profile, random_gates
+
+N = 10
+
+
+class FakeEngine:
+    """Solves fewer problems the sparser the cache is; fails on demand."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[str, float]] = []
+        self.fails_at: float | None = None
+        self.problems: list[list[Problem]] = []
+        self.sampling: Sampling | None = None
+
+    def __call__(
+        self,
+        model: str,
+        split: Split,
+        task: Any,
+        problems: Sequence[Problem],
+        sampling: Sampling,
+        engine_options: dict[str, Any] | None = None,
+    ) -> Measurement:
+        self.starts.append((split.label, split.sparsity))
+        self.problems.append(list(problems))
+        self.sampling = sampling
+        if split.sparsity == self.fails_at:
+            raise RuntimeError("out of\nmemory")
+        solved = round(len(problems) * (1 - split.sparsity))
+        return Measurement(
+            correct=tuple(i < solved for i in range(len(problems))),
+            output_tokens=tuple(range(100, 100 + len(problems))),
+            capped=len(problems) - solved,
+            seconds=5.0,
+        )
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+    monkeypatch.setattr(served, "answer", fake)
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # leaves the logging of this process alone
+    make_model_dir(tmp_path / "model")
+    save_profile(make_profile(), "one.json")
+    save_profile(make_profile(gates=random_gates(4, 2, seed=1)), "two.json")
+    save_profile(make_profile(5, 2), "other.json")
+    Path("folder").mkdir()
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["eval", "model", "--n", str(N), *arguments])
+
+
+def ok(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.exception
+    return result.output
+
+
+TWO = ("--profile", "one.json", "--profile", "two.json", "--sparsity", "0,.5,.25")
+STARTS = [
+    ("full cache", 0),
+    ("one", 0.25),
+    ("one", 0.5),
+    ("two", 0.25),
+    ("two", 0.5),
+    ("all streaming", 1),
+]
+
+
+# --- the table ---------------------------------------------------------------------------
+
+
+def test_all_rows_on_the_same_problems_baselines_once(engine: FakeEngine) -> None:
+    output = ok(*TWO)
+    assert engine.starts == STARTS
+    assert all(problems == engine.problems[0] for problems in engine.problems)
+    lines = output.splitlines()
+    assert [line for line in lines if line.startswith("[")][1] == (
+        "[2/6] one, sparsity 0.25: 8 of 10 solved, 104 tokens on average (5.0 s)"
+    )
+    cells = [line.split() for line in lines if line.strip().startswith(("full", "two", "all"))]
+    assert ["full", "cache", "0", "1.000", "0.722-1.000", "104", "109", "0.0%", "0.5", "-"] in cells
+    assert ["two", "0.5", "0.500", "0.237-0.763", "104", "109", "50.0%", "1", "0.062"] in cells
+    assert cells[-1][:3] == ["all", "streaming", "1"]
+    assert cells[-1][-2:] == ["-", "0.002"]  # nothing solved: no time per solved problem
+
+
+def test_sampling_reaches_the_engine_and_the_title(engine: FakeEngine) -> None:
+    sampling = ("--temperature", ".6", "--top-p", ".95", "--top-k", "20", "--seed", "7")
+    output = ok(*TWO, *sampling, "--max-tokens", "99")
+    assert engine.sampling == Sampling(99, 0.6, 0.95, 20, 7)
+    assert "temperature 0.6, top-p 0.95, top-k 20" in output
+
+
+def test_files(engine: FakeEngine) -> None:
+    ok(*TWO, "-o", "rows.json", "-o", "rows.csv", "--plot", "plot.svg")
+    assert Path("plot.svg").read_text().startswith("<?xml")
+    rows = json.loads(Path("rows.json").read_text())["rows"]
+    assert [(row["profile"], row["sparsity"]) for row in rows] == STARTS
+    assert rows[2]["solved"] == 5
+    assert rows[2]["correct"] == "1111100000"
+    assert rows[2]["output_lengths"] == list(range(100, 110))
+    assert rows[2]["p_full"] == pytest.approx(2 / 32)
+    assert rows[-1]["seconds_per_solved"] is None
+    with open("rows.csv", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert [float(row["accuracy"]) for row in table] == [row["accuracy"] for row in rows]
+    assert table[-1]["seconds_per_solved"] == ""
+    assert set(rows[0]) - set(table[0]) == {"split", "correct", "output_lengths"}
+
+
+# --- interrupted and continued -------------------------------------------------------------
+
+
+def test_a_failing_engine_loses_nothing_and_the_run_continues(engine: FakeEngine) -> None:
+    arguments = (*TWO, "-o", "rows.json", "--write-rows")
+    engine.fails_at = 0.5
+    before = Path("one.json").read_bytes()
+    result = run(*arguments)
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "one at sparsity 0.5", "out of memory", "--output")
+    assert "0.722-1.000" in result.output  # the finished rows are shown
+    assert len(json.loads(Path("rows.json").read_text())["rows"]) == 2
+    assert Path("one.json").read_bytes() == before
+
+    engine.fails_at, engine.starts = None, []
+    output = ok(*arguments)
+    assert engine.starts == STARTS[2:]
+    assert "[2/6] one, sparsity 0.25: 8 of 10 solved, 104 tokens on average (already" in output
+    rows = json.loads(Path("rows.json").read_text())["rows"]
+    assert [(row["profile"], row["sparsity"]) for row in rows] == STARTS
+    assert rows[2]["p_full"] == pytest.approx(2 / 32)
+
+    engine.starts = []
+    ok(*arguments)
+    assert engine.starts == []
+    ok(*arguments, "--fresh")
+    assert engine.starts == STARTS
+
+
+def test_rows_of_other_profiles_stay_in_the_file(engine: FakeEngine) -> None:
+    ok("--profile", "one.json", "--sparsity", ".5", "-o", "rows.json")
+    engine.starts = []
+    ok("--profile", "two.json", "--sparsity", ".5", "-o", "rows.json")
+    assert engine.starts == [("two", 0.5)]
+    rows = json.loads(Path("rows.json").read_text())["rows"]
+    assert {row["profile"] for row in rows} == {"full cache", "one", "two", "all streaming"}
+    assert len(rows) == 4
+
+
+def test_changed_gates_are_measured_again(engine: FakeEngine) -> None:
+    arguments = ("--profile", "one.json", "--sparsity", ".5", "-o", "rows.json")
+    ok(*arguments)
+    save_profile(make_profile(gates=random_gates(4, 2, seed=5)), "one.json")
+    engine.starts = []
+    ok(*arguments)
+    assert engine.starts == [("one", 0.5)]
+    assert len(json.loads(Path("rows.json").read_text())["rows"]) == 3
+
+
+def test_profiles_that_split_alike_are_measured_once(engine: FakeEngine) -> None:
+    output = ok("--profile", "a=one.json", "--profile", "b=one.json", "--sparsity", ".5")
+    assert engine.starts == [("full cache", 0), ("a", 0.5), ("all streaming", 1)]
+    assert "b, sparsity 0.5: 5 of 10 solved, 104 tokens on average (already measured)" in output
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--seed", "2"], "seed 1 there, 2 here"),
+        (["--n", "9"], "n 10 there, 9 here"),
+        (["--max-tokens", "7"], "max_tokens 1024 there, 7 here"),
+        (["--temperature", "1"], "temperature"),
+        (["--task", "chain"], "task"),
+        (["--dtype", "bfloat16"], "dtype null there"),
+        (["--kv-cache-dtype", "fp8"], "kv_cache_dtype null there"),
+    ],
+)
+def test_other_settings_are_not_mixed(more: list[str], words: str, engine: FakeEngine) -> None:
+    ok(*TWO, "-o", "rows.json")
+    engine.starts = []
+    before = Path("rows.json").read_bytes()
+    result = run(*TWO, "-o", "rows.json", *more)
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "rows.json", words, "--fresh")
+    assert engine.starts == []
+    assert Path("rows.json").read_bytes() == before
+    ok(*TWO, "-o", "rows.json", *more, "--fresh")
+
+
+def test_a_changed_model_is_other_settings(engine: FakeEngine) -> None:
+    ok(*TWO, "-o", "rows.json")
+    Path("model/model.safetensors").write_bytes(b"retrained")
+    result = run(*TWO, "-o", "rows.json")
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "model_version")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "expected an object"),
+        ("{}", "no result of `rlkv eval`"),
+        ('{"format": "rlkv eval 1", "rows": []}', "other settings"),
+        ('{"for', "not valid JSON"),
+    ],
+)
+def test_a_foreign_file_is_not_overwritten(content: str, words: str, engine: FakeEngine) -> None:
+    Path("rows.json").write_text(content)
+    result = run(*TWO, "-o", "rows.json")
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "rows.json", words, "--fresh")
+    assert Path("rows.json").read_text() == content
+    assert engine.starts == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("correct", "11111"),
+        ("correct", "1111100002"),
+        ("output_lengths", [-1] * N),
+        ("capped", 11),
+        ("seconds", -1),
+        ("split", 3),
+    ],
+)
+def test_a_damaged_row_is_refused(field: str, value: object, engine: FakeEngine) -> None:
+    ok(*TWO, "-o", "rows.json")
+    content = json.loads(Path("rows.json").read_text())
+    content["rows"][2][field] = value
+    Path("rows.json").write_text(json.dumps(content))
+    result = run(*TWO, "-o", "rows.json")
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "rows.json", "--fresh")
+
+
+# --- rows in the profile ---------------------------------------------------------------------
+
+
+def test_rows_are_written_into_the_profiles(engine: FakeEngine) -> None:
+    old = load_profile("one.json")
+    ok(*TWO, "--write-rows", "--max-tokens", "99", "--seed", "3")
+    for name in ("one.json", "two.json"):
+        profile = load_profile(name)
+        assert profile.evaluation[0] == old.evaluation[0]  # another task
+        rows = profile.evaluation[1:]
+        assert [row.sparsity for row in rows] == [0, 0.25, 0.5, 1]
+        assert [row.accuracy for row in rows] == [1, 0.8, 0.5, 0]
+        assert {(row.full_accuracy, row.seed, row.max_tokens) for row in rows} == {(1, 3, 99)}
+        assert rows[2].seconds_per_solved == 1
+        assert rows[3].seconds_per_solved is None
+        assert profile.recommended_sparsity == 0
+    assert load_profile("one.json").gates == old.gates
+    ok(*TWO, "--write-rows")
+    assert len(load_profile("one.json").evaluation) == 5
+
+
+def test_write_rows_refuses_what_is_not_the_users(engine: FakeEngine) -> None:
+    for name in ("embedded", str(packaged_profiles()["embedded"])):
+        arguments = ["eval", "embedded", "--profile", name, "--write-rows", "--n", "2"]
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, RlkvError)
+        assert_one_line(result.exception, "--write-rows", "cp ", "my_profile.json")
+    result = run(*TWO, "--write-rows", "--window", "8")
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "--window out")
+    assert engine.starts == []
+
+
+def test_write_rows_refuses_a_profile_from_the_hub(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlkv_vllm.profile import hub
+
+    monkeypatch.setattr(hub, "download", lambda *_, **__: (Path("one.json").resolve(), "abc"))
+    monkeypatch.setattr(hub, "download_optional", lambda *_, **__: None)
+    result = run("--profile", "some/repo", "--write-rows")
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "some/repo", "cp ")
+    assert engine.starts == []
+    ok("--profile", "some/repo")
+
+
+def test_gates_that_change_meanwhile_get_no_rows(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = make_profile(gates=random_gates(4, 2, seed=9))
+
+    def answer(*arguments: Any) -> Measurement:
+        save_profile(new, "two.json")
+        return engine(*arguments)
+
+    monkeypatch.setattr(served, "answer", answer)
+    before = Path("one.json").read_bytes()
+    result = run(*TWO, "--write-rows")
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "two.json", "changed")
+    assert Path("one.json").read_bytes() == before
+    assert load_profile("two.json") == new
+
+
+# --- refused before any engine starts ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sparsity", "0,half"], "--sparsity '0,half'"),
+        (["--sparsity", ""], "--sparsity ''"),
+        (["--sparsity", ".2,,.4"], "--sparsity"),
+        (["--sparsity", "1.5"], "1.5"),
+        (["--sparsity", "nan"], "nan"),
+        (["--memory", "much"], "--memory much"),
+        (["--top-p", "0"], "--top-p 0"),
+        (["--task", "sudoku"], "sudoku"),
+        (["--profile", "nowhere.json"], "nowhere.json"),
+        (["--profile", "two.json", "--profile", "two.json"], "all are called two"),
+        (["--profile", "other.json"], "num_layers 5 (model: 4)"),
+        (["--plot", "plot.gif"], "plot.gif"),
+        (["--plot", "nowhere/plot.png"], "no folder nowhere"),
+        (["--output", "rows.txt"], "rows.txt: must end in .json or .csv"),
+        (["--output", "rows"], "must end in"),
+        (["--output", "nowhere/rows.json"], "no folder nowhere"),
+        (["--output", "folder"], "must end in"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str, engine: FakeEngine) -> None:
+    result = run("--profile", "one.json", *arguments)
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, words)
+    assert engine.starts == []
+
+
+def test_a_model_needs_a_profile(engine: FakeEngine) -> None:
+    result = run()
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "--profile", "rlkv score")
+    result = CliRunner().invoke(app, ["eval", "no/such/folder/at/all", "--profile", "one.json"])
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "no/such/folder/at/all")
+
+
+def test_the_embedded_model_has_its_own_profile(engine: FakeEngine) -> None:
+    result = CliRunner().invoke(app, ["eval", "--n", "4", "--sparsity", ".4"])
+    assert result.exit_code == 0, result.exception
+    assert engine.starts == [("full cache", 0), ("embedded", 0.4), ("all streaming", 1)]

@@ -1,0 +1,420 @@
+"""Scorers, masked decoding and `rlkv score`, on a random model of the testbed's shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.cli.score import score
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.by_mask import fresh_problems
+from rlkv_vllm.hf.answers import HeadSplit, TaskResult, solve
+from rlkv_vllm.hf.gated_attention import attach_gates
+from rlkv_vllm.profile.io import load_profile
+from rlkv_vllm.scorers import METHODS, get_scorer, head_importance, run
+from rlkv_vllm.scorers.head_importance import path_gradients
+from rlkv_vllm.scorers.optimise import answer_loss, make_batch
+from rlkv_vllm.scorers.scorer import Sample, Scorer, ScoringInput, to_gates
+from rlkv_vllm.tasks import Problem, get_task
+from tests.support import oracle
+from tests.support.checkpoints import NUM_KV_HEADS, NUM_LAYERS, make_checkpoint
+from tests.support.profiles import assert_one_line
+
+SINK, WINDOW = 2, 5
+FULL_HEADS = [[0, 3], [], [0, 1, 2, 3], [2]]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class WordTask:
+    """Prompts of very different lengths; right is whatever `accept` says."""
+
+    name = "words"
+
+    def __init__(self, accept: Sequence[bool] = (True,)) -> None:
+        self.accept = accept
+
+    def problems(self, n: int, seed: int) -> list[Problem]:
+        problems = []
+        for i in range(n):
+            words = [f"+{(seed + i + k) % 10}" for k in range(5 + 7 * i % 23)]
+            answer = "yes" if self.accept[i % len(self.accept)] else "no"
+            problems.append(Problem([{"role": "user", "content": " ".join(words)}], answer))
+        return problems
+
+    def score(self, text: str, problem: Problem) -> float:
+        return float(problem.answer == "yes")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from rlkv_vllm.testbed.tokenizer import build_tokenizer
+
+    return build_tokenizer(512)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: Any, tokenizer: Any) -> Path:
+    path = make_checkpoint("qwen3", tmp_path_factory.mktemp("model"))
+    # No id that the tokenizer does not know can come out of the model.
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+#: Settings that make a run short.
+QUICK: dict[str, dict[str, Any]] = {
+    "self-distill": {"steps": 3, "batch_size": 2},
+    "duo-attention": {"steps": 3, "batch_size": 2, "texts": 4, "length": 60, "passkeys": 2},
+    "causal-head-gating": {"steps": 2, "batch_size": 2},
+}
+#: Those that need no more than the model: `rlkv` needs the training packages and minutes.
+QUICK_METHODS = sorted(set(METHODS) - {"rlkv"})
+
+
+def scoring_input(
+    model: Any,
+    scorer: Scorer,
+    report: Any = lambda done, total: None,
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> ScoringInput:
+    g = torch.Generator().manual_seed(3)
+    samples = []
+    for length in (30, 44):
+        ids = torch.randint(8, 200, (length,), generator=g).tolist()
+        samples.append(Sample(ids[:12], ids[12:]))
+    task = WordTask()
+    return ScoringInput(
+        model=model,
+        tokenizer=None,
+        task=task,
+        problems=task.problems(2, 0),
+        samples=samples,
+        sink=SINK,
+        window=WINDOW,
+        seed=seed,
+        settings=scorer.settings(QUICK.get(scorer.name, {}) | settings),
+        report=report,
+    )
+
+
+# --- scorers ---------------------------------------------------------------------------
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", QUICK_METHODS)
+def test_every_scorer_gives_gates(name: str, model: Any) -> None:
+    reports: list[tuple[int, int]] = []
+    before = weights_of(model)
+    scorer = get_scorer(name)
+    gates = scorer.score(
+        scoring_input(model, scorer, lambda done, total: reports.append((done, total)))
+    )
+    assert [len(row) for row in gates] == [NUM_KV_HEADS] * NUM_LAYERS
+    assert all(0 <= gate <= 1 for row in gates for gate in row)
+    assert len({gate for row in gates for gate in row}) > 1
+    assert gates == scorer.score(scoring_input(model, scorer))
+    assert reports[-1][0] == reports[-1][1]
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+    assert scorer.name == name
+    json.dumps(dict(scorer.config), allow_nan=False)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
+def test_gates_of_a_bfloat16_model_are_trained_in_float32(model: Any) -> None:
+    scorer = get_scorer("self-distill")
+    gates = scorer.score(scoring_input(model.bfloat16(), scorer))
+    # Steps of less than 1/256 do not exist near 1 in bfloat16.
+    assert any(gate != torch.tensor(gate).bfloat16().item() for row in gates for gate in row)
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
+
+
+def test_random_gates_depend_on_the_seed_alone(model: Any) -> None:
+    scorer = get_scorer("random")
+    gates = [scorer.score(scoring_input(model, scorer, seed=seed)) for seed in (0, 0, 1)]
+    assert gates[0] == gates[1] != gates[2]
+
+
+def test_unknown_scorers_are_refused() -> None:
+    with pytest.raises(RlkvError) as error:
+        get_scorer("guess")
+    assert_one_line(error.value, "--method guess", "head-importance")
+
+
+def test_every_method_has_a_scorer_of_its_name() -> None:
+    assert {name: get_scorer(name).name for name in METHODS} == {name: name for name in METHODS}
+
+
+def test_settings_are_read_as_what_the_default_is() -> None:
+    scorer = Scorer("x", "a paper", lambda given: [], {"steps": 4, "lr": 0.5, "on": False})
+    assert scorer.settings() == {"steps": 4, "lr": 0.5, "on": False}
+    found = scorer.settings({"steps": "7", "lr": "1", "on": "True"})
+    assert found == {"steps": 7, "lr": 1.0, "on": True}
+    assert [type(value) for value in found.values()] == [int, float, bool]
+    assert scorer.settings({"lr": 0.25, "on": True}) == {"steps": 4, "lr": 0.25, "on": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"step": "7"}, ["--set step", "x has no such setting", "steps (4), lr (0.5), on (False)"]),
+        ({"steps": "7.5"}, ["--set steps=7.5", "a positive whole number", "4"]),
+        ({"steps": "0"}, ["--set steps=0", "a positive whole number"]),
+        ({"lr": "fast"}, ["--set lr=fast", "a number >= 0", "0.5"]),
+        ({"lr": "nan"}, ["--set lr=nan"]),
+        ({"lr": "-1"}, ["--set lr=-1"]),
+        ({"on": "1"}, ["--set on=1", "true or false"]),
+    ],
+)
+def test_bad_settings(given: dict[str, str], parts: list[str]) -> None:
+    scorer = Scorer("x", "a paper", lambda given: [], {"steps": 4, "lr": 0.5, "on": False})
+    with pytest.raises(RlkvError) as error:
+        scorer.settings(given)
+    assert_one_line(error.value, *parts)
+    with pytest.raises(RlkvError) as error:
+        get_scorer("random").settings({"steps": "3"})
+    assert_one_line(error.value, "random has no such setting", "none at all")
+
+
+@torch.no_grad()
+def loss(given: ScoringInput, full_heads: list[list[int]]) -> float:
+    with attach_gates(given.model, SINK, WINDOW) as gates:
+        gates.set_hard(full_heads)
+        batches = [make_batch([sample], given.model.device) for sample in given.samples]
+        losses = [answer_loss(given.model, batch).item() for batch in batches]
+    return sum(losses) / len(losses)
+
+
+def test_path_gradients_sum_to_what_full_attention_saves(model: Any) -> None:
+    given = scoring_input(model, get_scorer("head-importance"))
+    everything = [list(range(NUM_KV_HEADS))] * NUM_LAYERS
+    saved = loss(given, everything) - loss(given, [[]] * NUM_LAYERS)
+    gradients = path_gradients(given, 32)
+    assert gradients.shape == (32, NUM_LAYERS, NUM_KV_HEADS)
+    assert abs(saved) > 0.01
+    assert gradients.mean(0).sum().item() == pytest.approx(saved, rel=0.02)
+
+
+def test_every_point_of_the_path_counts_the_same(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = torch.tensor([[[-3.0, 1.0, 0.0]], [[0.0, -400.0, 0.0]]])
+    monkeypatch.setattr(head_importance, "path_gradients", lambda given, steps: points)
+    # Shares .75, -.25, 0, then 0, 1, 0: the means are .375, .375 and 0.
+    given = scoring_input(model, get_scorer("head-importance"))
+    assert head_importance.score_heads(given) == [[1.0, 1.0, 0.0]]
+
+
+def test_to_gates_keeps_the_order() -> None:
+    scores = [[-0.2, 3.0], [0.5, 0.0], [1e-9, -1e-9]]
+    gates = to_gates(scores)
+    assert min(map(min, gates)) == 0
+    assert max(map(max, gates)) == 1
+    for sparsity in (0.0, 1 / 6, 0.5, 5 / 6, 1.0):
+        assert allocate(gates, sparsity) == allocate(scores, sparsity)
+    assert to_gates([[0.3, 0.3]]) == [[1.0, 1.0]]
+
+
+# --- masked decoding -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_masked_decoding_equals_the_oracle(
+    checkpoint: Path, model: Any, tokenizer: Any, batch_size: int
+) -> None:
+    task = WordTask()
+    reports: list[int] = []
+    result = solve(
+        model,
+        tokenizer,
+        task,
+        task.problems(5, 0),
+        split=HeadSplit(FULL_HEADS, SINK, WINDOW),
+        max_new_tokens=12,
+        batch_size=batch_size,
+        report=reports.append,
+    )
+    assert sum(reports) == 5
+    for problem, answer in zip(task.problems(5, 0), result.answers, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            problem.messages, add_generation_prompt=True, return_dict=False
+        )
+        assert answer.prompt_ids == prompt
+        ids = [*prompt, *answer.output_ids[:-1]]
+        expected = oracle.logprobs(checkpoint, ids, FULL_HEADS, SINK, WINDOW)
+        assert expected[len(prompt) - 1 :].argmax(-1).tolist() == answer.output_ids
+        assert answer.text == tokenizer.decode(answer.output_ids, skip_special_tokens=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_a_split_for_every_problem_equals_one_split_at_a_time(
+    model: Any, tokenizer: Any, batch_size: int
+) -> None:
+    task = WordTask()
+    problems = task.problems(5, 0)
+    none, everything = [[] for _ in FULL_HEADS], [list(range(4)) for _ in FULL_HEADS]
+    splits = [HeadSplit(full, SINK, WINDOW) for full in (FULL_HEADS, none, everything) * 2][:5]
+    # Some rows end early, so that the others go on in a smaller batch.
+    free = solve(model, tokenizer, task, problems, split=splits, max_new_tokens=12)
+    model.generation_config.eos_token_id = [free.answers[1].output_ids[3]]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "batch_size": batch_size}
+    together = solve(model, tokenizer, task, problems, split=splits, **settings)
+    assert len({len(answer.output_ids) for answer in together.answers}) > 1
+    for i, split in enumerate(splits):
+        alone = solve(model, tokenizer, task, problems, split=split, **settings)
+        assert together.answers[i] == alone.answers[i]
+
+
+def test_decoding_stops_at_the_end_token_or_the_cap(model: Any, tokenizer: Any) -> None:
+    task = WordTask()
+    problems = task.problems(4, 0)
+    free = solve(model, tokenizer, task, problems, max_new_tokens=11)
+    assert [len(a.output_ids) for a in free.answers] == [11] * 4
+    assert free.capped_share == 1
+    end = free.answers[2].output_ids[4]
+    model.generation_config.eos_token_id = [end]
+    stopped = solve(model, tokenizer, task, problems, max_new_tokens=11)
+    for before, after in zip(free.answers, stopped.answers, strict=True):
+        ids = before.output_ids
+        expected = ids[: ids.index(end) + 1] if end in ids else ids
+        assert after.output_ids == expected
+        assert after.hit_cap == (end not in ids)
+    assert len(stopped.answers[2].output_ids) <= 5
+    lengths = [len(a.output_ids) for a in stopped.answers]
+    assert stopped.mean_output_tokens == sum(lengths) / 4
+
+
+def test_results_count_what_the_task_accepts(model: Any, tokenizer: Any) -> None:
+    task = WordTask(accept=(True, False, False, True, True))
+    result: TaskResult = solve(model, tokenizer, task, task.problems(5, 0), max_new_tokens=2)
+    assert result.correct == [True, False, False, True, True]
+    assert result.accuracy == 0.6
+
+
+# --- rlkv score ------------------------------------------------------------------------
+
+
+def score_app() -> typer.Typer:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command("score")(score)
+    return app
+
+
+def invoke(*args: str) -> Any:
+    return CliRunner().invoke(score_app(), list(args))
+
+
+def test_score_writes_a_profile(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = WordTask(accept=(True, False))
+    monkeypatch.setattr(run, "get_task", lambda name: task)
+    files = []
+    for name in ("a.json", "b.json"):
+        output = tmp_path / name
+        result = invoke(
+            str(checkpoint), "-o", str(output), "--n", "4", "--seed", "7", "--sink", "2",
+            "--window", "5", "--evaluate", "4", "--sparsities", ".5,1", "--max-new-tokens", "6",
+            "--set", "path_steps=2",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        files.append(load_profile(output))
+    profile, again = files
+    assert profile == again
+    assert (profile.sink, profile.window) == (2, 5)
+    assert profile.model.id == checkpoint.name
+    assert profile.model.num_layers == NUM_LAYERS
+    assert profile.provenance.method == "head-importance"
+    assert profile.provenance.seed == 7
+    assert profile.provenance.config["n"] == 4
+    assert str(checkpoint.parent) not in output.read_text()
+    assert profile.provenance.config["window"] == 5
+    assert profile.provenance.config["settings"] == {"path_steps": 2}
+    assert set(profile.provenance.versions) == {"rlkv-vllm", "torch", "transformers"}
+    assert "2 correct" in (profile.provenance.data or "")
+    assert [row.sparsity for row in profile.evaluation] == [0, 0.5, 1]
+    assert all(
+        row.n == 4 and row.accuracy == row.full_accuracy == 0.5 for row in profile.evaluation
+    )
+    assert profile.recommended_sparsity is None
+    assert "recommended sparsity: none" in result.output
+
+
+def test_evaluation_leaves_out_what_was_scored(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"+{i}", "answer": str(i)}) for i in range(10)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(lines))
+    task = get_task(str(path))
+    scored = task.problems(6, 0)
+    fresh = fresh_problems(task, 8, 1, scored, "--n or --evaluate")
+    assert 2 <= len(fresh) <= 4
+    assert not any(problem in scored for problem in fresh)
+    with pytest.raises(RlkvError) as error:
+        fresh_problems(task, 10, 1, task.problems(10, 0), "--n or --evaluate")
+    assert_one_line(error.value, "task sums", "--n or --evaluate")
+
+
+def test_score_needs_one_correct_answer(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "get_task", lambda name: WordTask(accept=(False,)))
+    output = tmp_path / "p.json"
+    result = invoke(str(checkpoint), "-o", str(output), "--n", "2", "--max-new-tokens", "3")
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "none of its 2 answers", "100% were cut off")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--sparsities", "0,x"], ["--sparsities", "0,x", "from 0 to 1"]),
+        (["--sparsities", "0,1.5"], ["1.5", "[0, 1]"]),
+        (["--n", "0"], ["--n 0", "at least 1"]),
+        (["--window", "0"], ["--window 0", "at least 1"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens 0"]),
+        (["--method", "guess"], ["--method guess", "head-importance"]),
+        (["--task", "no-such-task"], ["no-such-task"]),
+        (["--set", "steps=3"], ["--set steps", "head-importance", "path_steps (4)"]),
+        (["--set", "path_steps"], ["--set path_steps", "setting=value"]),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path: Path, args: list[str], parts: list[str]) -> None:
+    result = invoke("embedded", "-o", str(tmp_path / "p.json"), *args)
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_as_output_is_refused(tmp_path: Path) -> None:
+    result = invoke("embedded", "-o", str(tmp_path))
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, f"--output {tmp_path}")

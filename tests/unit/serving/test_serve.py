@@ -1,0 +1,135 @@
+"""Refusals of the whole command, in this process; no weights exist that could be loaded."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.io import save_profile
+from rlkv_vllm.serving import progress
+from rlkv_vllm.serving import serve as serve_module
+from rlkv_vllm.serving.endpoint import RlkvEndpoint
+from rlkv_vllm.serving.messages import reason
+from rlkv_vllm.serving.serve import serve
+from tests.support.profiles import assert_one_line, make_model_dir, make_profile
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}):
+        monkeypatch.setattr(progress, "say", lambda message, **_: None)
+        yield
+
+
+@pytest.fixture
+def fitting(tmp_path: Path) -> list[str]:
+    """Arguments that serve."""
+    model = make_model_dir(
+        tmp_path / "model",
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=64,
+        intermediate_size=64,
+        max_position_embeddings=2048,
+        dtype="float32",
+    )
+    save_profile(make_profile(), tmp_path / "heads.json")
+    return [str(model), "--profile", str(tmp_path / "heads.json"), "--skip-tokenizer-init"] + [
+        "--port",
+        "0",
+    ]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was handed to vLLM's server instead of running it."""
+    runs: list[object] = []
+    monkeypatch.setattr(serve_module, "_run", runs.append)
+    return runs
+
+
+def test_what_is_right_is_served(fitting: list[str], served: list[object]) -> None:
+    assert serve([*fitting, "--sparsity", "0.25", "--kv-cache-memory-bytes", "64M"]) == 0
+    (args,) = served
+    assert args.additional_config["rlkv"]["sparsity"] == 0.25  # type: ignore[attr-defined]
+    assert "rlkv" in os.environ["VLLM_PLUGINS"].split(",")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--sparsity", "1.5"], "--sparsity 1.5"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--headless"], "--headless"),
+        (["--worker-extension-cls", "a.B"], "--worker-extension-cls a.B"),
+        (["--host", "192.0.2.1"], "--host 192.0.2.1"),
+        (["--max-model-len", "9999999"], "max_model_len"),
+        (["--block-size", "24"], "--block-size 24"),
+        (["-pp", "2"], "--pipeline-parallel-size"),
+        (
+            ["--speculative-config", '{"method": "ngram_gpu", "num_speculative_tokens": 2}'],
+            "specul",
+        ),
+        (["--reasoning-parser", "mind_reader"], "mind_reader"),
+        (["--kv-cache-memory-bytes", "200k"], "--kv-cache-memory-bytes 200,000"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    fitting: list[str], served: list[object], arguments: list[str], named: str
+) -> None:
+    with pytest.raises(RlkvError) as caught:
+        serve([*fitting, *arguments])
+    assert_one_line(caught.value, named)
+    assert served == []
+
+
+def test_a_stop_while_starting_is_no_error(
+    fitting: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve_module, "_run", stop)
+    assert serve(fitting) == 0
+
+
+def test_a_dead_engine_is_no_stop(
+    fitting: list[str], served: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = SimpleNamespace(failed_proc_name=None)
+    client = SimpleNamespace(
+        engine_core=SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+    )
+    monkeypatch.setattr(RlkvEndpoint, "engine_client", client)
+    assert serve(fitting) == 0
+    manager.failed_proc_name = "EngineCore_0"
+    assert serve(fitting) == 1
+    assert len(served) == 2
+
+
+def test_an_invalid_profile_is_told_without_importing_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_module, "_require_vllm", lambda: pytest.fail("vLLM was imported"))
+    (tmp_path / "p.json").write_text("{}")
+    with pytest.raises(RlkvError, match="schema_version"):
+        serve(["m", "--profile", str(tmp_path / "p.json")])
+
+
+def test_a_broken_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    with pytest.raises(RlkvError, match=r"vLLM cannot be imported .*rlkv-vllm\[cpu\]"):
+        serve([])
+
+
+def test_reasons_are_one_line() -> None:
+    from rlkv_vllm.engine.config import SplitConfig
+
+    assert reason(KeyError("no such\nparser")) == "no such parser"
+    assert reason(RuntimeError()) == "RuntimeError"
+    with pytest.raises(ValueError, match="SplitConfig") as caught:
+        SplitConfig.model_validate({"profile": "p", "window": 0})
+    assert reason(caught.value) == "window: Input should be greater than or equal to 1"

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("trl")
+
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.training.config import load_config, make_config, save_run
+from tests.support import ROOT
+
+SHIPPED = sorted((ROOT / "head_profiles" / "runs").glob("*.yaml"))
+EMBEDDED = next(path for path in SHIPPED if path.stem == "embedded")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.trainer["num_generations"] == 4
+    assert config.sink is not None
+    assert config.window is not None
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert [path.stem for path in SHIPPED] == [
+        "audit",
+        "deepseek-r1-distill-llama-8b",
+        "embedded",
+        "qwen3-4b-thinking",
+    ]
+
+
+def test_run_file_round_trips(tmp_path: Path) -> None:
+    config = load_config(EMBEDDED, ["seed=3", "trainer.reg=0.5", "task.name=hops"])
+    save_run(config, tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml") == config
+    assert (config.seed, config.trainer["reg"], config.task.name) == (3, 0.5, "hops")
+    assert "Versions: rlkv-vllm" in (tmp_path / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sink=-1", "sink: Input should be greater than or equal to 0"),
+        ("colour=red", "colour: Extra inputs are not permitted"),
+        ("trainer.colour=red", "trainer.colour is no option of RlkvConfig"),
+        ("trainer.beta=0.1", "trainer.beta is set by the job"),
+        ("evaluation.sparsities=[2]", "evaluation.sparsities.0"),
+        ("refine.start=a.json", "refine.start needs refine.enabled"),
+        ("refine.rounds=2", "refine.rounds: Extra inputs are not permitted"),
+        ("rollout.staleness=-1", "rollout.staleness"),
+        ("rollout.staleness=2", "choose another rollout.engine"),
+        ("trainer.eval_strategy=steps", "trainer.eval_strategy is set by the job"),
+        ("trainer.reg=much", "trainer.reg much: must be a number"),
+        ("seed", "give key=value"),
+        ("seed.more=1", "seed is no section"),
+        ("seed=[", "value is not YAML"),
+    ],
+)
+def test_bad_values_are_named(change: str, message: str) -> None:
+    with pytest.raises(RlkvError) as error:
+        load_config(EMBEDDED, [change])
+    assert message in str(error.value)
+
+
+def test_numbers_may_be_written_with_an_exponent() -> None:
+    assert load_config(EMBEDDED, ["trainer.reg=1e-3"]).trainer["reg"] == 1e-3
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    with pytest.raises(RlkvError, match=r"job\.yaml: no such file"):
+        load_config(path)
+    path.write_text("a: [")
+    with pytest.raises(RlkvError, match="not valid YAML"):
+        load_config(path)
+    path.write_text("- 1")
+    with pytest.raises(RlkvError, match="no mapping"):
+        load_config(path)
+
+
+def test_yaml_loads_no_code(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("output: !!python/object/apply:os.system ['true']")
+    with pytest.raises(RlkvError, match="not valid YAML"):
+        load_config(path)
+
+
+def test_output_is_required() -> None:
+    with pytest.raises(RlkvError, match="output: Field required"):
+        make_config(yaml.safe_load("model: embedded"), "job.yaml")
