@@ -34,10 +34,12 @@ from vllm.v1.worker.gpu.attn_utils import (
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.utils import clear_layer_kv_caches
 
-from rlkv_vllm.engine import cuda_backend, gated_layer, split_layer
+from rlkv_vllm.engine.cache import split_layer
 from rlkv_vllm.engine.cache.specs import RingSpec
 from rlkv_vllm.engine.config import gated_config, split_plan
+from rlkv_vllm.engine.cuda import backend as cuda_backend
 from rlkv_vllm.engine.cuda.backend import GatedCUDAImpl, SplitCUDABackend, SplitCUDAImpl
+from rlkv_vllm.engine.gated import layer as gated_layer
 from rlkv_vllm.engine.support import check_supported
 from rlkv_vllm.engine.worker_extension import RlkvWorkerExtension
 from rlkv_vllm.errors import RlkvError

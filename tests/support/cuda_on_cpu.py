@@ -139,7 +139,7 @@ def _main() -> None:
     register_backend(
         AttentionBackendEnum.CPU_ATTN, "rlkv_vllm.engine.cuda.backend.SplitCUDABackend"
     )
-    from rlkv_vllm.engine import cuda_backend
+    from rlkv_vllm.engine.cuda import backend as cuda_backend
     from rlkv_vllm.kernels.triton.decode import INTERPRETER
 
     cuda_backend._shared_workspace = functools.partial(
