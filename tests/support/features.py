@@ -174,7 +174,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _refused("`--kv-sharing-fast-prefill`", "--kv-sharing-fast-prefill", _FLAG),
         _refused(
             "`--disable-hybrid-kv-cache-manager`",
-            "--disable-hybrid-kv-cache-manager (rings would be given whole caches)",
+            "--disable-hybrid-kv-cache-manager (rings would be given full caches)",
             _FLAG,
         ),
         _refused(
@@ -297,9 +297,9 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         ),
         _works(
             "`seed`",
-            "on the CPU with `--worker-cls rlkv_vllm.engine.cpu.worker.SplitCPUWorker`, which "
-            "`rlkv serve` sets: a seed and a chunked prefill end stock vLLM 0.32 with `CPU "
-            "Generator does not use offset`",
+            "also with a chunked prefill on the CPU, where stock vLLM 0.32 ends with `CPU "
+            "Generator does not use offset`: `rlkv serve` and `split()` bring a worker that does "
+            "not",
             f"{_SAMPLING}::test_a_seed_repeats_its_answer",
             f"{_SERVING}::test_a_seed_survives_a_chunked_prompt",
         ),
