@@ -139,11 +139,11 @@ def _main() -> None:
     register_backend(
         AttentionBackendEnum.CPU_ATTN, "rlkv_vllm.engine.cuda.backend.SplitCUDABackend"
     )
-    from rlkv_vllm.engine import cuda_backend
+    from rlkv_vllm.engine.cuda import metadata
     from rlkv_vllm.kernels.triton.decode import INTERPRETER
 
-    cuda_backend._shared_workspace = functools.partial(
-        cuda_backend._shared_workspace, target_programs=8, capability=INTERPRETER
+    metadata._shared_workspace = functools.partial(
+        metadata._shared_workspace, target_programs=8, capability=INTERPRETER
     )
     results = [_run(Scenario(**fields)) for fields in json.loads(sys.stdin.read())]
     print("RESULT", json.dumps([asdict(result) for result in results]), flush=True)
