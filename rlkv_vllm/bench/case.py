@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlkv_vllm.allocation.forecast import Forecast
+from rlkv_vllm.allocation.ring import num_blocks
 from rlkv_vllm.bench.engine import Engine
 from rlkv_vllm.planning.roofline import Device, HeadCache, ModelSize, Roofline
 
@@ -69,15 +70,7 @@ class Setup:
 
     def cache(self, variant: str) -> HeadCache:
         """What attention of a variant reads."""
-        forecast = self.forecasts[ALL_FULL if variant == STOCK else variant]
-        geometry = forecast.geometry
-        return HeadCache.of(
-            forecast.groups.allocation,
-            self.model,
-            sink=geometry.sink,
-            window=geometry.window,
-            dtype_bytes=geometry.dtype_bytes,
-        )
+        return HeadCache.of(self.forecasts[ALL_FULL if variant == STOCK else variant], self.model)
 
     def roofline(self, device: Device, variant: str) -> Roofline:
         """Bounds of a variant's steps."""
@@ -104,7 +97,7 @@ class Setup:
     def blocks_per_request(self, variant: str, tokens: int) -> int:
         """Blocks that a request of `tokens` holds."""
         if variant == STOCK:
-            return -(-tokens // self.stock_block_size)
+            return num_blocks(tokens, self.stock_block_size)
         return self.forecasts[variant].blocks_per_request(tokens)
 
 

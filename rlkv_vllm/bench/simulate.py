@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rlkv_vllm.allocation.ring import num_blocks
 from rlkv_vllm.bench.random_model import write_model
 from rlkv_vllm.planning.fleet import Lengths, Replica
 from rlkv_vllm.planning.roofline import ModelSize
@@ -199,7 +200,7 @@ def make_scheduler(replica: Replica, max_model_len: int) -> Any:
             sliding_window=geometry.window,
             sink=geometry.sink,
             num_groups=groups.num_ring_groups + 1,
-            chunk_blocks=-(-config.max_in_flight_tokens // block_size),
+            chunk_blocks=num_blocks(config.max_in_flight_tokens, block_size),
             steps_in_flight=config.max_concurrent_batches,
         )
         specs += [ring] * groups.num_ring_groups

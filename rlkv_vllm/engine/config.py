@@ -21,6 +21,7 @@ from rlkv_vllm.allocation.forecast import (
     Forecast,
 )
 from rlkv_vllm.allocation.groups import CacheGroups
+from rlkv_vllm.allocation.ring import num_blocks
 from rlkv_vllm.allocation.span import TRAINING_SPAN
 from rlkv_vllm.engine.compat import block_size_is_the_users
 from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_gated_supported, check_supported
@@ -255,5 +256,5 @@ def _fit_interval(interval: int, window: int, block_size: int) -> int:
     """A multiple of the block size that leaves room between two tails, or 0."""
     if interval == 0:
         return 0
-    tail = -(-(window - 1) // block_size)
-    return max(-(-interval // block_size), 2 * tail, 1) * block_size
+    tail = num_blocks(window - 1, block_size)
+    return max(num_blocks(interval, block_size), 2 * tail, 1) * block_size
