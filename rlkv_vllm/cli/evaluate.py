@@ -97,9 +97,13 @@ def evaluate(
     from rlkv_vllm.evaluation.record import Record, output_format
     from rlkv_vllm.evaluation.served import Sampling, answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
-    from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source
+    from rlkv_vllm.models import (
+        MODEL_NAME,
+        load_model_fingerprint,
+        model_source,
+        serving_defaults,
+    )
     from rlkv_vllm.profile.io import check_matches
-    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS
     from rlkv_vllm.serving.progress import quiet_logging
     from rlkv_vllm.tasks import get_task, skip_note
 
@@ -119,7 +123,7 @@ def evaluate(
         _require_folder("--plot", plot)
     model = model or MODEL_NAME
     if model == MODEL_NAME:
-        options |= {key: EMBEDDED_DEFAULTS[key] for key in ("dtype", "enforce_eager")}
+        options |= {key: serving_defaults(model)[key] for key in ("dtype", "enforce_eager")}
     elif not profile:
         raise RlkvError(
             f"--profile: needed for model {model}: give the profiles to evaluate, `rlkv score` "
