@@ -1,8 +1,8 @@
 """Attention on the CPU with full and streaming heads in one layer.
 
-Full heads go through vLLM's own C++ paged attention. So do streaming heads, over the short block
-tables of :mod:`rlkv_vllm.kernels.cpu.ring_tiles`, or, where those do not serve the sink, through
-:mod:`rlkv_vllm.kernels.cpu.streaming`. Without a split plan everything is vLLM's.
+Full heads use vLLM's own C++ paged attention. Streaming heads use it over the short block tables of
+:mod:`rlkv_vllm.kernels.cpu.ring_tiles` or, where those do not support the sink,
+:mod:`rlkv_vllm.kernels.cpu.streaming`. A model without a split uses vLLM's own classes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class SplitCPUBackend(CPUAttentionBackend):
-    """Stands in for ``CPU_ATTN``; vLLM's own classes do the work without a split plan."""
+    """Replaces ``CPU_ATTN``; a model without a split gets vLLM's own classes."""
 
     # Both caches of a layer are written in forward(): the attention layer itself owns none.
     forward_includes_kv_cache_update = True
@@ -86,7 +86,7 @@ class StockCPUImpl(CPUAttentionBackendImpl):
 
 
 class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Keeps the step's tensors; vLLM's builder when there is no split plan."""
+    """Keeps the step's tensors; vLLM's builder for a model without a split."""
 
     def __init__(
         self,
