@@ -51,8 +51,7 @@ def split(
     before weights are loaded.
 
     Args:
-        profile: a file, a packaged name, or ``org/repo[@revision][:file]`` on the Hugging Face
-            hub.
+        profile: a file, a packaged name, or ``org/repo[@revision][:file]`` on the Hugging Face hub.
         sparsity: share of streaming KV heads, 0 to 1; None: what the profile recommends.
         sink: first tokens that streaming heads keep; None: the profile's.
         window: last tokens that streaming heads keep; None: the profile's.

@@ -220,21 +220,18 @@ def test_unsupported_layers(change: dict[str, Any], words: str) -> None:
     [
         ({"layer_class": "ChunkedLocalAttention"}, "ChunkedLocalAttention"),
         ({"num_kv_heads": 2}, "differ in shape"),
-        ({"head_dim": 64}, "differ in shape"),
+        ({"head_size": 64}, "differ in shape"),
         ({"dtypes": "torch.float32, cache torch.bfloat16"}, "another type"),
     ],
 )
 def test_layers_unlike_the_others(change: dict[str, Any], words: str) -> None:
-    plain: dict[str, Any] = {
-        "layer_class": "Attention",
-        "num_kv_heads": 4,
-        "head_dim": 32,
-        "expected": (4, 32),
-        "dtypes": "",
-    }
-    check_layer_shape(**plain)
+    def check(layer_class: str = "Attention", dtypes: str = "", **shape: int) -> None:
+        layer = type(layer_class, (), {"num_kv_heads": 4, "head_size": 32} | shape)()
+        check_layer_shape(layer, (4, 32), dtypes)
+
+    check()
     with pytest.raises(RlkvError, match=words):
-        check_layer_shape(**(plain | change))
+        check(**change)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 class RingSpec(SlidingWindowSpec):
     """One KV head that keeps the first ``sink`` and the last ``sliding_window`` tokens.
 
-    A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap
-    only to those.
+    A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap only to those.
 
     Attributes:
         sink: first tokens that are never freed (tokens).
@@ -22,9 +21,8 @@ class RingSpec(SlidingWindowSpec):
             while vLLM sorts specs into groups: :meth:`merge` refuses to mix two
             values, so each becomes a KV cache group of its own, and erases it
             in the group's spec, so that the coordinator sees one kind of ring.
-        retention_interval: keep a window's worth of prompt blocks for the
-            prefix cache every so many tokens (a multiple of the block size);
-            0 keeps none.
+        retention_interval: keep a window's worth of prompt blocks for the prefix cache every so
+            many tokens (a multiple of the block size); 0 keeps none.
         num_groups: KV cache groups of the model, full one included.
         chunk_blocks: most blocks of one group that the steps in flight can ask for.
         steps_in_flight: scheduled steps whose results are not known yet: 2 with
@@ -53,11 +51,10 @@ class RingSpec(SlidingWindowSpec):
     ) -> int:
         """Most blocks a request holds at once, chunked prefill included.
 
-        While a chunk runs, a request holds its sinks, the window before the
-        chunk and the window at its end: chunk positions that are out of the
-        window when the chunk ends are never allocated. So the bound does not
-        depend on the chunk's length. Blocks are freed when a step's results are
-        known, so each further step in flight holds one more window.
+        While a chunk runs, a request holds its sinks, the window before the chunk and the window at
+        its end: chunk positions that are out of the window when the chunk ends are never allocated.
+        So the bound does not depend on the chunk's length. Blocks are freed when a step's results
+        are known, so each further step in flight holds one more window.
         """
         del max_in_flight_tokens
         ring = self.num_sink_blocks + (1 + self.steps_in_flight) * self.window_blocks

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
-from vllm.v1.attention.backend import AttentionLayer, MultipleOf
+from vllm.v1.attention.backend import AttentionLayer, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -96,13 +96,8 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         self.split = split_config(vllm_config) is not None
-        if not self.split:
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            return
-        self.kv_cache_spec = kv_cache_spec
-        self.layer_names = layer_names
-        self.vllm_config = vllm_config
-        self.device = device
+        base = AttentionMetadataBuilder if self.split else CPUAttentionMetadataBuilder
+        base.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,
@@ -110,7 +105,6 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        """Metadata of one step for one block table."""
         if not self.split:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         return SplitMetadata(**StepMetadata.fields_of(common_attn_metadata))
