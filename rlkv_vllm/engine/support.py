@@ -199,6 +199,7 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
         _STOCK,
     ),
+    Refusal("diffusion language models", lambda c: c.model_config.is_diffusion, _STOCK),
     Refusal("multi-head latent attention (MLA) models", lambda c: c.model_config.use_mla, _STOCK),
     Refusal("models with their own sliding-window layers", _has_sliding_window, _STOCK),
     Refusal(

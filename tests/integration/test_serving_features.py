@@ -41,10 +41,10 @@ def profile(model: Path, profile_of: Callable[..., Path]) -> Path:
     return profile_of(model, UNEVEN, sink=SINK, window=WINDOW)
 
 
-def assert_exact(model: Path, prompts: list[list[int]], outputs: list[object]) -> None:
+def assert_exact(model: Path, prompts: list[list[int]], outputs: list[Any]) -> None:
     wrong, worst = zip(
         *(
-            count_differences(model, p, o.outputs[0], UNEVEN, SINK, WINDOW)  # type: ignore[attr-defined]
+            count_differences(model, p, o.outputs[0], UNEVEN, SINK, WINDOW)
             for p, o in zip(prompts, outputs, strict=True)
         ),
         strict=True,

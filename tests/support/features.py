@@ -422,6 +422,12 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "models with state-space layers or without attention",
             _MODE,
         ),
+        _refused(
+            "diffusion language models",
+            "diffusion language models",
+            _MODE,
+            "they need a scheduler of their own and see later tokens",
+        ),
         _refused("pooling models", "pooling models (embeddings, scoring)", _MODE),
         _refused("ALiBi", "ALiBi slopes", _LAYER),
         _refused("logits soft-cap", "a logits soft-cap", _LAYER),

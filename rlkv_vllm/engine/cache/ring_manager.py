@@ -210,7 +210,7 @@ class RingManager(SlidingWindowManager):
 
         Scans forward from the last call: lean tables have null holes, at which the base class's
         backward scan would stop and leak what lies before. Only retained blocks stay in the prefix
-        cache: a long answer would push out everything else with blocks that nobody can resume at.
+        cache: a long answer would push out everything else with blocks at which nothing can resume.
         """
         first = self._swept.get(request_id, self.num_sink_blocks)
         skipped = processed_computed_tokens - self.sliding_window + 1
