@@ -1,4 +1,4 @@
-"""Other gates for a running engine in gated mode, so that no answer mixes two versions.
+"""Change the gates of a running engine in gated mode, so that no answer mixes two versions.
 
 The gates of an engine have a version, which counts up from 0 (all gates 1). vLLM stamps it on
 every answer (``CompletionOutput.weight_versions``). They change while no request runs, and the
