@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlkv_vllm.allocation.span import Span
 from rlkv_vllm.errors import RlkvError
@@ -16,15 +16,13 @@ from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
 from rlkv_vllm.evaluation.rows import with_rows
 from rlkv_vllm.files import one_line
 from rlkv_vllm.options import job_versions
-from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
+from rlkv_vllm.profile import HeadProfile, Provenance
 from rlkv_vllm.profile.io import save_profile
-from rlkv_vllm.tasks import Task
 from rlkv_vllm.training.config import EvaluationConfig
 from rlkv_vllm.training.curriculum import Curriculum
+from rlkv_vllm.training.report import write_report
 from rlkv_vllm.training.run_folder import PROFILE_FILE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rlkv_vllm.training.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -52,35 +50,45 @@ class Listener:
 QUIET = Listener()
 
 
-def make_profile(
-    fingerprint: ModelFingerprint,
+def write_result(
     gates: list[list[float]],
     span: Span,
-    task: Task,
+    solver: Solver,
     curriculum: Curriculum,
+    output: Path,
+    listener: Listener,
     *,
     method: str,
     source: str | None,
     seed: int,
     settings: dict[str, Any],
+    evaluation: EvaluationConfig,
+    max_new_tokens: int,
 ) -> HeadProfile:
-    """A profile that says where its gates come from.
+    """Write the profile of a job, evaluate it by mask on fresh problems, and report.
+
+    The profile is saved after every row of the evaluation.
 
     Args:
-        fingerprint: of the model.
         gates: ``[layers][KV heads]``.
         span: sink and window to serve with.
-        task: of the problems.
-        curriculum: the problems.
+        solver: model and task.
+        curriculum: problems that the gates were made from.
+        output: folder of the run.
+        listener: told about progress.
         method: that found the gates.
         source: its paper.
-        seed: of the job.
+        seed: of the job; the fresh problems have the next.
         settings: of the job, plain values with ``task``; a local path of model or task is
             replaced by its name.
+        evaluation: where to evaluate; no problems leave it out.
+        max_new_tokens: limit of an answer, if `evaluation` has none.
     """
-    settings |= {"model": fingerprint.id, "task": {**settings["task"], "name": task.name}}
-    return HeadProfile(
-        model=fingerprint,
+    task = solver.task
+    model_name = solver.fingerprint.id
+    settings |= {"model": model_name, "task": {**settings["task"], "name": task.name}}
+    profile = HeadProfile(
+        model=solver.fingerprint,
         gates=gates,
         sink=span.sink,
         window=span.window,
@@ -95,59 +103,48 @@ def make_profile(
             f"that the model solves, of {curriculum.tried} (sha256 {curriculum.sha256[:16]})",
         ),
     )
-
-
-def evaluate_profile(
-    profile: HeadProfile,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    used: Sequence[Any],
-    wanted: EvaluationConfig,
-    output: Path,
-    *,
-    seed: int,
-    max_new_tokens: int,
-    report: Report,
-) -> HeadProfile:
-    """Measure a profile on fresh problems, by mask.
-
-    Args:
-        profile: saved before, and again after every row.
-        model: ungated.
-        tokenizer: with a chat template.
-        task: of the problems.
-        used: problems that the gates were made from.
-        wanted: where to evaluate.
-        output: folder of the profile.
-        seed: of the fresh problems.
-        max_new_tokens: limit of an answer, if `wanted` has none.
-        report: told about progress.
-
-    Returns:
-        The profile with its rows.
-    """
-    options = "curriculum.problems or evaluation.problems"
-    problems = fresh_problems(task, wanted.problems, seed, used, options)
-    if not problems:
-        return profile
-    for row in measure_gates(
-        model,
-        tokenizer,
+    save_profile(profile, output / PROFILE_FILE)
+    flags = "the number of problems of the job or evaluation.problems"
+    problems = fresh_problems(task, evaluation.problems, seed + 1, curriculum.problems, flags)
+    rows = measure_gates(
+        solver.model,
+        solver.tokenizer,
         task,
         problems,
-        profile.gates,
-        sink=profile.sink,
-        window=profile.window,
-        sparsities=wanted.sparsities,
-        max_new_tokens=wanted.max_new_tokens or max_new_tokens,
-        batch_size=wanted.batch_size,
-        seed=seed,
-        report=report,
-    ):
+        gates,
+        sink=span.sink,
+        window=span.window,
+        sparsities=evaluation.sparsities,
+        max_new_tokens=evaluation.max_new_tokens or max_new_tokens,
+        batch_size=evaluation.batch_size,
+        seed=seed + 1,
+        report=listener.report,
+    )
+    for row in rows if problems else ():
         profile = with_rows(profile, [row])
         save_profile(profile, output / PROFILE_FILE)
+    write_report(output)
     return profile
+
+
+def check_output(output: Path, resume: bool, files: Sequence[str]) -> None:
+    """Refuse a folder that a job must not write to.
+
+    Args:
+        output: folder of the run.
+        resume: continue what it holds.
+        files: that only an earlier run leaves.
+
+    Raises:
+        RlkvError: it is a file, or holds a run that is not to be continued.
+    """
+    if output.exists() and not output.is_dir():
+        raise RlkvError(f"--output {output}: is a file: give a folder")
+    if not resume and any((output / name).exists() for name in files):
+        raise RlkvError(
+            f"--output {output}: holds an earlier run: give --resume to continue it, or choose "
+            "another folder"
+        )
 
 
 @contextmanager
