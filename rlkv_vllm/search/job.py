@@ -12,24 +12,15 @@ from rlkv_vllm.allocation.span import Span, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.answers import HeadSplit
 from rlkv_vllm.models import load_model_fingerprint, model_source
-from rlkv_vllm.options import RUN_FILE, save_options
+from rlkv_vllm.options import RUN_FILE
 from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.search.answers import Streaming, full_heads
 from rlkv_vllm.search.config import RefineConfig
 from rlkv_vllm.search.refine import refine_gates, streaming_counts
-from rlkv_vllm.tasks import skip_note
-from rlkv_vllm.training.curriculum import Processes, make_curriculum
-from rlkv_vllm.training.result import (
-    QUIET,
-    Listener,
-    check_output,
-    explained_failures,
-    write_result,
-)
+from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained_failures
 from rlkv_vllm.training.run_folder import METRICS_FILE, REFINE_FILE
-from rlkv_vllm.training.solver import Solver
 
 
 def run(
@@ -68,27 +59,11 @@ def _run(config: RefineConfig, resume: bool, listener: Listener) -> HeadProfile 
             "`rlkv refine`"
         )
     check_output(output, resume, (RUN_FILE, REFINE_FILE))
-    task = config.task.load()
-    if note := skip_note(task):
-        listener.say(note)
-    output.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=not torch.cuda.is_available())
-    rank, world = state.process_index, state.num_processes
-    solver = Solver.load(config, task, state.device)
-    if rank == 0:
-        save_options(config, output / RUN_FILE, "The options of the refinement.")
-    sampling = config.sampling.model_copy(update={"seed": config.seed})
-    curriculum = make_curriculum(
-        solver,
-        output,
-        n=config.tried,
-        keep=2 * wanted.problems,
-        sampling=sampling,
-        batch_size=config.batch_size,
-        processes=Processes.of_accelerate(),
-        report=lambda done, total: listener.report("curriculum", done, total),
-    )
-    listener.curriculum(curriculum)
+    job = Run(config, listener, state.device)
+    rank, world = job.processes.rank, job.processes.world
+    solver, sampling = job.solver, config.sampling
+    curriculum = job.curriculum(config.tried, 2 * wanted.problems, sampling, config.batch_size)
     model = solver.fingerprint
 
     def evaluate(which: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
@@ -127,22 +102,18 @@ def _run(config: RefineConfig, resume: bool, listener: Listener) -> HeadProfile 
     end = "the found heads are taken" if result["is_taken"] else "the gates are kept"
     listener.say(f"search: {result['answers']} answers, {end} (p {result['p']:.2g})")
     made = given.provenance
-    settings = config.model_dump(mode="json", exclude={"output", "evaluation"})
-    settings |= {name: result[name] for name in ("p", "is_taken", "answers")}
-    # Where a local file lies is nobody else's business.
-    settings |= {"profile": config.profile.rpartition("/")[2], "sink": span.sink}
-    settings |= {"window": span.window, "start": {"sha256": given.sha256(), "config": made.config}}
-    return write_result(
+    settings = {
+        "profile": config.profile.rpartition("/")[2],  # not where it lies
+        "start": {"sha256": given.sha256(), "method": made.method, "config": made.config},
+        **span._asdict(),
+        **{name: result[name] for name in ("p", "is_taken", "answers")},
+    }
+    return job.finish(
         gates,
         span,
-        solver,
         curriculum,
-        output,
-        listener,
-        method=f"{made.method}+refine",
-        source=made.source,
-        seed=config.seed,
-        settings=settings,
-        evaluation=config.evaluation,
+        f"{made.method}+refine",
+        made.source,
+        settings,
         max_new_tokens=sampling.max_tokens,
     )

@@ -7,25 +7,17 @@ import os
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, read_json_object, write_text_atomic
 from rlkv_vllm.hf.gated_attention import attach_gates
-from rlkv_vllm.options import RUN_FILE, save_options
+from rlkv_vllm.options import RUN_FILE
 from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.rollouts.queue import Rollouts
-from rlkv_vllm.tasks import skip_note
 from rlkv_vllm.training.config import TrainConfig, load_config
-from rlkv_vllm.training.curriculum import Curriculum, Processes, make_curriculum
-from rlkv_vllm.training.result import (
-    QUIET,
-    Listener,
-    check_output,
-    explained_failures,
-    write_result,
-)
+from rlkv_vllm.training.curriculum import Curriculum
+from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained_failures
 from rlkv_vllm.training.run_folder import METRICS_FILE, REFINE_FILE
 from rlkv_vllm.training.run_log import RunLog, best_gates
 from rlkv_vllm.training.solver import Solver
@@ -70,36 +62,18 @@ def _run(
     checkpoint = last_checkpoint(output)
     held = [METRICS_FILE, REFINE_FILE, *([checkpoint.name] if checkpoint else [])]
     check_output(output, resume, held)
-    task = config.task.load()
-    if note := skip_note(task):
-        listener.say(note)
-    output.mkdir(parents=True, exist_ok=True)
-    args = _trainer_args(config)
-    is_main = args.process_index == 0
     if resume and (output / RUN_FILE).exists():
         _require_same_run(config, load_config(output / RUN_FILE))
-    solver = Solver.load(config, task, args.device)
-    if is_main:
-        note = "The configuration as used; `rlkv train` takes it as it is."
-        save_options(config, output / RUN_FILE, note)
+    args = _trainer_args(config)
+    job = Run(config, listener, args.device)
     wanted = config.curriculum
-    curriculum = make_curriculum(
-        solver,
-        output,
-        n=wanted.problems,
-        keep=wanted.keep,
-        sampling=Sampling(
-            max_tokens=wanted.max_new_tokens or args.max_completion_length,
-            temperature=0 if wanted.greedy else args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            seed=config.seed,
-        ),
-        batch_size=wanted.batch_size,
-        processes=Processes.of_accelerate(),
-        report=lambda done, total: listener.report("curriculum", done, total),
+    sampling = Sampling(
+        max_tokens=wanted.max_new_tokens or args.max_completion_length,
+        temperature=0 if wanted.greedy else args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
     )
-    listener.curriculum(curriculum)
+    curriculum = job.curriculum(wanted.problems, wanted.keep, sampling, wanted.batch_size)
     sink, window = config.span
     if sink + window >= curriculum.longest:
         raise RlkvError(
@@ -107,34 +81,24 @@ def _run(
             f"{curriculum.longest} tokens): streaming heads would lose nothing and gates get no "
             "signal: lower window"
         )
-    is_sharded = _train(config, args, solver, curriculum, resume, listener, rollouts)
-    PartialState().wait_for_everyone()  # the main process writes the log
+    is_sharded = _train(config, args, job.solver, curriculum, resume, listener, rollouts)
+    job.processes.wait()  # the main process writes the log
     gates, step = best_gates(output, args.tau, args.average_steps)
-    if not is_main:
+    if job.processes.rank != 0:
         return None
-    evaluation = config.evaluation
     if is_sharded:
         listener.say("not evaluated: the model is sharded; use `rlkv eval --write-rows`")
-        evaluation = evaluation.model_copy(update={"problems": 0})
-    settings = config.model_dump(mode="json", exclude={"output", "evaluation"})
-    settings |= {"sink": sink, "window": window, "step": step}
-    settings["trainer"] |= {
-        name: getattr(args, name)
-        for name in ("learning_rate", "reg", "tau", "weight_decay", "temperature", "loss_type")
-    }
-    return write_result(
+    names = ("learning_rate", "reg", "tau", "weight_decay", "temperature", "loss_type")
+    trainer = config.trainer | {name: getattr(args, name) for name in names}
+    return job.finish(
         gates,
         config.serving_span,
-        solver,
         curriculum,
-        output,
-        listener,
-        method="rlkv",
-        source=SOURCE,
-        seed=config.seed,
-        settings=settings,
-        evaluation=evaluation,
+        "rlkv",
+        SOURCE,
+        {"sink": sink, "window": window, "step": step, "trainer": trainer},
         max_new_tokens=args.max_completion_length,
+        is_evaluated=not is_sharded,
     )
 
 

@@ -18,7 +18,7 @@ from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.search.config import RefineConfig
 from rlkv_vllm.search.job import run
-from rlkv_vllm.training.result import Listener
+from rlkv_vllm.training.run import Listener
 from rlkv_vllm.training.solver import Solver
 from tests.support.profiles import assert_one_line, make_profile
 
