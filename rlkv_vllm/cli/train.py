@@ -49,7 +49,7 @@ def train(
 
     from rlkv_vllm.rollouts import open_rollouts
     from rlkv_vllm.training.job import run
-    from rlkv_vllm.training.result import QUIET, Listener
+    from rlkv_vllm.training.run import QUIET, Listener
 
     with StageProgress(threads) as progress:
 

@@ -17,7 +17,6 @@ from rlkv_vllm.options import Positive, Section, Share, override, read_options, 
 from rlkv_vllm.tasks import Task, get_task
 
 DOCS = "docs/training.md"
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 #: What `trainer` may not set: the job decides it.
 _RESERVED = (
     "output_dir",
@@ -122,16 +121,25 @@ class RolloutConfig(Section):
     )
 
 
-class TrainConfig(Section):
-    """A training job: model, problems, gate training, evaluation."""
+class JobConfig(Section):
+    """What all jobs have: model, task, evaluation, and the folder of the run."""
 
     model: str = Field(default="embedded", description="`embedded`, a folder, or org/name.")
     revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
-    dtype: Dtype = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Of the frozen weights; auto: float32 on CPU, else as stored."
     )
     output: Path = Field(description="Folder of the run.")
-    seed: int = Field(default=0, description="Of problems, rollouts and data order.")
+    seed: Annotated[int, Field(ge=0, lt=2**31 - 1)] = Field(
+        default=0, description="Of problems, answers and data order; the evaluation has the next."
+    )
+    task: TaskConfig = Field(default=TaskConfig())
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig())
+
+
+class TrainConfig(JobConfig):
+    """A training job: model, problems, gate training, evaluation."""
+
     sink: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="First tokens of local attention in training; null: 128, embedded 4.",
@@ -146,9 +154,7 @@ class TrainConfig(Section):
     serve_window: Positive | None = Field(
         default=None, description="Window the profile asks for; null: 64, embedded 16."
     )
-    task: TaskConfig = Field(default=TaskConfig())
     curriculum: CurriculumConfig = Field(default=CurriculumConfig())
-    evaluation: EvaluationConfig = Field(default=EvaluationConfig())
     rollout: Annotated[RolloutConfig, BeforeValidator(_engine_alone)] = Field(
         default=RolloutConfig(), description="A section, or the name of the engine alone."
     )

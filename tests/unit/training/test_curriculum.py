@@ -10,8 +10,8 @@ from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.answers import Answer, TaskResult
 from rlkv_vllm.tasks import Problem
-from rlkv_vllm.training import curriculum as module
 from rlkv_vllm.training.curriculum import Curriculum, Processes, make_curriculum
+from rlkv_vllm.training.solver import Solver
 
 
 class Numbers:
@@ -54,12 +54,12 @@ class Model:
 def make(
     output: Path, monkeypatch: pytest.MonkeyPatch, solver: Model, **options: Any
 ) -> Curriculum:
-    monkeypatch.setattr(module, "solve", solver)
-    options = {"n": 20, "keep": None, "batch_size": 4, "settings": {"x": 1}} | options
+    monkeypatch.setattr("rlkv_vllm.training.solver.solve", solver)
+    options = {"n": 20, "keep": None, "batch_size": 4} | options
+    settings = options.pop("settings", {"x": 1})
+    nothing: Any = None
     return make_curriculum(
-        None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        Numbers(),
+        Solver(nothing, nothing, nothing, Numbers(), settings),
         output,
         sampling=Sampling(max_tokens=10, temperature=0),
         **options,
