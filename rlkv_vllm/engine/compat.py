@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.errors import RlkvError
 
@@ -64,8 +64,8 @@ def block_size_is_the_users(vllm_config: VllmConfig) -> bool:
     return bool(vllm_config.cache_config.user_specified_block_size)
 
 
-def attention_layer_name(vllm_config: VllmConfig, impl: object) -> str:
-    """Name of the attention layer that owns ``impl``.
+def attention_layer(vllm_config: VllmConfig, impl: object) -> tuple[str, Any]:
+    """Name and object of the attention layer that owns ``impl``.
 
     vLLM 0.32 does not tell an ``AttentionImpl`` its layer before the KV cache
     specs are collected. Goes when ``process_weights_after_loading`` gets it.
@@ -73,7 +73,7 @@ def attention_layer_name(vllm_config: VllmConfig, impl: object) -> str:
     context = vllm_config.compilation_config.static_forward_context
     for name, layer in context.items():
         if getattr(layer, "impl", None) is impl:
-            return str(name)
+            return name, layer
     raise AssertionError("attention impl is not in the static forward context")
 
 

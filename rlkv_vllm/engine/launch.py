@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.engine.config import CONFIG_KEY, GATED, SplitPlan, split_plan
+from rlkv_vllm.engine.config import CONFIG_KEY, GATED, SplitConfig, SplitPlan, split_plan
+from rlkv_vllm.engine.gated.live import get_gates
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
+from rlkv_vllm.options import validate
 from rlkv_vllm.profile.choice import choose_profile
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vllm import LLM
     from vllm.engine.protocol import EngineClient
 
@@ -32,7 +36,7 @@ _REPORT_TIMEOUT_S = 60.0
 
 
 def split(
-    profile: str,
+    profile: str | Path,
     sparsity: float | None = None,
     *,
     sink: int | None = None,
@@ -59,10 +63,10 @@ def split(
     Raises:
         RlkvError: no such profile, it is not valid, or a value is out of range.
     """
-    choice = choose_profile(profile, sparsity, sink=sink, window=window)
-    config = choice.engine_config()
+    config = choose_profile(str(profile), sparsity, sink=sink, window=window).engine_config()
     if retention_interval is not None:
         config["retention_interval"] = retention_interval
+    validate(SplitConfig, config, "split()", "help(rlkv_vllm.split)")
     return engine_options(config, additional_config)
 
 
@@ -74,19 +78,26 @@ def engine_options(
     Args:
         config: ``additional_config["rlkv"]``.
         additional_config: its other entries.
+
+    Raises:
+        RlkvError: the other entries have the same name.
     """
     from vllm.platforms import current_platform
 
-    is_gated = config.get("mode") == GATED
+    others = dict(additional_config or {})
+    if CONFIG_KEY in others:
+        raise RlkvError(
+            f"additional_config has an entry '{CONFIG_KEY}' of its own: remove it, the profile and "
+            "its options make it"
+        )
     options: dict[str, Any] = {
-        "additional_config": {**(additional_config or {}), CONFIG_KEY: dict(config)},
+        "additional_config": others | {CONFIG_KEY: dict(config)},
         "worker_extension_cls": WORKER_EXTENSION,
     }
     if current_platform.is_cpu():
         options["worker_cls"] = CPU_WORKER
-    if not is_gated:
-        options["scheduler_cls"] = SCHEDULER  # counts the blocks of each kind of head
-        return options
+    if config.get("mode") != GATED:
+        return options | {"scheduler_cls": SCHEDULER}  # counts the blocks of each kind of head
     options["logprobs_mode"] = "processed_logprobs"  # as sampled, which trainers need
     if current_platform.is_cpu():
         options["block_size"] = GATED_CPU_BLOCK_SIZE
@@ -94,7 +105,7 @@ def engine_options(
 
 
 def start(model: str, config: Mapping[str, Any] | None, **options: Any) -> LLM:
-    """An engine, its split proven.
+    """An engine, proven to be split or to have gates.
 
     Args:
         model: model folder or Hub id.
@@ -102,19 +113,21 @@ def start(model: str, config: Mapping[str, Any] | None, **options: Any) -> LLM:
         options: more arguments of `vllm.LLM`; they win over those of `engine_options`.
 
     Raises:
-        RlkvError: the cache is not split as configured.
+        RlkvError: the cache is not split as configured, or the engine has no gates.
     """
     from vllm import LLM
 
-    if config is not None:
-        options = engine_options(config) | options
-    llm = LLM(model, **options)
-    if config is not None and config.get("mode") != GATED:
-        try:
+    if config is None:
+        return LLM(model, **options)
+    llm = LLM(model, **(engine_options(config) | options))
+    try:
+        if config.get("mode") == GATED:
+            get_gates(llm)
+        else:
             prove(llm)
-        except BaseException:
-            llm.llm_engine.engine_core.shutdown()
-            raise
+    except BaseException:
+        llm.llm_engine.engine_core.shutdown()
+        raise
     return llm
 
 
@@ -143,10 +156,12 @@ def prove(llm: LLM) -> list[SplitReport]:
         RlkvError: a worker cannot answer, keeps full caches, or built another split.
     """
     plan = split_plan(llm.llm_engine.vllm_config)
+    if plan is None:
+        raise not_split(f"additional_config has no entry '{CONFIG_KEY}' with a profile")
     try:
         answers = llm.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
     except Exception as error:  # whatever it is, nothing is proven
-        raise not_split(f"no report from the workers: {one_line(error)}") from error
+        raise _no_report(error) from error
     return check_reports(answers, plan)
 
 
@@ -155,18 +170,16 @@ async def prove_async(engine_client: EngineClient, plan: SplitPlan) -> list[Spli
     try:
         answers = await engine_client.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
     except Exception as error:  # whatever it is, nothing is proven
-        raise not_split(f"no report from the workers: {one_line(error)}") from error
+        raise _no_report(error) from error
     return check_reports(answers, plan)
 
 
-def check_reports(answers: Sequence[dict[str, Any]], plan: SplitPlan | None) -> list[SplitReport]:
-    """Compare what the workers answered with the plan.
+def _no_report(error: Exception) -> RlkvError:
+    return not_split(f"no report from the workers: {one_line(error) or type(error).__name__}")
 
-    Raises:
-        RlkvError: as `prove`.
-    """
-    if plan is None:
-        raise not_split(f"additional_config has no entry '{CONFIG_KEY}' with a profile")
+
+def check_reports(answers: Sequence[dict[str, Any]], plan: SplitPlan) -> list[SplitReport]:
+    """Compare what the workers answered with the plan; raises as `prove`."""
     tp_size = plan.groups.allocation.tp_size
     if sorted(answer.get("rank", -1) for answer in answers) != list(range(tp_size)):
         raise not_split(f"{len(answers)} of {tp_size} workers answered")

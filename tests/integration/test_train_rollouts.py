@@ -14,7 +14,8 @@ pytest.importorskip("trl")
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.rollouts.queue import Gates, Rollout, Sampling
 from rlkv_vllm.training.config import TrainConfig
-from rlkv_vllm.training.job import Listener, run
+from rlkv_vllm.training.job import run
+from rlkv_vllm.training.result import Listener
 from tests.integration.test_train import config, rows
 
 STEPS = 6

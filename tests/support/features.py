@@ -145,8 +145,10 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         ),
         _works(
             "asynchronous scheduling, on and off",
-            "two steps in flight; vLLM has it on for CUDA and off for the CPU",
+            "two steps in flight, as many and as full as with stock vLLM, which has it on for CUDA "
+            "and off for the CPU",
             f"{_SERVING}::test_two_steps_in_flight",
+            f"{_SERVING}::test_asynchronous_steps_are_those_of_stock_vllm",
             f"{_RING}::test_admission_covers_the_peak",
         ),
         _works(
@@ -172,7 +174,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _refused("`--kv-sharing-fast-prefill`", "--kv-sharing-fast-prefill", _FLAG),
         _refused(
             "`--disable-hybrid-kv-cache-manager`",
-            "--disable-hybrid-kv-cache-manager (rings would be given whole caches)",
+            "--disable-hybrid-kv-cache-manager (rings would be given full caches)",
             _FLAG,
         ),
         _refused(
@@ -295,9 +297,9 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         ),
         _works(
             "`seed`",
-            "on the CPU with `--worker-cls rlkv_vllm.engine.cpu.worker.SplitCPUWorker`, which "
-            "`rlkv serve` sets: a seed and a chunked prefill end stock vLLM 0.32 with `CPU "
-            "Generator does not use offset`",
+            "also with a chunked prefill on the CPU, where stock vLLM 0.32 ends with `CPU "
+            "Generator does not use offset`: `rlkv serve` and `split()` bring a worker that does "
+            "not",
             f"{_SAMPLING}::test_a_seed_repeats_its_answer",
             f"{_SERVING}::test_a_seed_survives_a_chunked_prompt",
         ),
@@ -444,13 +446,15 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
 _HEAD = """\
 # Features of vLLM
 
-What becomes of each with a split cache. Made by `make docs` from `tests/support/features.py`; a
-test fails when a row names a test or a refusal that does not exist.
+Which vLLM features work with a split cache.
 
 - **works**: the named test compares tokens or log-probabilities with the oracle (a plain forward
-  with the same mask per head), or counts blocks.
-- **refused**: the engine or `rlkv serve` does not start, and says why and what to do instead.
-- not measured: nothing refuses it and no test shows it. Do not rely on it.
+  pass with the same mask per head), or counts blocks.
+- **refused**: the engine or `rlkv serve` does not start. The error says why and what to do instead.
+- not measured: no test shows that it works, and nothing refuses it. Do not rely on it.
+
+`make docs` writes this page from `tests/support/features.py`. A test fails when a row names a test
+or a refusal that does not exist.
 
 All tests run on the CPU.
 """

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from rlkv_vllm.allocation import ring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,27 +42,26 @@ class RingSpec(SlidingWindowSpec):
     @property
     def num_sink_blocks(self) -> int:
         """Blocks that hold sinks."""
-        return cdiv(self.sink, self.block_size)
+        return ring.num_blocks(self.sink, self.block_size)
 
     @property
     def window_blocks(self) -> int:
         """Most blocks that a window touches."""
-        return cdiv(self.sliding_window - 1, self.block_size) + 1
+        return ring.window_blocks(self.sliding_window, self.block_size)
 
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
         """Most blocks a request holds at once, chunked prefill included.
 
-        While a chunk runs, a request holds its sinks, the window before the
-        chunk and the window at its end: chunk positions that are out of the
-        window when the chunk ends are never allocated. So the bound does not
-        depend on the chunk's length. Blocks are freed when a step's results are
-        known, so each further step in flight holds one more window.
+        Blocks are freed when a step's results are known, so each further step in flight holds
+        one more window.
         """
         del max_in_flight_tokens
-        ring = self.num_sink_blocks + (1 + self.steps_in_flight) * self.window_blocks
-        return min(ring, cdiv(max_model_len, self.block_size))
+        windows = 1 + self.steps_in_flight
+        return ring.ring_blocks(
+            max_model_len, self.sink, self.sliding_window, self.block_size, num_windows=windows
+        )
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Whether one block table serves all of ``kv_cache_specs``."""

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the GPU kernels need triton (Linux)")
-# With RLKV_TEST_DEVICE=cuda the same tests run on a GPU, compiled.
+# With RLKV_TEST_DEVICE=cuda (`make test-gpu`) the same tests run on a GPU, compiled.
 DEVICE = os.environ.get("RLKV_TEST_DEVICE", "cpu")
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("RLKV_TEST_DEVICE=cuda, but torch sees no CUDA GPU", allow_module_level=True)
 INTERPRET = pytest.MonkeyPatch()
 if DEVICE == "cpu":
     INTERPRET.setenv("TRITON_INTERPRET", "1")  # read when the kernels are defined, and later
