@@ -57,6 +57,7 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from compare_scorers import weights_hash  # the script beside this one
 
+    from rlkv_vllm.answers import Sampling
     from rlkv_vllm.hf.answers import HeadSplit, solve
     from rlkv_vllm.hf.loading import load_model, set_threads
     from rlkv_vllm.tasks import Problem, get_task
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
             task,
             asked,
             split=splits,
-            max_new_tokens=args.max_new_tokens,
+            sampling=Sampling(max_tokens=args.max_new_tokens, temperature=0),
             batch_size=args.batch_size,
         ).correct
 

@@ -84,6 +84,7 @@ def measure(
     args: argparse.Namespace,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Settings, gates and outcomes of one base model."""
+    from rlkv_vllm.answers import Sampling
     from rlkv_vllm.hf.answers import HeadSplit, solve
     from rlkv_vllm.hf.loading import load_model, set_threads
     from rlkv_vllm.tasks import get_task
@@ -131,14 +132,14 @@ def measure(
                 task,
                 problems,
                 split=HeadSplit(heads, sink, window) if sparsity else None,
-                max_new_tokens=args.max_new_tokens,
+                sampling=Sampling(max_tokens=args.max_new_tokens, temperature=0),
                 batch_size=args.batch_size,
             )
             found = cache.add(
                 key,
                 Measurement(
                     correct=tuple(result.correct),
-                    output_tokens=tuple(len(answer.output_ids) for answer in result.answers),
+                    output_tokens=tuple(len(answer.token_ids) for answer in result.answers),
                     capped=sum(answer.hit_cap for answer in result.answers),
                     seconds=time.monotonic() - started,
                 ),

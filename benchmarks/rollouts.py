@@ -28,12 +28,12 @@ from typing import Any
 import psutil
 import torch
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import write_text_atomic
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.hf.loading import load_model, set_threads
 from rlkv_vllm.rollouts import colocated
-from rlkv_vllm.rollouts.queue import Sampling
 from rlkv_vllm.tasks import get_task
 from rlkv_vllm.training.config import make_config
 
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     stops = tuple(ends) if isinstance(ends, list) else (ends,)
 
     def sampling(turn: int) -> Sampling:
-        return Sampling(args.max_new_tokens, 1.0, 1.0, 0, 0.0, 1.0, stops, args.seed + turn)
+        return Sampling(max_tokens=args.max_new_tokens, stop_token_ids=stops, seed=args.seed + turn)
 
     if args.profile:
         llm = colocated.start_engine(config, args.threads)

@@ -7,19 +7,19 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import torch
 
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.engine.launch import engine_options
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.hf.loading import set_threads
 from rlkv_vllm.models import EMBEDDED_CACHE_BYTES, MODEL_NAME, model_source
-from rlkv_vllm.rollouts.queue import Gates, Rollout, Sampling
+from rlkv_vllm.rollouts.queue import Gates
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -63,9 +63,9 @@ class ColocatedRollouts:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
-    ) -> list[Rollout]:
+    ) -> list[Answer]:
         """One answer per prompt, in their order, all sampled with these gates."""
-        found: list[Rollout] = self._answer((prompts, sampling, gates))
+        found: list[Answer] = self._answer((prompts, sampling, gates))
         return found
 
     def _answer(self, question: Any = None) -> Any:
@@ -171,14 +171,13 @@ def _cache_memory(config: TrainConfig) -> dict[str, int]:
 
 def answers(
     llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
-) -> list[Rollout]:
+) -> list[Answer]:
     """One answer per prompt, in their order, all sampled with these gates."""
-    from rlkv_vllm.engine.gated.live import RolloutSampling, rolled_out, set_gates
+    from rlkv_vllm.engine.gated.live import rolled_out, sampling_params, set_gates
 
     set_gates(llm, gates)
     inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    options = RolloutSampling(**asdict(sampling))
-    params = [options.params(i) for i in range(len(inputs))]
+    params = [sampling_params(sampling, i) for i in range(len(inputs))]
     outputs = llm.generate(inputs, params, use_tqdm=False)
     found = [rolled_out(output.outputs[0]) for output in outputs]
-    return [Rollout(one["token_ids"], one["logprobs"]) for one in found]
+    return [Answer(one["token_ids"], logprobs=one["logprobs"]) for one in found]

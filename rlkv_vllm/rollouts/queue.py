@@ -12,34 +12,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
 
+from rlkv_vllm.answers import Answer, Sampling
+
 Gates = Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn; names and meaning as in vLLM's SamplingParams."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    stop_token_ids: tuple[int, ...]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One answer.
-
-    Attributes:
-        token_ids: the stop token, if it ended with one, included.
-        logprobs: of every token, as sampled: after temperature and the other settings.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
 
 
 class Rollouts(Protocol):
@@ -47,7 +22,7 @@ class Rollouts(Protocol):
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
-    ) -> list[Rollout]:
+    ) -> list[Answer]:
         """One answer per prompt, in their order, all sampled with these gates."""
         ...
 
@@ -57,7 +32,7 @@ class Batch:
     """Prompts with their answers, and the step whose gates these were sampled with."""
 
     prompts: Sequence[Sequence[int]]
-    answers: list[Rollout]
+    answers: list[Answer]
     step: int
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any, Self
 
 import httpx
 
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
-from rlkv_vllm.rollouts.queue import Gates, Rollout, Sampling
+from rlkv_vllm.rollouts.queue import Gates
 
 #: The key of the servers, if they have one.
 API_KEY_VARIABLE = "RLKV_ROLLOUT_API_KEY"
@@ -56,20 +56,25 @@ class ServerRollouts:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
-    ) -> list[Rollout]:
-        """One answer per prompt, in their order; prompts are dealt out to the servers."""
+    ) -> list[Answer]:
+        """One answer per prompt, in their order; prompts are shared among the servers."""
         count = len(self._clients)
         values = [list(row) for row in gates]
 
-        def ask(turn: int) -> list[Rollout]:
+        def ask(turn: int) -> list[Answer]:
             mine = [list(prompt) for prompt in prompts[turn::count]]
             if not mine:
                 return []
             # Every server counts prompts from 0.
-            options = asdict(sampling) | {"seed": (sampling.seed + turn * len(prompts)) % 2**31}
+            options = sampling.model_dump(mode="json") | {
+                "seed": (sampling.seed + turn * len(prompts)) % 2**31
+            }
             body = {"prompts": mine, "sampling": options, "gates": values}
             answer = self._ask(self._clients[turn], "POST", "/v1/rlkv/rollouts", body)
-            return [Rollout(found["token_ids"], found["logprobs"]) for found in answer["answers"]]
+            return [
+                Answer(found["token_ids"], logprobs=found["logprobs"])
+                for found in answer["answers"]
+            ]
 
         parts = list(self._pool.map(ask, range(count)))
         return [parts[i % count][i // count] for i in range(len(prompts))]

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import write_text_atomic
-from rlkv_vllm.hf.answers import Draw, solve
+from rlkv_vllm.hf.answers import solve
 from rlkv_vllm.tasks import Problem, Task
 
 if TYPE_CHECKING:
@@ -73,9 +74,7 @@ def make_curriculum(
     settings: Mapping[str, Any],
     n: int,
     keep: int | None,
-    seed: int,
-    draw: Draw | None,
-    max_new_tokens: int,
+    sampling: Sampling,
     batch_size: int,
     share: Share = Share(),
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -92,9 +91,7 @@ def make_curriculum(
         settings: all that decides the result, plain values; what is on disk must match.
         n: problems to try.
         keep: stop as soon as all processes together have solved so many; None tries all.
-        seed: of problems and sampling.
-        draw: how tokens are drawn; None is greedy.
-        max_new_tokens: where an answer is cut off.
+        sampling: of the answers; its seed is that of the problems too.
         batch_size: problems answered together.
         share: this process's part, when several work on one curriculum.
         report: called with (problems answered, problems in all).
@@ -102,12 +99,12 @@ def make_curriculum(
     Raises:
         RlkvError: if nothing is solved, or the files in `output` have other settings.
     """
-    made_with = {**settings, "n": n, "keep": keep, "seed": seed}
+    made_with = {**settings, "n": n, "keep": keep, "seed": sampling.seed}
     wanted: dict[str, Any] = json.loads(json.dumps(made_with))
     summary = output / SUMMARY_FILE
     if summary.exists():
         return _load(output, wanted)
-    problems = task.problems(n, seed)
+    problems = task.problems(n, sampling.seed)
     mine = list(enumerate(problems))[share.rank :: share.world]
     partial = output / PARTIAL_FILE.format(rank=share.rank)
     done = _read_partial(partial, wanted | {"world": share.world})
@@ -132,18 +129,16 @@ def make_curriculum(
                 tokenizer,
                 task,
                 [problem for _, problem in batch],
-                max_new_tokens=max_new_tokens,
+                # Random numbers of its own for every batch: a continued run samples the same ones.
+                sampling=sampling.model_copy(update={"seed": sampling.seed + batch[0][0]}),
                 batch_size=batch_size,
-                draw=draw,
-                # One stream of random numbers per batch: a continued run draws the same ones.
-                seed=seed + batch[0][0],
             )
             for (i, _), answer in zip(batch, result.answers, strict=True):
                 row = {
                     "index": i,
                     "solved": answer.is_correct,
-                    "tokens": len(answer.output_ids),
-                    "total": len(answer.prompt_ids) + len(answer.output_ids),
+                    "tokens": len(answer.token_ids),
+                    "total": len(answer.prompt_ids) + len(answer.token_ids),
                     "capped": answer.hit_cap,
                 }
                 file.write(json.dumps(row) + "\n")

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
 from rlkv_vllm.evaluation.rows import with_rows
 from rlkv_vllm.files import one_line, read_json_object, write_text_atomic
-from rlkv_vllm.hf.answers import Draw, HeadSplit, solve
+from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
@@ -299,10 +300,14 @@ def _trainer_args(config: TrainConfig) -> RlkvConfig:
     return args
 
 
-def _draw(config: TrainConfig, args: RlkvConfig) -> Draw | None:
-    """How answers are drawn where gates are not trained."""
-    greedy = config.curriculum.greedy
-    return None if greedy else Draw(args.temperature, args.top_p, args.top_k)
+def _sampling(config: TrainConfig, args: RlkvConfig, max_tokens: int | None) -> Sampling:
+    """Of answers where gates are not trained."""
+    return Sampling(
+        max_tokens=max_tokens or args.max_completion_length,
+        temperature=0 if config.curriculum.greedy else args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+    )
 
 
 def _curriculum(
@@ -315,13 +320,13 @@ def _curriculum(
     listener: Listener,
 ) -> Curriculum:
     wanted = config.curriculum
-    draw = _draw(config, args)
-    max_new_tokens = wanted.max_new_tokens or args.max_completion_length
+    sampling = _sampling(config, args, wanted.max_new_tokens)
+    names = {"temperature", "top_p", "top_k"}
     settings = {
         "model": fingerprint.model_dump(mode="json"),
         "task": config.task.model_dump(mode="json"),
-        "draw": asdict(draw) if draw else None,
-        "max_new_tokens": max_new_tokens,
+        "draw": None if sampling.is_greedy else sampling.model_dump(include=names),
+        "max_new_tokens": sampling.max_tokens,
         "batch_size": wanted.batch_size,
     }
     share = Share(args.process_index, args.world_size, PartialState().wait_for_everyone)
@@ -333,9 +338,7 @@ def _curriculum(
         settings=settings,
         n=wanted.problems,
         keep=wanted.keep,
-        seed=config.seed,
-        draw=draw,
-        max_new_tokens=max_new_tokens,
+        sampling=sampling.model_copy(update={"seed": config.seed}),
         batch_size=wanted.batch_size,
         share=share,
         report=lambda done, total: listener.report("curriculum", done, total),
@@ -356,6 +359,7 @@ def _refine(
     wanted = config.refine
     sink, window = config.serving_span
     rank, world = args.process_index, args.world_size
+    sampling = _sampling(config, args, wanted.max_new_tokens)
 
     def judge(which: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
         mine = range(rank, len(which), world)
@@ -370,10 +374,8 @@ def _refine(
                     HeadSplit(full_heads(streaming[i], len(gates), len(gates[0])), sink, window)
                     for i in mine
                 ],
-                max_new_tokens=wanted.max_new_tokens or args.max_completion_length,
+                sampling=sampling.model_copy(update={"seed": seed + rank}),
                 batch_size=wanted.batch_size,
-                draw=_draw(config, args),
-                seed=seed + rank,
             ).correct
         found = gather_object(list(zip(mine, correct, strict=True)))
         return [right for _, right in sorted(found)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.bench.case import Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine
-from rlkv_vllm.evaluation.served import Sampling, answer_with
+from rlkv_vllm.evaluation.served import answer_with
 from rlkv_vllm.planning.roofline import Device
 from rlkv_vllm.tasks import get_task
 
@@ -42,14 +43,15 @@ class Solve(Case):
         """The problems, and a first request that is not timed."""
         task = get_task(point["task"])
         problems = task.problems(point["n"], point["seed"])
-        answer_with(engine.llm, task, problems, Sampling(8))
+        answer_with(engine.llm, task, problems, Sampling(max_tokens=8, temperature=0))
         return task, problems
 
     def turn(self, engine: Engine, point: Point, state: Any) -> dict[str, float]:
         """All problems once, with an empty prefix cache."""
         task, problems = state
         engine.reset_prefix_cache()
-        found = answer_with(engine.llm, task, problems, Sampling(point["max_tokens"]))
+        sampling = Sampling(max_tokens=point["max_tokens"], temperature=0)
+        found = answer_with(engine.llm, task, problems, sampling)
         return {
             "seconds": found.seconds,
             "seconds_per_solved": found.seconds_per_solved or 0.0,

@@ -10,12 +10,13 @@ from typing import Any
 import psutil
 import pytest
 
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.rollouts.colocated import ColocatedRollouts, _cache_memory
-from rlkv_vllm.rollouts.queue import Gates, Rollout, RolloutQueue, Sampling
+from rlkv_vllm.rollouts.queue import Gates, RolloutQueue
 from rlkv_vllm.training.config import make_config
 
-SAMPLING = Sampling(8, 1.0, 1.0, 0, 0.0, 1.0, (), 1)
+SAMPLING = Sampling(max_tokens=8, seed=1)
 
 
 class Engine:
@@ -27,12 +28,12 @@ class Engine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
-    ) -> list[Rollout]:
+    ) -> list[Answer]:
         self.began.put(prompts[0][0])
         self.may.get(timeout=60)
         if prompts[0][0] == 13:
             raise ValueError("unlucky")
-        return [Rollout([int(gates[0][0])], [0.0]) for _ in prompts]
+        return [Answer([int(gates[0][0])], logprobs=[0.0]) for _ in prompts]
 
 
 def test_batches_come_in_order_with_the_gates_of_when_they_began() -> None:

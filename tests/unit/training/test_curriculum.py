@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.hf.answers import Answer, TaskResult
+from rlkv_vllm.hf.answers import TaskResult
 from rlkv_vllm.tasks import Problem
 from rlkv_vllm.training import curriculum as module
 from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
@@ -39,12 +40,12 @@ class Model:
     def __call__(self, model: Any, tokenizer: Any, task: Any, problems: Any, **kw: Any) -> Any:
         if self._dies_at == len(self.seeds):
             raise KeyboardInterrupt
-        self.seeds.append(kw["seed"])
+        self.seeds.append(kw["sampling"].seed)
         numbers = [int(problem.answer) for problem in problems]
         self.asked += numbers
         return TaskResult(
             [
-                Answer([1] * 5, [2] * 10, "", i % 2 == 0 and not self._odd_only, False)
+                Answer([2] * 10, [1] * 5, is_correct=i % 2 == 0 and not self._odd_only)
                 for i in numbers
             ]
         )
@@ -54,14 +55,13 @@ def make(
     output: Path, monkeypatch: pytest.MonkeyPatch, solver: Model, **options: Any
 ) -> Curriculum:
     monkeypatch.setattr(module, "solve", solver)
-    options = {"n": 20, "keep": None, "seed": 0, "batch_size": 4, "settings": {"x": 1}} | options
+    options = {"n": 20, "keep": None, "batch_size": 4, "settings": {"x": 1}} | options
     return make_curriculum(
         None,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         Numbers(),
         output,
-        draw=None,
-        max_new_tokens=10,
+        sampling=Sampling(max_tokens=10, temperature=0),
         **options,
     )
 
