@@ -75,7 +75,8 @@ def train(
         listener = Listener(progress.report, on_step, progress.say) if is_main else Listener()
         if job.rollout.engine != "transformers":
             listener.say(f"rollouts by {job.rollout.engine}")
-        with open_rollouts(job) as rollouts:
+        engine = open_rollouts(job.rollout, job.model, job.revision, job.dtype, job.span)
+        with engine as rollouts:
             profile = run(job, resume=resume, listener=listener, rollouts=rollouts)
     if profile is None:
         return

@@ -9,17 +9,18 @@ from typing import Any, Self
 
 import httpx
 
+from rlkv_vllm.allocation.span import Span
 from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
-from rlkv_vllm.rollouts.queue import Gates
+from rlkv_vllm.rollouts.protocol import Gates
 
 #: The key of the servers, if they have one.
 API_KEY_VARIABLE = "RLKV_ROLLOUT_API_KEY"
 
 
 class ServerRollouts:
-    """Several servers of one model; follows `rlkv_vllm.rollouts.queue.Rollouts`.
+    """Several servers of one model; follows `rlkv_vllm.rollouts.protocol.Rollouts`.
 
     Args:
         addresses: e.g. `http://127.0.0.1:8000`.
@@ -29,12 +30,12 @@ class ServerRollouts:
         RlkvError: a server cannot be reached, is not in gated mode, or has another sink or window.
     """
 
-    def __init__(self, addresses: Sequence[str], span: tuple[int, int]) -> None:
+    def __init__(self, addresses: Sequence[str], span: Span) -> None:
         if not addresses:
             raise RlkvError("rollout.servers: is empty: give the address of a server")
         key = os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # An answer takes as long as it takes.
+        # No limit on the time of an answer.
         timeout = httpx.Timeout(30, read=None)
         # The server drops idle connections after 5 seconds, which a step may take.
         limits = httpx.Limits(max_keepalive_connections=0)
@@ -50,8 +51,8 @@ class ServerRollouts:
             if (now["sink"], now["window"]) != span:
                 raise RlkvError(
                     f"rollout.servers: {client.base_url} has sink {now['sink']} and window "
-                    f"{now['window']}, the job {span[0]} and {span[1]}: start it with "
-                    f"--sink {span[0]} --window {span[1]}"
+                    f"{now['window']}, the job {span.sink} and {span.window}: start it "
+                    f"with --sink {span.sink} --window {span.window}"
                 )
 
     def generate(

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from rlkv_vllm.allocation.span import SERVING_SPAN, TRAINING_SPAN, Span, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, write_text_atomic
 from rlkv_vllm.models import default_span
+from rlkv_vllm.rollouts.config import RolloutConfig
 from rlkv_vllm.search.config import RefineConfig
 
 RUN_FILE = "run.yaml"
@@ -38,10 +39,6 @@ _RESERVED = (
     "use_transformers_continuous_batching",
     "use_transformers_paged",
 )
-
-
-def _engine_alone(value: Any) -> Any:
-    return {"engine": value} if isinstance(value, str) else value
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -100,30 +97,6 @@ class EvaluationConfig(_Section):
     batch_size: Positive = Field(default=64, description="Problems answered together.")
 
 
-class RolloutConfig(_Section):
-    """Who writes the answers that are trained on."""
-
-    engine: Literal["transformers", "vllm-colocate", "vllm-server"] = Field(
-        default="transformers",
-        description="`transformers`: generate of the model that is trained. `vllm-colocate`: vLLM "
-        "in gated mode, a process beside it. `vllm-server`: `rlkv serve --mode gated` elsewhere.",
-    )
-    servers: list[str] = Field(
-        default=["http://127.0.0.1:8000"],
-        description="Addresses for `vllm-server`; answers are shared among them.",
-    )
-    staleness: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="By how many steps the gates that sampled an answer may be older than the "
-        "step that trains on it; above 0 the engine writes the next answers meanwhile.",
-    )
-    options: dict[str, JsonValue] = Field(
-        default={},
-        description="Engine arguments of vLLM for `vllm-colocate`, e.g. max_model_len, "
-        "kv_cache_memory_bytes.",
-    )
-
-
 class TrainConfig(_Section):
     """A profile job: model, problems, gate training, evaluation."""
 
@@ -152,7 +125,7 @@ class TrainConfig(_Section):
     curriculum: CurriculumConfig = Field(default=CurriculumConfig())
     refine: RefineConfig = Field(default=RefineConfig())
     evaluation: EvaluationConfig = Field(default=EvaluationConfig())
-    rollout: Annotated[RolloutConfig, BeforeValidator(_engine_alone)] = Field(
+    rollout: RolloutConfig = Field(
         default=RolloutConfig(), description="A section, or the name of the engine alone."
     )
     trainer: dict[str, JsonValue] = Field(

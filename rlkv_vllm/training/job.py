@@ -25,7 +25,7 @@ from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint, Provenance
 from rlkv_vllm.profile.io import check_matches, load_profile, save_profile
-from rlkv_vllm.rollouts.queue import Rollouts
+from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.search.refine import REFINE_FILE, refine_gates
 from rlkv_vllm.search.search import Streaming, full_heads
 from rlkv_vllm.tasks import Task, get_task, skip_note

@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 
 from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.rollouts.queue import Gates
+from rlkv_vllm.rollouts.protocol import Gates
 from rlkv_vllm.training.config import TrainConfig
 from rlkv_vllm.training.job import Listener, run
 from tests.integration.test_train import config, rows
