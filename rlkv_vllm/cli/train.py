@@ -67,5 +67,6 @@ def train(
         listener = Listener(progress.report, on_step, progress.say) if is_main else QUIET
         if job.rollout.engine != "transformers":
             listener.say(f"rollouts by {job.rollout.engine}")
-        with open_rollouts(job) as rollouts:
+        engine = open_rollouts(job.rollout, job.model, job.revision, job.dtype, job.span)
+        with engine as rollouts:
             print_result(run(job, resume=resume, listener=listener, rollouts=rollouts), job.output)

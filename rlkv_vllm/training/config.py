@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue
+from pydantic import Field, JsonValue
 
 from rlkv_vllm.allocation.span import SERVING_SPAN, TRAINING_SPAN, Span, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.models import default_span
 from rlkv_vllm.options import Positive, Section, Share, override, read_options, validate
+from rlkv_vllm.rollouts.config import RolloutConfig
 from rlkv_vllm.tasks import Task, get_task
 
 DOCS = "docs/training.md"
@@ -35,10 +36,6 @@ _RESERVED = (
     "use_transformers_continuous_batching",
     "use_transformers_paged",
 )
-
-
-def _engine_alone(value: Any) -> Any:
-    return {"engine": value} if isinstance(value, str) else value
 
 
 class TaskConfig(Section):
@@ -97,30 +94,6 @@ class EvaluationConfig(Section):
     batch_size: Positive = Field(default=64, description="Problems answered together.")
 
 
-class RolloutConfig(Section):
-    """Who writes the answers that are trained on."""
-
-    engine: Literal["transformers", "vllm-colocate", "vllm-server"] = Field(
-        default="transformers",
-        description="`transformers`: generate of the model that is trained. `vllm-colocate`: vLLM "
-        "in gated mode, a process beside it. `vllm-server`: `rlkv serve --mode gated` elsewhere.",
-    )
-    servers: list[str] = Field(
-        default=["http://127.0.0.1:8000"],
-        description="Addresses for `vllm-server`; answers are shared among them.",
-    )
-    staleness: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="By how many steps the gates that sampled an answer may be older than the "
-        "step that trains on it; above 0 the engine writes the next answers meanwhile.",
-    )
-    options: dict[str, JsonValue] = Field(
-        default={},
-        description="Engine arguments of vLLM for `vllm-colocate`, e.g. max_model_len, "
-        "kv_cache_memory_bytes.",
-    )
-
-
 class JobConfig(Section):
     """What all jobs have: model, task, evaluation, and the folder of the run."""
 
@@ -155,7 +128,7 @@ class TrainConfig(JobConfig):
         default=None, description="Window the profile asks for; null: 64, embedded 16."
     )
     curriculum: CurriculumConfig = Field(default=CurriculumConfig())
-    rollout: Annotated[RolloutConfig, BeforeValidator(_engine_alone)] = Field(
+    rollout: RolloutConfig = Field(
         default=RolloutConfig(), description="A section, or the name of the engine alone."
     )
     trainer: dict[str, JsonValue] = Field(

@@ -143,8 +143,8 @@ def make_curriculum(
             {
                 "index": i,
                 "solved": answer.is_correct,
-                "tokens": len(answer.output_ids),
-                "total": len(answer.prompt_ids) + len(answer.output_ids),
+                "tokens": len(answer.token_ids),
+                "total": len(answer.prompt_ids) + len(answer.token_ids),
                 "capped": answer.hit_cap,
             }
             for (i, _), answer in zip(batch, result.answers, strict=True)

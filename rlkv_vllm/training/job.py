@@ -14,7 +14,7 @@ from rlkv_vllm.files import one_line, read_json_object, write_text_atomic
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.options import RUN_FILE
 from rlkv_vllm.profile import HeadProfile
-from rlkv_vllm.rollouts.queue import Rollouts
+from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.training.config import TrainConfig, load_config
 from rlkv_vllm.training.curriculum import Curriculum
 from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained_failures

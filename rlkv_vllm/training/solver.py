@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.answers import Sampling
-from rlkv_vllm.hf.answers import Draw, HeadSplit, TaskResult, solve
+from rlkv_vllm.hf.answers import HeadSplit, TaskResult, solve
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.profile import ModelFingerprint
 from rlkv_vllm.tasks import Problem, Task
@@ -65,15 +65,12 @@ class Solver:
             batch_size: problems answered together.
             split: full heads for each problem; None for the full cache.
         """
-        draw = Draw(sampling.temperature, sampling.top_p, sampling.top_k)
         return solve(
             self.model,
             self.tokenizer,
             self.task,
             problems,
+            sampling=sampling,
             split=split,
-            max_new_tokens=sampling.max_tokens,
             batch_size=batch_size,
-            draw=None if sampling.is_greedy else draw,
-            seed=sampling.seed,
         )

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlkv_vllm.answers import Sampling
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.hf.answers import Answer, TaskResult
+from rlkv_vllm.hf.answers import TaskResult
 from rlkv_vllm.tasks import Problem
 from rlkv_vllm.training.curriculum import Curriculum, Processes, make_curriculum
 from rlkv_vllm.training.solver import Solver
@@ -40,12 +40,12 @@ class Model:
     def __call__(self, model: Any, tokenizer: Any, task: Any, problems: Any, **kw: Any) -> Any:
         if self._dies_at == len(self.seeds):
             raise KeyboardInterrupt
-        self.seeds.append(kw["seed"])
+        self.seeds.append(kw["sampling"].seed)
         numbers = [int(problem.answer) for problem in problems]
         self.asked += numbers
         return TaskResult(
             [
-                Answer([1] * 5, [2] * 10, "", i % 2 == 0 and not self._odd_only, False)
+                Answer([2] * 10, [1] * 5, is_correct=i % 2 == 0 and not self._odd_only)
                 for i in numbers
             ]
         )
