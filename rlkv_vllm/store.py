@@ -19,8 +19,8 @@ class Store:
 
     Args:
         path: of the file.
-        format: kind of the file, e.g. ``"rlkv bench 1"``. A file without one is judged by its
-            settings alone.
+        format: kind of the file, e.g. ``"rlkv bench 1"``. A file without one is
+            continued if its settings match.
         settings: plain JSON values. A file with other values is refused, never overwritten.
         fresh: ignore what the file holds.
         is_writer: False in processes that only read; their `save` does nothing.

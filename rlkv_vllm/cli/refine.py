@@ -13,8 +13,8 @@ def refine(
         str, typer.Argument(help="Head profile to start from: a file, a name, or org/name.")
     ],
     model: Annotated[str, typer.Option(help="`embedded`, a model folder, or org/name on the hub.")],
+    task: Annotated[str, typer.Option(help="Where the problems come from (docs/tasks.md).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")],
-    task: Annotated[str, typer.Option(help="Where the problems come from.")] = "embedded",
     sparsities: Annotated[
         str, typer.Option(help="Sparsities that count, separated by commas.")
     ] = ".4,.5",

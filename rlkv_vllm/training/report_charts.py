@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: Steps that a figure shows at most, so that the page stays small.
 MAX_STEPS_SHOWN = 250
-#: Up to so many heads, gates are drawn as lines, from then on as a heat map.
+#: The gates of up to so many heads are lines, those of more heads a heat map.
 MAX_GATE_LINES = 32
 #: Points of the heat map at most; noise does not compress.
 MAX_HEAT_POINTS = 25_000

@@ -52,38 +52,38 @@ def rows(output: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "finished"
     run(config(output))
     return output
 
 
-def test_a_run_leaves_profile_report_and_logs(whole: Path) -> None:
-    profile = load_profile(whole / "profile.json")
+def test_a_run_leaves_profile_report_and_logs(finished: Path) -> None:
+    profile = load_profile(finished / "profile.json")
     assert profile.provenance.method == "rlkv"
     assert [row.sparsity for row in profile.evaluation] == [0.0, 0.2]
-    assert profile.gates == rows(whole, "gates.jsonl")[-1]["gates"]
+    assert profile.gates == rows(finished, "gates.jsonl")[-1]["gates"]
     assert all(0 <= gate <= 1 for layer in profile.gates for gate in layer)
     assert min(min(layer) for layer in profile.gates) < 1
-    assert [row["step"] for row in rows(whole, "metrics.jsonl")] == [1, 2, 3, 4]
-    report = (whole / "report.html").read_text()
+    assert [row["step"] for row in rows(finished, "metrics.jsonl")] == [1, 2, 3, 4]
+    report = (finished / "report.html").read_text()
     assert "data:image" in report or "<svg" in report
     assert "rlkv" in report
-    assert list((whole / "tensorboard").rglob("events.out.*"))
-    assert not list(whole.rglob("*model*.safetensors")), "weights are not saved"
+    assert list((finished / "tensorboard").rglob("events.out.*"))
+    assert not list(finished.rglob("*model*.safetensors")), "weights are not saved"
 
 
-def test_a_finished_run_is_only_evaluated_again(whole: Path) -> None:
-    before = (whole / "gates.jsonl").read_bytes()
+def test_a_finished_run_is_only_evaluated_again(finished: Path) -> None:
+    before = (finished / "gates.jsonl").read_bytes()
     said: list[str] = []
-    run(config(whole), resume=True, listener=Listener(say=said.append))
+    run(config(finished), resume=True, listener=Listener(say=said.append))
     assert "training is finished" in said
-    assert (whole / "gates.jsonl").read_bytes() == before
+    assert (finished / "gates.jsonl").read_bytes() == before
 
 
-def test_resuming_with_another_window_is_refused(whole: Path) -> None:
+def test_resuming_with_another_window_is_refused(finished: Path) -> None:
     with pytest.raises(RlkvError, match="was made with window None, now 8"):
-        run(config(whole).model_copy(update={"window": 8}), resume=True)
+        run(config(finished).model_copy(update={"window": 8}), resume=True)
 
 
 def test_a_curriculum_smaller_than_a_step_is_refused(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_only_gates_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert seen["optimised"] == 5
 
 
-def test_a_killed_run_resumes_on_the_same_curve(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_on_the_same_curve(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
 
     def die(row: dict[str, Any], total: int) -> None:
@@ -126,14 +126,14 @@ def test_a_killed_run_resumes_on_the_same_curve(whole: Path, tmp_path: Path) -> 
     with pytest.raises(RlkvError, match="give --resume to continue"):
         run(config(output))
     run(config(output), resume=True)
-    assert rows(output, "gates.jsonl") == rows(whole, "gates.jsonl")
+    assert rows(output, "gates.jsonl") == rows(finished, "gates.jsonl")
     ours = [row["reward"] for row in rows(output, "metrics.jsonl")]
-    assert ours == [row["reward"] for row in rows(whole, "metrics.jsonl")]
+    assert ours == [row["reward"] for row in rows(finished, "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("full_at", ["optimizer.pt", "gates.safetensors", "metrics.jsonl"])
 def test_a_full_disk_stops_a_run_that_resumes(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
 ) -> None:
     """Simulated where the three ways of writing end: torch's, ours, and a log."""
     output = tmp_path / "run"
@@ -173,7 +173,7 @@ def test_a_full_disk_stops_a_run_that_resumes(
     assert last_checkpoint(output) == output / "checkpoint-2"
     assert not list(output.rglob("*.tmp"))
     run(config(output), resume=True)
-    assert rows(output, "gates.jsonl") == rows(whole, "gates.jsonl")
+    assert rows(output, "gates.jsonl") == rows(finished, "gates.jsonl")
 
 
 def test_two_processes_share_a_run(tmp_path: Path) -> None:
@@ -205,10 +205,10 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     assert profile.gates == rows(output, "gates.jsonl")[-1]["gates"]
 
 
-def test_a_run_of_before_rlkv_refine_resumes(whole: Path, tmp_path: Path) -> None:
+def test_a_run_of_before_rlkv_refine_resumes(finished: Path, tmp_path: Path) -> None:
     """Its run.yaml has a section `refine`, its curriculum no format."""
     output = tmp_path / "run"
-    shutil.copytree(whole, output)
+    shutil.copytree(finished, output)
     run_file, summary = output / "run.yaml", output / "curriculum.json"
     content = yaml.safe_load(run_file.read_text())
     run_file.write_text(yaml.safe_dump({**content, "refine": {"enabled": False, "reach": 10}}))
