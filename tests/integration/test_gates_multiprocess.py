@@ -90,7 +90,7 @@ def train(
         gates.set_hard(HARD)
         result["hard"] = loss_of(wrapped, gates, ids).item()
         gates.set_soft(OTHER)
-        sharding.settle(wrapped)
+        sharding.reshard(wrapped)
         result["set again"] = gates.values()
         result["tokens"] = model.generate(ids[:, :9], max_new_tokens=3, pad_token_id=0).shape[1]
     result["frozen"] = all(
