@@ -7,6 +7,7 @@ of their module's turn (ZeRO-3) and low-precision copies of what the optimizer h
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -51,19 +52,19 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-@torch.no_grad()
 def write(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Copy `values`, the full parameter and the same on every process, into it."""
     values = values.to(parameter.device)
     if isinstance(parameter, DTensor):
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    gathered: AbstractContextManager[Any] = nullcontext()
     if _is_partitioned(parameter):
-        with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
+        gathered = _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0)
+    with torch.no_grad():
+        with gathered:
             parameter.copy_(values)
-    else:
-        parameter.copy_(values)
-    if _has_master(parameter):
-        _write_master(parameter, values)
+        if _has_master(parameter):
+            _write_master(parameter, values)
 
 
 class _Gather(torch.autograd.Function):
