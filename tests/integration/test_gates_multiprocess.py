@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlkv_vllm.bench.server import free_port
+from rlkv_vllm.hf import sharding
 from rlkv_vllm.hf.gated_attention import GatedAttention, attach_gates
-from rlkv_vllm.training import sharding
 
 # Three KV heads: no equal share for two processes. The second of layer 1 is driven beyond 1.
 START = [[0.5, 0.9, 0.4], [0.3, 0.98, 0.6]]
