@@ -22,7 +22,7 @@ from rlkv_vllm.errors import RlkvError
 #: Tokens per block of queries and of keys: flex_attention's default.
 BLOCK = 128
 
-# The window of a full head. Half of int32's range: `seen - window` must not overflow.
+# Window of a full head. Half of int32's range: `seen - window` must not overflow.
 _EVERYTHING = 2**30
 # More than any number of tokens: the rank of a block without keys, or of a query that is not there.
 _NEVER = 2**31 - 1
@@ -37,7 +37,7 @@ class BlockMasks:
     is a row's first real tokens under padding on either side. A query sees a key if the key's
     rank is at most the number of real keys up to the query; that is causality as well.
 
-    Blocks are judged by the lowest and highest rank in them, without a mask of all T x S pairs.
+    Whether a block is visible follows from its lowest and highest rank: no mask of all T x S pairs.
 
     Args:
         real_BS: boolean, False for padding; first the tokens of the cache, then the queries.
@@ -147,21 +147,20 @@ def _block_mask(
     high_BN = _blocks(rank_BS, 0).amax(-1)
     least_BN = _blocks(rank_BS, 0).amin(-1)
     low_B11N, high_B11N, least_B11N = (x[:, None, None] for x in (low_BN, high_BN, least_BN))
-    # Of queries: a block that reaches beyond the last query is never whole.
+    # Of queries: a block that reaches beyond the last query is never entirely visible.
     min_BM1 = _blocks(seen_BT, _EVERYTHING).amin(-1)[:, None, :, None]
     max_BM1 = _blocks(seen_BT, 0).amax(-1)[:, None, :, None]
-    whole_BM1 = _blocks(seen_BT, 0).amin(-1)[:, None, :, None]
+    least_BM1 = _blocks(seen_BT, 0).amin(-1)[:, None, :, None]
 
     some_BXMN = (low_B11N <= max_BM1) & ((low_B11N <= sink) | (high_B11N > min_BM1 - window_X11))
     all_BXMN = (
         (least_B11N > 0)
-        & (high_B11N <= whole_BM1)
+        & (high_B11N <= least_BM1)
         & ((high_B11N <= sink) | (least_B11N > max_BM1 - window_X11))
     )
-    partial, whole = _listed(some_BXMN & ~all_BXMN), _listed(all_BXMN)
     mask: BlockMask = BlockMask.from_kv_blocks(
-        *partial,
-        *whole,
+        *_indices(some_BXMN & ~all_BXMN),
+        *_indices(all_BXMN),
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(seen_BT.shape[1], rank_BS.shape[1]),
@@ -174,7 +173,7 @@ def _blocks(x_BT: torch.Tensor, fill: int) -> torch.Tensor:
     return F.pad(x_BT, (0, -x_BT.shape[1] % BLOCK), value=fill).unflatten(1, (-1, BLOCK))
 
 
-def _listed(blocks_BXMN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _indices(blocks_BXMN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Number of key blocks per query block, and their indices in front of the others'."""
     count_BXM = blocks_BXMN.sum(-1, dtype=torch.int32)
     index_BXMN = blocks_BXMN.int().argsort(dim=-1, descending=True, stable=True)

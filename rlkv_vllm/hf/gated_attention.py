@@ -4,9 +4,8 @@
 eq. 3; the same mix as DuoAttention, arXiv 2410.10819). Transformers lets a model look up its
 attention function and its mask function by name; both are registered here, one name per backend.
 
-Two backends: `sdpa` has a boolean mask of all T x S pairs, `flex` a block mask. Where there is
-one query per sequence, both use the boolean mask: a row of S booleans is small, and a block of
-128 queries would be computed for it.
+The backend `sdpa` has a boolean mask of all T x S pairs, `flex` a block mask. With one query per
+sequence both use the boolean mask: it is small, and flex would compute a block of 128 queries.
 
 Shape suffixes: B sequences, T query tokens, S key tokens, L layers, H KV heads, Q query heads
 (``Q = H * G``), D head_dim.
@@ -15,7 +14,6 @@ Shape suffixes: B sequences, T query tokens, S key tokens, L layers, H KV heads,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -40,8 +38,8 @@ _HANDLE_NAME = "_rlkv_gated_attention"
 def local_mask(allowed_B1TS: torch.Tensor, sink: int, window: int) -> torch.Tensor:
     """The keys that a streaming head sees, of those that a full head sees.
 
-    Counts allowed keys instead of using positions, so that it holds under padding on either side
-    and with any cache.
+    Counts allowed keys instead of using positions: right under padding on either side and with
+    any cache.
 
     Args:
         allowed_B1TS: boolean causal mask, padding included.
@@ -93,7 +91,7 @@ class GatedAttention:
         self.is_hard = False
         self._layers = list(layers)
         self._full: tuple[tuple[bool, ...], ...] = ()
-        self._full_BLH: torch.Tensor | None = None  # where every sequence has its own
+        self._full_BLH: torch.Tensor | None = None  # after `set_hard_each`
         self._masks: tuple[torch.Tensor, torch.Tensor] | None = None
         self._frozen = [weight for weight in model.parameters() if weight.requires_grad]
         self._implementation = model.config._attn_implementation
@@ -128,7 +126,7 @@ class GatedAttention:
                     f"gates have {[len(row) for row in values_LH]} values per layer: the model "
                     f"has {shape[0]} layers of {shape[1]} KV heads"
                 )
-            sharding.settle(self.model)
+            sharding.reshard(self.model)
             for gate, row in zip(self.gates, values_LH, strict=True):
                 sharding.write(gate, torch.tensor(row))
         self.is_hard = False
@@ -147,7 +145,7 @@ class GatedAttention:
         self.is_hard = True
 
     def set_hard_each(self, allocations: Sequence[Sequence[Collection[int]]]) -> None:
-        """`set_hard` with full heads of its own for every sequence of the next forward passes.
+        """As `set_hard`, with other full heads for every sequence of the next forward passes.
 
         Only with a boolean mask: attach with the backend `sdpa`.
 
@@ -163,7 +161,7 @@ class GatedAttention:
         self.is_hard = True
 
     def select_sequences(self, rows: torch.Tensor) -> None:
-        """Follow a batch of which only `rows` go on, as a cache's `batch_select_indices`."""
+        """Keep only `rows` of the batch, as a cache's `batch_select_indices`."""
         if self._full_BLH is not None:
             self._full_BLH = self._full_BLH[rows]
 
@@ -191,13 +189,13 @@ class GatedAttention:
 
     def mean(self) -> torch.Tensor:
         """Mean absolute gate over all layers and KV heads, a scalar that gradients flow through."""
-        return torch.cat([sharding.whole(gate) for gate in self.gates]).abs().mean()
+        return torch.cat([sharding.gather(gate) for gate in self.gates]).abs().mean()
 
     def clamp_after(self, optimizer: torch.optim.Optimizer) -> None:
         """Make every step of `optimizer`, which must train gates only, end in [0, 1].
 
-        Done in the optimizer, so that it reaches whatever a wrapper has made of its parameters:
-        shards, or float32 copies. Give torch's own optimizer, before accelerate prepares it.
+        Done in the optimizer, because a wrapper may have replaced its parameters by shards or by
+        float32 copies. Give torch's own optimizer, before accelerate prepares it.
         """
 
         def clamp(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -223,12 +221,7 @@ class GatedAttention:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def _attend(
@@ -246,7 +239,7 @@ class GatedAttention:
         def attend(full_H: tuple[bool, ...] | torch.Tensor) -> torch.Tensor:
             if isinstance(allowed, flex.BlockMasks):
                 if isinstance(full_H, torch.Tensor):
-                    raise RlkvError("full heads of their own for every sequence need backend sdpa")
+                    raise RlkvError("other full heads for every sequence need backend sdpa")
                 full_Q = tuple(full for full in full_H for _ in range(group))
                 blocks = allowed.get(full_Q, self.sink, self.window, query_BQTD.device)
                 return flex.attend(query_BQTD, key_BHSD, value_BHSD, blocks, **options)
@@ -325,9 +318,9 @@ def attach_gates(
         model: a Hugging Face decoder whose layers all have causal attention over all tokens.
         sink: first tokens that local attention sees, >= 0.
         window: last tokens that local attention sees, the query's own included, >= 1.
-        backend: `sdpa` computes streaming heads as dearly as full heads, everywhere. `flex`
-            skips what they do not see; on CUDA it is compiled, on the CPU it is slow and has no
-            gradients. `auto` is flex on CUDA, else sdpa.
+        backend: `sdpa` takes as long for streaming heads as for full heads. `flex` skips what
+            they do not see; on CUDA it is compiled, on the CPU it is slow and has no gradients.
+            `auto` is flex on CUDA, else sdpa.
 
     Raises:
         RlkvError: if the model has sliding-window layers, has gates already, or does not look up
@@ -393,62 +386,43 @@ def _attention(
     return handle._attend(module, query, key, value, attention_mask, **options), None
 
 
-def _boolean_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+def _boolean_mask(**kwargs: Any) -> torch.Tensor | None:
     # Without a mask there would be nothing to derive the local mask from.
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: torch.Tensor | None = sdpa_mask(*args, **(kwargs | skips))
+    mask: torch.Tensor | None = sdpa_mask(**(kwargs | skips))
     return mask
 
 
-def _block_masks(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> torch.Tensor | flex.BlockMasks | None:
+def _block_masks(**kwargs: Any) -> torch.Tensor | flex.BlockMasks | None:
+    q_length, kv_length = kwargs["q_length"], kwargs["kv_length"]
+    q_offset, attention_mask = kwargs.get("q_offset", 0), kwargs.get("attention_mask")
     # All else takes the boolean mask as well: packed sequences, and static caches, which have
     # room behind the queries and tell the offset on the device only.
-    plain = (
-        mask_function is causal_mask_function
+    is_plain = (
+        kwargs.get("mask_function", causal_mask_function) is causal_mask_function
         and isinstance(q_offset, int)
         and kv_length == q_offset + q_length
         and (attention_mask is None or attention_mask.shape[1] == kv_length)
     )
-    if q_length == 1 or not plain:
-        return _boolean_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            device=device,
-            **kwargs,
-        )
+    if q_length == 1 or not is_plain:
+        return _boolean_mask(**kwargs)
     if attention_mask is None:
-        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        attention_mask = torch.ones(
+            kwargs["batch_size"], kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu")
+        )
     return flex.BlockMasks(attention_mask, q_length)
 
 
-def _fitting_mask(
-    *, device: torch.device | str = "cpu", **kwargs: Any
-) -> torch.Tensor | flex.BlockMasks | None:
-    make = _block_masks if torch.device(device).type == "cuda" else _boolean_mask
-    return make(device=device, **kwargs)
+def _auto_mask(**kwargs: Any) -> torch.Tensor | flex.BlockMasks | None:
+    is_cuda = torch.device(kwargs.get("device", "cpu")).type == "cuda"
+    return _block_masks(**kwargs) if is_cuda else _boolean_mask(**kwargs)
 
 
 # Both or neither: a name missing from the mask registry silently means no mask at all.
-for _backend, _make_mask in (
-    ("auto", _fitting_mask),
-    ("sdpa", _boolean_mask),
-    ("flex", _block_masks),
-):
+for _backend, _make_mask in {
+    "auto": _auto_mask,
+    "sdpa": _boolean_mask,
+    "flex": _block_masks,
+}.items():
     AttentionInterface.register(IMPLEMENTATIONS[_backend], _attention)
     AttentionMaskInterface.register(IMPLEMENTATIONS[_backend], _make_mask)

@@ -1,4 +1,4 @@
-"""Small parameters that a wrapper may have sharded over processes, read and written as a whole.
+"""Small parameters that a wrapper may have sharded over processes, read and written in full.
 
 Plain parameters (one process, DDP), FSDP2's `DTensor`, and DeepSpeed's, which are empty outside
 of their module's turn (ZeRO-3) and low-precision copies of what the optimizer holds in float32
@@ -7,6 +7,7 @@ of their module's turn (ZeRO-3) and low-precision copies of what the optimizer h
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -19,30 +20,30 @@ from torch.nn.functional import pad
 
 
 def read(parameter: torch.Tensor) -> torch.Tensor:
-    """All of a parameter on every process, without gradients."""
-    full = parameter.detach()
-    if isinstance(full, DTensor):
-        full = full.full_tensor()
-    elif _has_master(parameter):
-        full = _deepspeed().utils.safe_get_full_fp32_param(parameter).clone()
-    elif _is_partitioned(parameter):
-        with _deepspeed().zero.GatheredParameters([parameter]):
-            full = parameter.detach().clone()
-    return full
-
-
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """As `read`, and gradients flow through."""
-    full = parameter
+    """The full parameter on every process, without gradients."""
     if isinstance(parameter, DTensor):
-        full = parameter.full_tensor()
-    elif _is_partitioned(parameter):
-        full = _Whole.apply(parameter)
-    return full
+        return parameter.detach().full_tensor()
+    if _has_master(parameter):
+        master: torch.Tensor = _deepspeed().utils.safe_get_full_fp32_param(parameter)
+        return master.clone()
+    if _is_partitioned(parameter):
+        with _deepspeed().zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
 
 
-def settle(model: nn.Module) -> None:
-    """Make `model` let go of gathered copies, which FSDP2 may keep after a forward pass.
+def gather(parameter: torch.Tensor) -> torch.Tensor:
+    """As `read`, and gradients flow through."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if _is_partitioned(parameter):
+        gathered: torch.Tensor = _Gather.apply(parameter)
+        return gathered
+    return parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the gathered copies that FSDP2 may keep after a forward pass.
 
     Call it before `write`: what is written to a copy is lost.
     """
@@ -52,22 +53,21 @@ def settle(model: nn.Module) -> None:
 
 
 def write(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy `values`, the whole parameter and the same on every process, into it."""
+    """Copy `values`, the full parameter and the same on every process, into it."""
     values = values.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    gathered: AbstractContextManager[Any] = nullcontext()
+    if _is_partitioned(parameter):
+        gathered = _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0)
     with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            shard = distribute_tensor(values, parameter.device_mesh, parameter.placements)
-            parameter.copy_(shard)
-        elif _is_partitioned(parameter):
-            with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(values)
-        else:
+        with gathered:
             parameter.copy_(values)
         if _has_master(parameter):
             _write_master(parameter, values)
 
 
-class _Whole(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     """Gathers in the forward pass; in the backward pass the parameter may be empty again."""
 
     @staticmethod
@@ -94,7 +94,7 @@ def _write_master(parameter: torch.Tensor, values: torch.Tensor) -> None:
     if not _is_partitioned(parameter):
         utils.safe_set_full_fp32_param(parameter, values)
         return
-    # DeepSpeed 0.19 cuts a whole value wrongly where the last share is not a full one.
+    # DeepSpeed 0.19 cuts a full value wrongly where the last share is not a full one.
     size = utils.safe_get_local_fp32_param(parameter).numel()
     start = size * get_rank(parameter.ds_process_group)
     share = pad(values, (0, start + size))[start : start + size]

@@ -1,9 +1,8 @@
 """RLKV on TRL: GRPO whose only parameters are the gates of the KV heads.
 
-Differs from `trl.GRPOTrainer` in six places: the loss has the adaptive penalty on the gates,
+Differs from `trl.GRPOTrainer` in five places: the loss has the adaptive penalty on the gates,
 gates are clamped after every step, checkpoints hold gates instead of weights, the reward text
-keeps special tokens, a run that has collapsed stops, and answers may come from an engine in
-gated mode.
+keeps special tokens, and answers may come from an engine in gated mode.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
 
 @dataclass
 class RlkvConfig(GRPOConfig):
-    """Options of `RlkvTrainer`: those of TRL's GRPOConfig with the published defaults, and four.
+    """Options of `RlkvTrainer`: those of TRL's GRPOConfig with the published defaults, and ours.
 
     Published settings: arXiv 2510.08525, section 4 and appendix.
 
@@ -47,8 +46,8 @@ class RlkvConfig(GRPOConfig):
         average_steps: the profile's gates are the mean over so many last steps.
         rollout_batch_size: answers generated together on one device, the rest after them; None:
             all of a step. Bounds the memory of the KV cache.
-        max_logprob_difference: of a token, between this trainer and the engine that sampled it
-            with the same gates; a step with more of it on average stops the run.
+        max_logprob_difference: mean difference of a token's log-probability between this trainer
+            and the engine that sampled it with the same gates, above which the run stops.
     """
 
     learning_rate: float = 1e-2
@@ -59,21 +58,12 @@ class RlkvConfig(GRPOConfig):
     num_generations: int = 4
     beta: float = 0.0
     max_completion_length: int = 7168
-    reg: float = field(default=1e-3, metadata={"help": "Strength of the penalty on the gates."})
-    tau: float = field(default=0.5, metadata={"help": "Reward below which nothing is penalised."})
-    collapse_steps: int = field(
-        default=20, metadata={"help": "Stop after so many steps in a row with reward below tau."}
-    )
-    average_steps: int = field(
-        default=1, metadata={"help": "The profile has the mean gates of so many last steps."}
-    )
-    rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Answers generated together on one device."}
-    )
-    max_logprob_difference: float = field(
-        default=0.1,
-        metadata={"help": "Mean difference to the rollout engine at which the run stops."},
-    )
+    reg: float = 1e-3
+    tau: float = 0.5
+    collapse_steps: int = 20
+    average_steps: int = 1
+    rollout_batch_size: int | None = None
+    max_logprob_difference: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,12 +73,8 @@ class RlkvConfig(GRPOConfig):
             raise ValueError(f"reg {self.reg}, tau {self.tau}: reg must be >= 0, tau in [0, 1]")
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature}: must be above 0, answers must vary")
-        for name in (
-            "max_completion_length",
-            "collapse_steps",
-            "average_steps",
-            "rollout_batch_size",
-        ):
+        lengths = ("max_completion_length", "collapse_steps", "average_steps", "rollout_batch_size")
+        for name in lengths:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: must be at least 1")
@@ -125,7 +111,7 @@ class RlkvTrainer(GRPOTrainer):
         self.rollouts = rollouts
         self._staleness = staleness
         self._queue: RolloutQueue | None = None
-        #: Batches of steps to come, whose answers are asked for, and how many ever were fetched.
+        # Batches of the next steps, whose answers are asked for; and how many were ever fetched.
         self._fetched: deque[tuple[list[Any], Any]] = deque()
         self._num_fetched = 0
         self._lag = 0
@@ -137,9 +123,10 @@ class RlkvTrainer(GRPOTrainer):
             processing_class=processing_class,
             callbacks=list(callbacks),
         )
-        # TRL's own engine is not made; what it does with an engine's log-probabilities is wanted.
+        # After TRL could have started an engine of its own: for its correction by the engine's
+        # log-probabilities.
         self.use_vllm = rollouts is not None
-        # Its raw dictionaries drown what `callbacks` tell.
+        # It would print raw dictionaries between the lines of `callbacks`.
         self.remove_callback(PrinterCallback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,13 +142,13 @@ class RlkvTrainer(GRPOTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of a step; those of the `staleness` next ones are fetched and asked too."""
+        """The batches of a step; those of the next `staleness` steps are asked for as well."""
         if self._queue is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         # `values` on every process: may be a collective operation.
         self._queue.set_gates(self.gates.values(), step)
-        # An epoch ends, and so does the run, with nothing fetched in vain.
+        # Nothing is fetched beyond the end of the epoch or of the run.
         ahead = min(self._staleness, self.state.max_steps - 1 - step)
         while len(self._fetched) <= ahead:
             found = super().get_batch_samples(
@@ -174,11 +161,11 @@ class RlkvTrainer(GRPOTrainer):
         return self._fetched.popleft() if self._fetched else ([], None)
 
     def _ask(self, batches: Sequence[Any], step: int, queue: RolloutQueue) -> None:
-        """Put in those batches that TRL will want answers to, on their turn."""
+        """Ask for answers to those batches for which TRL will generate."""
         for i, batch in enumerate(batches):
-            turn = self._num_fetched % (self.args.steps_per_generation * self.num_iterations)
+            is_reused = self._num_fetched % (self.args.steps_per_generation * self.num_iterations)
             self._num_fetched += 1
-            if turn:
+            if is_reused:
                 continue
             seed = hash((self.args.seed, step, i, self.accelerator.process_index)) % 2**31
             sampling = Sampling(
@@ -222,12 +209,12 @@ class RlkvTrainer(GRPOTrainer):
 
     def _check_rollouts(self, difference: float) -> None:
         limit = self.args.max_logprob_difference
-        # Older gates differ by what was trained since; the first batch of a start has its own.
+        # Older gates differ by what was trained since. The first batch of a run has the newest.
         if self._lag == 0 and difference > limit:
             raise RlkvError(
                 f"rollout: log-probabilities of engine and trainer differ by {difference:.3g} on "
                 f"average, more than trainer.max_logprob_difference {limit:g}: the engine serves "
-                "another model, precision, sink or window; continue with --resume after mending"
+                "another model, precision, sink or window; fix it and continue with --resume"
             )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -248,8 +235,6 @@ class RlkvTrainer(GRPOTrainer):
             self.gates.clamp_after(self.optimizer)
         return optimizer
 
-    # --- checkpoints: gates, not weights ---------------------------------------------------
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the gates; the weights are frozen and stay where they came from."""
         values = self.gates.values()  # on every process: may be a collective operation
@@ -260,7 +245,7 @@ class RlkvTrainer(GRPOTrainer):
             write_bytes_atomic({folder / GATES_FILE: content})
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None is written: the product of a run is a head profile."""
+        """Does nothing: the product of a run is a head profile."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

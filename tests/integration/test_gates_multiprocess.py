@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlkv_vllm.bench.server import free_port
+from rlkv_vllm.hf import sharding
 from rlkv_vllm.hf.gated_attention import GatedAttention, attach_gates
-from rlkv_vllm.training import sharding
 
 # Three KV heads: no equal share for two processes. The second of layer 1 is driven beyond 1.
 START = [[0.5, 0.9, 0.4], [0.3, 0.98, 0.6]]
@@ -90,7 +90,7 @@ def train(
         gates.set_hard(HARD)
         result["hard"] = loss_of(wrapped, gates, ids).item()
         gates.set_soft(OTHER)
-        sharding.settle(wrapped)
+        sharding.reshard(wrapped)
         result["set again"] = gates.values()
         result["tokens"] = model.generate(ids[:, :9], max_new_tokens=3, pad_token_id=0).shape[1]
     result["frozen"] = all(

@@ -317,6 +317,26 @@ def test_decoding_stops_at_the_end_token_or_the_cap(model: Any, tokenizer: Any) 
     assert stopped.mean_output_tokens == sum(lengths) / 4
 
 
+def test_sampling_parameters_change_the_answers(model: Any, tokenizer: Any) -> None:
+    task = WordTask()
+    problems = task.problems(4, 0)
+
+    def tokens(**sampling: Any) -> list[list[int]]:
+        asked = Sampling(max_tokens=6, **sampling)
+        result = solve(model, tokenizer, task, problems, sampling=asked)
+        return [answer.token_ids for answer in result.answers]
+
+    most_likely = tokens(temperature=0)
+    assert tokens(seed=1) == tokens(seed=1) != tokens(seed=2)
+    assert tokens(seed=1) != most_likely
+    assert tokens(seed=1, top_k=1) == tokens(seed=1, min_p=1.0) == most_likely
+    end = most_likely[0][2]
+    stopped = tokens(temperature=0, stop_token_ids=(end,))
+    assert stopped[0] == most_likely[0][: most_likely[0].index(end) + 1]
+    with pytest.raises(RlkvError, match=r"repetition_penalty 1\.1"):
+        tokens(repetition_penalty=1.1)
+
+
 def test_results_count_what_the_task_accepts(model: Any, tokenizer: Any) -> None:
     task = WordTask(accept=(True, False, False, True, True))
     result: TaskResult = solve(model, tokenizer, task, task.problems(5, 0), sampling=greedy(2))
