@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from rlkv_vllm import cli
 from rlkv_vllm.bench.case import SPLIT, STOCK, Setup
 from rlkv_vllm.bench.cases import CASES
 from rlkv_vllm.bench.cases.capacity import PROMPT, mean_context
+from rlkv_vllm.bench.cases.monitoring import Monitoring
 from rlkv_vllm.bench.random_model import parse_shape
 from rlkv_vllm.bench.record import Record
 from rlkv_vllm.bench.report import figure, markdown
 from rlkv_vllm.bench.target import Options, Target, find_target
+from rlkv_vllm.engine.launch import split
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.planning.roofline import Device
 from tests.support.profiles import assert_one_line
@@ -63,6 +68,62 @@ def test_variants_start_with_equal_options(target: Target) -> None:
     assert specs[STOCK].environment()["VLLM_PLUGINS"] == "none"
     assert (specs[SPLIT].split or {})["sparsity"] == 0.5
     assert (specs["all-full"].split or {})["sparsity"] == 0
+
+
+def test_the_split_is_that_of_the_public_api(tmp_path: Path) -> None:
+    target = find_target("model", options("embedded"), tmp_path)
+    assert target.specs[SPLIT].split == split("embedded")["additional_config"]["rlkv"]
+    assert target.specs["all-full"].split == split("embedded", 0)["additional_config"]["rlkv"]
+
+
+class FakeServer:
+    """Answers at 100 tokens per second, at 80 while somebody scrapes; 2 ms of CPU for a page."""
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+        self.cpu = 0.0
+        self.pages: list[str] = []
+
+    def load(self, **_: Any) -> dict[str, float]:
+        time.sleep(0.05)
+        self.cpu += 0.64
+        speed = 80.0 if self.pages else 100.0
+        return {"output_throughput": speed, "total_output_tokens": 64}
+
+    def cpu_seconds(self) -> float:
+        return self.cpu
+
+    def scrape(
+        self, path: str, rate: float, *, stop: threading.Event, limit: float = math.inf
+    ) -> int:
+        count = 0
+        while count < limit and not stop.wait(1 / rate):
+            self.pages.append(path)
+            self.cpu += 0.002
+            count += 1
+        return count
+
+
+@pytest.mark.parametrize(
+    ("variant", "page", "read"),
+    [
+        (STOCK, "/v1/rlkv", "/metrics"),
+        (SPLIT, "/v1/rlkv", "/v1/rlkv"),
+        (STOCK, "/version", "/version"),
+    ],
+)
+def test_monitoring_compares_a_server_with_itself(variant: str, page: str, read: str) -> None:
+    server: Any = FakeServer(variant)
+    case = Monitoring()
+    load = {"requests": 8, "prompt": 64, "output": 8, "at_once": 4}
+    found = case.turn(server, {"path": page, "scrapes": 100} | load, None)
+    assert set(server.pages) == {read}
+    assert found["scrape_cpu_ms"] == pytest.approx(2)
+    assert found["token_cpu_us"] == pytest.approx(10_000)
+    assert found["tokens_per_s"] == 100
+    assert found["speed"] == 0.8
+    assert found["token_cpu"] > 1
+    assert {metric.key for metric in case.metrics} == set(found)
 
 
 @pytest.mark.parametrize("name", CASES)
