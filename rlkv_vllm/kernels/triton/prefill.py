@@ -204,8 +204,16 @@ def prefill_kernel(
             index = tl.where(j < new_first, j, j + new_low - chunk - new_first)
             position = chunk + index
             index64 = index.to(tl.int64)
-            key_rows, value_rows = index64 * key_stride_n, index64 * value_stride_n
-            k, v = load_tile(chunk_key, chunk_value, key_rows, value_rows, exists, d, in_d)
+            k = tl.load(
+                chunk_key + index64[None, :] * key_stride_n + d[:, None],
+                mask=exists[None, :] & in_d[:, None],
+                other=0.0,
+            )
+            v = tl.load(
+                chunk_value + index64[:, None] * value_stride_n + d[None, :],
+                mask=exists[:, None] & in_d[None, :],
+                other=0.0,
+            )
             in_window = position[None, :] > q_position[:, None] - window
             if between:
                 visible = exists[None, :] & ~in_window
