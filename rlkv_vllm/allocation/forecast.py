@@ -15,7 +15,7 @@ from rlkv_vllm.allocation.ring import num_blocks, ring_blocks
 
 TARGET_TOKENS = 4096  # request length that the packing is made for
 BLOCK_SIZE_MULTIPLE = 16  # of every block size that the attention paths accept
-#: vLLM's CPU kernel reads 8-bit caches by whole vectors of 32 tokens only.
+#: vLLM's CPU kernel reads 8-bit caches in vectors of 32 tokens only.
 FP8_BLOCK_SIZE_MULTIPLE = 32
 # In this order: vLLM's CPU kernel is a quarter slower with blocks of 16 tokens, but rings waste
 # less.
@@ -175,7 +175,7 @@ def block_sizes_for(head_dim: int, *, is_fp8: bool = False) -> tuple[int, ...]:
     """Block sizes to choose from when the user names none (tokens)."""
     if is_fp8:
         return (FP8_BLOCK_SIZE_MULTIPLE,)
-    # vLLM's faster CPU kernel wants whole vectors of 32 elements.
+    # vLLM's faster CPU kernel wants vectors of 32 elements.
     return PREFERRED_BLOCK_SIZES if head_dim % 32 == 0 else (BLOCK_SIZE_MULTIPLE,)
 
 

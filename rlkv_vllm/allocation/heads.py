@@ -1,4 +1,4 @@
-"""Which KV heads keep their whole cache at a given sparsity."""
+"""Which KV heads keep their full cache at a given sparsity."""
 
 from __future__ import annotations
 

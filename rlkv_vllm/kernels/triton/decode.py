@@ -1,12 +1,12 @@
 """Decode: one launch for all requests with one new token and all heads of a layer.
 
-A program serves (request, KV head, KV split). The query heads of the KV head are the rows of its
-tile. A streaming head takes one split: its visible keys, the sinks and the window, are numbered
-without the gap between them, so no masked key is ever loaded. A full head's keys are spread over
-the splits, and a second small launch merges their partial results.
+A program serves (request, KV head, KV split). The rows of its tile are the query heads of the KV
+head. A streaming head takes one split: its visible keys, sinks and window, are numbered without
+the gap between them, so no masked key is loaded. A full head's keys are spread over the splits,
+and a second small launch merges their partial results.
 
-A gated head is a streaming head whose gap between sinks and window is attended to as well: split 0
-takes what local attention sees, the others share the gap. So each key is read once, and the merge
+A gated head is a streaming head that also attends to the gap between sinks and window: split 0
+takes the keys of local attention, the others share the gap. Each key is read once, and the merge
 has both results: split 0 is local attention, all splits together are full attention.
 
 Shape suffixes: R requests, Q query heads, S splits, D head_dim.
@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT, LayerCache
-from rlkv_vllm.kernels.triton.tile import attend_tile, page_rows
+from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT, LayerCache, StepRequests
+from rlkv_vllm.kernels.triton.tile import attend_tile, load_tile, page_rows
 
 #: Programs per multiprocessor that a decode launch aims for: about two waves of two.
 PROGRAMS_PER_SM = 4
@@ -52,7 +52,7 @@ class DecodeConfig:
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
     """Launch parameters by the bytes of a row: about 32 KiB of keys and values per tile.
 
-    A page lookup takes two of the stages, so five hold two tiles of keys in flight.
+    A page lookup takes two of the stages, so five keep two tiles of keys in flight.
     """
     row = triton.next_power_of_2(head_dim) * itemsize
     return DecodeConfig(block_n=max(16, min(64, 16384 // row)), num_warps=4, num_stages=5)
@@ -172,12 +172,7 @@ def decode_kernel(
         in_split = j < end
         position = tl.where(j < num_sinks, j, j + skip)
         at = page_rows(table, position, in_split, block_stride, slot_stride, BLOCK_SIZE)
-        k = tl.load(
-            pages + at[None, :] + d[:, None], mask=in_split[None, :] & in_d[:, None], other=0.0
-        )
-        v = tl.load(
-            pages + at[:, None] + D + d[None, :], mask=in_split[:, None] & in_d[None, :], other=0.0
-        )
+        k, v = load_tile(pages, pages + D, at, at, in_split, d, in_d)
         m, norm, acc = attend_tile(q, k, v, in_split[None, :], m, norm, acc, scale_log2)
 
     acc = acc / norm[:, None]
@@ -326,65 +321,46 @@ def decode(
     query_NQD: torch.Tensor,
     output_NQD: torch.Tensor,
     cache: LayerCache,
+    step: StepRequests,
     *,
-    gates_H: torch.Tensor | None,
-    full_table_RB: torch.Tensor,
-    ring_table_RB: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
     workspace: Workspace,
-    sink: int,
-    window: int,
-    scale_log2: float,
     config: DecodeConfig,
 ) -> None:
     """Attention of all requests with exactly one new token; see :func:`split_attention`."""
-    num_requests = seq_lens.shape[0]
+    num_requests = step.seq_lens.shape[0]
     num_q_heads, head_dim = query_NQD.shape[1:]
-    group = num_q_heads // cache.num_heads
-    gated = gates_H is not None
+    gated = step.gates_H is not None
     splits = num_splits(
         num_requests,
         cache.num_heads if gated else cache.num_full,
         workspace.target_programs,
         gated=gated,
     )
-    head_dim_pad = triton.next_power_of_2(head_dim)
+    group = num_q_heads // cache.num_heads
+    shared = {
+        "NUM_SPLITS": splits,
+        "MIN_TILES": MIN_TILES_PER_SPLIT,
+        "GROUP": group,
+        "D": head_dim,
+        "D_PAD": triton.next_power_of_2(head_dim),
+        "BLOCK_N": config.block_n,
+    }
     decode_kernel[(splits, cache.num_heads, num_requests)](
         query_NQD,
         output_NQD,
         workspace.output,
         workspace.lse,
-        cache.base,
-        cache.offsets_H,
-        cache.streaming_H,
-        gates_H,
-        full_table_RB,
-        ring_table_RB,
-        query_start_loc,
-        seq_lens,
-        query_NQD.stride(0),
-        query_NQD.stride(1),
-        output_NQD.stride(0),
-        output_NQD.stride(1),
-        full_table_RB.stride(0),
-        ring_table_RB.stride(0),
-        cache.block_stride,
-        cache.slot_stride,
-        sink,
-        window,
-        scale_log2,
-        NUM_SPLITS=splits,
-        MIN_TILES=MIN_TILES_PER_SPLIT,
-        GROUP=group,
+        *cache.heads,
+        *step.tensors,
+        *query_NQD.stride()[:2],
+        *output_NQD.stride()[:2],
+        *step.scalars(cache),
         ROWS=max(MIN_ROWS, triton.next_power_of_2(group)),
         BLOCK_SIZE=cache.block_size,
         OFFSET_UNIT=OFFSET_UNIT,
-        D=head_dim,
-        D_PAD=head_dim_pad,
-        BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **shared,
     )
     if splits == 1:
         return
@@ -393,18 +369,12 @@ def decode(
         workspace.output,
         workspace.lse,
         cache.streaming_H,
-        gates_H,
-        query_start_loc,
-        seq_lens,
-        output_NQD.stride(0),
-        output_NQD.stride(1),
-        sink,
-        window,
-        NUM_SPLITS=splits,
-        MIN_TILES=MIN_TILES_PER_SPLIT,
-        GROUP=group,
-        D=head_dim,
-        D_PAD=head_dim_pad,
-        BLOCK_N=config.block_n,
+        step.gates_H,
+        step.query_start_loc,
+        step.seq_lens,
+        *output_NQD.stride()[:2],
+        step.sink,
+        step.window,
         num_warps=4,
+        **shared,
     )

@@ -1,4 +1,7 @@
-"""What the GPU kernels know of a layer's cache: where each KV head's pages lie, and its kind."""
+"""What the launches of a layer share: where each KV head's pages are, and the step's requests.
+
+Shape suffixes: R requests, B blocks of a table, H KV heads, N tokens of a block, C = 2 * head_dim.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,58 @@ from dataclasses import dataclass
 
 import torch
 
-#: Head offsets are kept in units of so many elements, so that the compiler can prove
-#: that rows are aligned and load them in 16-byte pieces.
+#: Elements in a unit of a head's offset. With it the compiler can prove that rows are aligned, and
+#: loads them in 16-byte pieces.
 OFFSET_UNIT = 16
+
+
+@dataclass(frozen=True)
+class StepRequests:
+    """The requests of a step and what their heads see; arguments as in `split_attention`.
+
+    Attributes:
+        gates_H: float32, in gated mode.
+        full_table_RB: int32, pages of full heads.
+        ring_table_RB: int32, pages of streaming heads.
+        query_start_loc: int32 ``[R + 1]``, first row of each request.
+        seq_lens: int32 ``[R]``, tokens of each request after the step.
+        sink: first tokens that a streaming head sees.
+        window: last tokens that a streaming head sees.
+        scale_log2: factor on ``q @ k``, times log2(e).
+    """
+
+    gates_H: torch.Tensor | None
+    full_table_RB: torch.Tensor
+    ring_table_RB: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    sink: int
+    window: int
+    scale_log2: float
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Tensor arguments of the attention kernels."""
+        return (
+            self.gates_H,
+            self.full_table_RB,
+            self.ring_table_RB,
+            self.query_start_loc,
+            self.seq_lens,
+        )
+
+    def scalars(self, cache: LayerCache) -> tuple[float, ...]:
+        """Strides of tables and cache, and the numbers of the attention kernels."""
+        tables = (self.full_table_RB.stride(0), self.ring_table_RB.stride(0))
+        return (*tables, *cache.strides, self.sink, self.window, self.scale_log2)
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """The head caches of one attention layer on one rank.
 
-    One page is one KV head times one block, ``[block_size, 2 * head_dim]``, K then V. All heads
-    of the layer, full and streaming, are addressed from one base pointer with an offset per head.
+    One page is one block of one KV head, ``[block_size, 2 * head_dim]``, K then V. All heads of
+    the layer, full and streaming, are addressed from one base pointer with an offset per head.
 
     Attributes:
         base: cache of the first head; keeps the memory alive and gives dtype and device.
@@ -46,6 +90,16 @@ class LayerCache:
         """KV heads of the layer on this rank."""
         return len(self.offsets_H)
 
+    @property
+    def heads(self) -> tuple[torch.Tensor, ...]:
+        """Tensor arguments of all kernels."""
+        return self.base, self.offsets_H, self.streaming_H
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Elements between two blocks, and between two tokens of a block."""
+        return self.block_stride, self.slot_stride
+
     @classmethod
     def of(cls, caches: Sequence[torch.Tensor], streaming: Sequence[bool]) -> LayerCache:
         """Build the table that the kernels read; not inside a CUDA graph.
@@ -59,14 +113,14 @@ class LayerCache:
             ValueError: the caches differ in shape, stride, type or device, or are not aligned.
         """
         first = caches[0]
-        alike = (first.shape[1:], first.stride(), first.dtype, first.device)
+
+        def layout(cache: torch.Tensor) -> str:
+            shape = ", ".join(map(str, cache.shape[1:]))
+            return f"[blocks, {shape}], strides {cache.stride()}, {cache.dtype} on {cache.device}"
+
         for i, cache in enumerate(caches):
-            if (cache.shape[1:], cache.stride(), cache.dtype, cache.device) != alike:
-                raise ValueError(
-                    f"head cache {i} is {tuple(cache.shape)}, strides {cache.stride()}, "
-                    f"{cache.dtype} on {cache.device}; head 0 is {tuple(first.shape)}, strides "
-                    f"{first.stride()}, {first.dtype} on {first.device}"
-                )
+            if layout(cache) != layout(first):
+                raise ValueError(f"head cache {i} is {layout(cache)}; head 0 is {layout(first)}")
         if first.stride(2) != 1:
             raise ValueError(f"the last dimension of a head cache has stride {first.stride(2)}")
         if len(caches) != len(streaming):
@@ -82,9 +136,7 @@ class LayerCache:
         return cls(
             base=first,
             caches=tuple(caches),
-            offsets_H=torch.tensor(
-                [distance // unit for distance in distances], dtype=torch.int64
-            ).to(first.device),
+            offsets_H=torch.tensor([d // unit for d in distances]).to(first.device),
             streaming_H=torch.tensor(list(streaming), dtype=torch.int32).to(first.device),
             num_full=sum(not kind for kind in streaming),
             block_size=first.shape[1],

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from rlkv_vllm.kernels.triton.decode import INTERPRETER, gap_of
-from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT, LayerCache
-from rlkv_vllm.kernels.triton.tile import attend_tile, page_rows
+from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT, LayerCache, StepRequests
+from rlkv_vllm.kernels.triton.tile import attend_tile, load_tile, page_rows
 
 
 @dataclass(frozen=True)
@@ -186,14 +186,7 @@ def prefill_kernel(
             exists = j < num_old
             position = tl.where(j < old_first, j, j + low - old_first)
             at = page_rows(table, position, exists, block_stride, slot_stride, BLOCK_SIZE)
-            k = tl.load(
-                pages + at[None, :] + d[:, None], mask=exists[None, :] & in_d[:, None], other=0.0
-            )
-            v = tl.load(
-                pages + at[:, None] + D + d[None, :],
-                mask=exists[:, None] & in_d[None, :],
-                other=0.0,
-            )
+            k, v = load_tile(pages, pages + D, at, at, exists, d, in_d)
             in_window = position[None, :] > q_position[:, None] - window
             if between:
                 visible = exists[None, :] & ~in_window
@@ -243,20 +236,13 @@ def prefill(
     value_NHD: torch.Tensor,
     output_NQD: torch.Tensor,
     cache: LayerCache,
+    step: StepRequests,
     *,
-    gates_H: torch.Tensor | None,
-    full_table_RB: torch.Tensor,
-    ring_table_RB: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sink: int,
-    window: int,
-    scale_log2: float,
     config: PrefillConfig,
 ) -> None:
     """Attention of all requests with several new tokens; see :func:`split_attention`."""
     n, num_q_heads, head_dim = query_NQD.shape
-    num_requests = seq_lens.shape[0]
+    num_requests = step.seq_lens.shape[0]
     group = num_q_heads // cache.num_heads
     group_pad = triton.next_power_of_2(group)
     block_m = max(config.block_m, group_pad)
@@ -266,30 +252,14 @@ def prefill(
         key_NHD,
         value_NHD,
         output_NQD,
-        cache.base,
-        cache.offsets_H,
-        cache.streaming_H,
-        gates_H,
-        full_table_RB,
-        ring_table_RB,
-        query_start_loc,
-        seq_lens,
+        *cache.heads,
+        *step.tensors,
         num_requests,
-        query_NQD.stride(0),
-        query_NQD.stride(1),
-        key_NHD.stride(0),
-        key_NHD.stride(1),
-        value_NHD.stride(0),
-        value_NHD.stride(1),
-        output_NQD.stride(0),
-        output_NQD.stride(1),
-        full_table_RB.stride(0),
-        ring_table_RB.stride(0),
-        cache.block_stride,
-        cache.slot_stride,
-        sink,
-        window,
-        scale_log2,
+        *query_NQD.stride()[:2],
+        *key_NHD.stride()[:2],
+        *value_NHD.stride()[:2],
+        *output_NQD.stride()[:2],
+        *step.scalars(cache),
         GROUP=group,
         GROUP_PAD=group_pad,
         BLOCK_SIZE=cache.block_size,

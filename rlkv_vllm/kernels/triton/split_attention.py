@@ -1,8 +1,8 @@
 """Attention on the GPU with full and streaming heads in one layer: what the engine calls.
 
-Three Triton kernels, each one launch for all heads of a layer: :mod:`triton_write`,
-:mod:`triton_decode`, :mod:`triton_prefill`. None gathers queries or scatters outputs by kind of
-head, none looks at data on the host, and what a launch looks like depends on shapes alone.
+Three Triton kernels, each one launch for all heads of a layer: `write`, `decode` and `prefill`.
+None gathers queries or scatters outputs by kind of head, none reads data on the host, and a launch
+depends on shapes alone.
 
 Shape suffixes: N tokens of the step, R requests, B blocks of a table, Q query heads, H KV heads,
 D head_dim.
@@ -15,7 +15,7 @@ import math
 import torch
 
 from rlkv_vllm.kernels.triton.decode import DecodeConfig, Workspace, decode, decode_config
-from rlkv_vllm.kernels.triton.layer_cache import LayerCache
+from rlkv_vllm.kernels.triton.layer_cache import LayerCache, StepRequests
 from rlkv_vllm.kernels.triton.prefill import PrefillConfig, prefill, prefill_config
 from rlkv_vllm.kernels.triton.write import write_cache
 
@@ -50,8 +50,8 @@ def split_attention(
     invisible positions are never read: entries of a block table that left the window may be stale.
 
     A layer without full (streaming) heads gives the other table in that place. With gates every
-    head is a streaming head whose pages hold all tokens, and what it does not see as such it sees
-    with its gate: ``gate * full + (1 - gate) * local``.
+    head is a streaming head whose pages hold all tokens, and its output is
+    ``gate * full + (1 - gate) * local``.
 
     Args:
         query_NQD: dense in the last dimension, as all of the step's tensors.
@@ -72,38 +72,27 @@ def split_attention(
         decode_with: launch parameters of decode instead of the default ones.
         prefill_with: the same of prefill.
     """
-    scale_log2 = scale * math.log2(math.e)
     head_dim, itemsize = query_NQD.shape[2], query_NQD.element_size()
+    step = StepRequests(
+        gates_H,
+        full_table_RB,
+        ring_table_RB,
+        query_start_loc,
+        seq_lens,
+        sink,
+        window,
+        scale_log2=scale * math.log2(math.e),
+    )
     decode(
         query_NQD,
         output_NQD,
         cache,
-        gates_H=gates_H,
-        full_table_RB=full_table_RB,
-        ring_table_RB=ring_table_RB,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
+        step,
         workspace=workspace,
-        sink=sink,
-        window=window,
-        scale_log2=scale_log2,
         config=decode_with or decode_config(head_dim, itemsize),
     )
     if max_query_len > 1:
-        prefill(
-            query_NQD,
-            key_NHD,
-            value_NHD,
-            output_NQD,
-            cache,
-            gates_H=gates_H,
-            full_table_RB=full_table_RB,
-            ring_table_RB=ring_table_RB,
-            query_start_loc=query_start_loc,
-            seq_lens=seq_lens,
-            sink=sink,
-            window=window,
-            scale_log2=scale_log2,
-            config=prefill_with
-            or prefill_config(head_dim, itemsize, workspace.capability, gated=gates_H is not None),
+        config = prefill_with or prefill_config(
+            head_dim, itemsize, workspace.capability, gated=gates_H is not None
         )
+        prefill(query_NQD, key_NHD, value_NHD, output_NQD, cache, step, config=config)

@@ -1,4 +1,7 @@
-"""One tile of keys against one tile of queries: the step that decode and prefill share."""
+"""One tile of keys against one tile of queries: the step that decode and prefill share.
+
+Shape suffixes: M rows of queries, N keys, D head_dim.
+"""
 
 from __future__ import annotations
 
@@ -40,3 +43,25 @@ def page_rows(table, positions, mask, block_stride, slot_stride, BLOCK_SIZE: tl.
     """Element offsets of tokens in a head's pages; masked positions are not looked up."""
     block = tl.load(table + positions // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
     return block * block_stride + (positions % BLOCK_SIZE) * slot_stride
+
+
+@triton.jit
+def load_tile(keys, values, key_rows, value_rows, exists, d, in_d):
+    """Keys ``[D, N]``, transposed, and values ``[N, D]``; rows that do not exist are 0.
+
+    Args:
+        keys: pointer to the keys of a head.
+        values: pointer to its values.
+        key_rows: ``[N]`` element offsets.
+        value_rows: ``[N]`` element offsets.
+        exists: ``[N]``, which rows are loaded.
+        d: ``[D]`` element numbers, padded.
+        in_d: ``[D]``, which of them exist.
+    """
+    k = tl.load(
+        keys + key_rows[None, :] + d[:, None], mask=exists[None, :] & in_d[:, None], other=0.0
+    )
+    v = tl.load(
+        values + value_rows[:, None] + d[None, :], mask=exists[:, None] & in_d[None, :], other=0.0
+    )
+    return k, v

@@ -78,22 +78,16 @@ def write_cache(
     n, num_heads, head_dim = key_NHD.shape
     if n == 0:
         return
-    grid = (triton.cdiv(n, _TOKENS_PER_PROGRAM), num_heads)
-    write_kernel[grid](
+    write_kernel[(triton.cdiv(n, _TOKENS_PER_PROGRAM), num_heads)](
         key_NHD,
         value_NHD,
-        cache.base,
-        cache.offsets_H,
-        cache.streaming_H,
+        *cache.heads,
         full_slots_N,
         ring_slots_N,
         n,
-        key_NHD.stride(0),
-        key_NHD.stride(1),
-        value_NHD.stride(0),
-        value_NHD.stride(1),
-        cache.block_stride,
-        cache.slot_stride,
+        *key_NHD.stride()[:2],
+        *value_NHD.stride()[:2],
+        *cache.strides,
         BLOCK_SIZE=cache.block_size,
         OFFSET_UNIT=OFFSET_UNIT,
         D=head_dim,
