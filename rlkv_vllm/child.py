@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.files import one_line
+from rlkv_vllm.files import one_line, write_text_atomic
 
 #: Called in the child: gives the first reply, and the function that answers each question.
 Setup = Callable[..., tuple[Any, Callable[[Any], Any]]]
@@ -40,7 +40,7 @@ class Child:
         started: the first reply.
 
     Raises:
-        RlkvError: `setup` raised, or the process died.
+        RlkvError: `setup` raised, the process died, or the log cannot be written.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Child:
         self._name, self._log, self._advice = name, log, advice
         self._keep_log = False
         if log is not None:
-            log.write_bytes(b"")  # now: the child may die before it opens its log
+            write_text_atomic(log, "")  # now: the child may die before it opens its log
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, log, setup, args), name=name)

@@ -136,17 +136,12 @@ def validate(schema: type[SectionT], content: Mapping[str, Any], where: str, doc
         ) from error
 
 
-def save_options(options: Section, path: Path, note: str) -> None:
-    """Write the options of a job as YAML, with its command and the versions of packages.
-
-    Args:
-        options: of the job.
-        path: of the file.
-        note: a line about it.
-    """
+def save_options(options: Section, path: Path) -> None:
+    """Write the options of a job as YAML, with its command and the versions of packages."""
     versions = ", ".join(f"{name} {version}" for name, version in job_versions().items())
     header = (
-        f"# Written by: {shlex.join(['rlkv', *sys.argv[1:]])}\n# Versions: {versions}\n# {note}\n"
+        f"# Written by: {shlex.join(['rlkv', *sys.argv[1:]])}\n# Versions: {versions}\n"
+        "# The options as used.\n"
     )
     content = options.model_dump(mode="json")
     body = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)

@@ -47,7 +47,7 @@ def refine(
     require_training_packages("rlkv refine", "accelerate")
     from rlkv_vllm.search.config import RefineConfig
     from rlkv_vllm.search.job import run
-    from rlkv_vllm.training.result import QUIET, Listener
+    from rlkv_vllm.training.run import QUIET, Listener
 
     content = {
         "profile": profile,

@@ -49,7 +49,7 @@ def train(
 
     from rlkv_vllm.rollouts import open_rollouts
     from rlkv_vllm.training.job import run
-    from rlkv_vllm.training.result import QUIET, Listener
+    from rlkv_vllm.training.run import QUIET, Listener
 
     with StageProgress(threads) as progress:
 
@@ -67,5 +67,6 @@ def train(
         listener = Listener(progress.report, on_step, progress.say) if is_main else QUIET
         if job.rollout.engine != "transformers":
             listener.say(f"rollouts by {job.rollout.engine}")
-        with open_rollouts(job) as rollouts:
+        engine = open_rollouts(job.rollout, job.model, job.revision, job.dtype, job.span)
+        with engine as rollouts:
             print_result(run(job, resume=resume, listener=listener, rollouts=rollouts), job.output)

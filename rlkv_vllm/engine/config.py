@@ -1,8 +1,8 @@
 """From vLLM's configuration to the plan of the split cache.
 
-The user's options come in ``additional_config["rlkv"]``. Everything that can be
-refused without loading weights is refused here, so that the serve command, the
-Python API and every worker process say the same.
+The user's options come in ``additional_config["rlkv"]``. All that can be refused without loading
+weights is refused here, so that the serve command, the Python API and every worker process give the
+same errors.
 """
 
 from __future__ import annotations

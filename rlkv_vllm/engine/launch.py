@@ -1,7 +1,7 @@
 """The one way to make an engine with a split cache, or one in gated mode.
 
 `rlkv serve`, `rlkv eval`, `rlkv bench`, rollouts, tests and the public API take the engine's
-classes from here, and the proof that every worker's cache is really split.
+classes from here, and the check that every worker's cache is split.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def split(
     before weights are loaded.
 
     Args:
-        profile: a file, a packaged name, or ``org/repo[@revision][:file]`` on the Hugging Face
-            hub.
+        profile: a file, a packaged name, or ``org/repo[@revision][:file]`` on the Hugging Face hub.
         sparsity: share of streaming KV heads, 0 to 1; None: what the profile recommends.
         sink: first tokens that streaming heads keep; None: the profile's.
         window: last tokens that streaming heads keep; None: the profile's.
@@ -144,7 +143,7 @@ def started(model: str, config: Mapping[str, Any] | None, **options: Any) -> Ite
 def prove(llm: LLM) -> list[SplitReport]:
     """Ask every worker what it built, and compare that with the plan.
 
-    A plugin that fails to load is only logged by vLLM, and the engine would keep full caches.
+    vLLM only logs a plugin that fails to load, and goes on with full caches.
 
     Args:
         llm: an engine made with `split`.
@@ -157,7 +156,7 @@ def prove(llm: LLM) -> list[SplitReport]:
     """
     plan = split_plan(llm.llm_engine.vllm_config)
     if plan is None:
-        raise not_split(f"additional_config has no entry '{CONFIG_KEY}' with a profile")
+        raise _not_split(f"additional_config has no entry '{CONFIG_KEY}' with a profile")
     try:
         answers = llm.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
     except Exception as error:  # whatever it is, nothing is proven
@@ -175,14 +174,14 @@ async def prove_async(engine_client: EngineClient, plan: SplitPlan) -> list[Spli
 
 
 def _no_report(error: Exception) -> RlkvError:
-    return not_split(f"no report from the workers: {one_line(error) or type(error).__name__}")
+    return _not_split(f"no report from the workers: {one_line(error) or type(error).__name__}")
 
 
 def check_reports(answers: Sequence[dict[str, Any]], plan: SplitPlan) -> list[SplitReport]:
     """Compare what the workers answered with the plan; raises as `prove`."""
     tp_size = plan.groups.allocation.tp_size
     if sorted(answer.get("rank", -1) for answer in answers) != list(range(tp_size)):
-        raise not_split(f"{len(answers)} of {tp_size} workers answered")
+        raise _not_split(f"{len(answers)} of {tp_size} workers answered")
     return [_checked(answer, plan) for answer in answers]
 
 
@@ -196,13 +195,13 @@ def _checked(answer: dict[str, Any], plan: SplitPlan) -> SplitReport:
             else f"it has {answer['full_head_caches']} full and "
             f"{answer['streaming_head_caches']} streaming head caches"
         )
-        raise not_split(f"{worker}: {why}")
+        raise _not_split(f"{worker}: {why}")
     report = SplitReport.from_dict(answer)
     expected = SplitReport.of(plan, answer["rank"], report.num_blocks)
     for what in _MUST_AGREE:
         built, planned = getattr(report, what), getattr(expected, what)
         if built != planned:
-            raise not_split(f"{worker} has {what} {built}, expected {planned}")
+            raise _not_split(f"{worker} has {what} {built}, expected {planned}")
     return report
 
 
@@ -217,7 +216,7 @@ _MUST_AGREE = (
 )
 
 
-def not_split(why: str) -> RlkvError:
+def _not_split(why: str) -> RlkvError:
     """The error of an engine whose cache is not split."""
     return RlkvError(
         f"the KV cache is not split ({why}): run `rlkv doctor`, and see that nothing removes "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlkv_vllm.errors import RlkvError
 
@@ -25,13 +25,13 @@ class Refusal(NamedTuple):
 
     Attributes:
         what: the feature and its flag.
-        used: whether a configuration uses it.
+        used: whether a configuration uses it, as a truth value.
         fix: what to do instead.
     """
 
     what: str
-    used: Callable[[VllmConfig], bool]
-    fix: str
+    used: Callable[[VllmConfig], object]
+    fix: str = "remove the flag"
 
 
 def _is_cpu() -> bool:
@@ -110,28 +110,23 @@ def _has_sliding_window(config: VllmConfig) -> bool:
     return bool(uses_it and getattr(text, "sliding_window", None) and not layer_types)
 
 
-_REMOVE = "remove the flag"
 _STOCK = "serve the model with plain vLLM"
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "this platform (neither a CPU nor an NVIDIA GPU of compute capability 8.0 or more)",
-        lambda _: bool(platform_problem()),
+        lambda _: platform_problem(),
         "install rlkv_vllm[cpu] and serve on the CPU, or start without --profile",
     ),
-    Refusal(
-        "--attention-backend other than CUSTOM, or one per kind", _uses_another_backend, _REMOVE
-    ),
+    Refusal("--attention-backend other than CUSTOM, or one per kind", _uses_another_backend),
     Refusal(
         f"head dimensions other than {', '.join(map(str, CUDA_HEAD_DIMS))} on a GPU",
         lambda c: _is_cuda() and c.model_config.get_head_size() not in CUDA_HEAD_DIMS,
         _STOCK,
     ),
-    Refusal("--enable-sleep-mode", lambda c: bool(c.model_config.enable_sleep_mode), _REMOVE),
+    Refusal("--enable-sleep-mode", lambda c: c.model_config.enable_sleep_mode),
     Refusal(
-        "--enable-dbo, --ubatch-size (micro-batches)",
-        lambda c: bool(c.parallel_config.use_ubatching),
-        _REMOVE,
+        "--enable-dbo, --ubatch-size (micro-batches)", lambda c: c.parallel_config.use_ubatching
     ),
     Refusal(
         "--pipeline-parallel-size > 1",
@@ -150,7 +145,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "VLLM_USE_V2_MODEL_RUNNER on the CPU",
-        lambda c: _is_cpu() and bool(c.use_v2_model_runner),
+        lambda c: _is_cpu() and c.use_v2_model_runner,
         "set it to 0",
     ),
     Refusal(
@@ -159,7 +154,6 @@ REFUSALS: tuple[Refusal, ...] = (
             c.parallel_config.decode_context_parallel_size > 1
             or c.parallel_config.prefill_context_parallel_size > 1
         ),
-        _REMOVE,
     ),
     Refusal(
         "--speculative-config with another method than ngram (drafters with a cache of their own)",
@@ -171,18 +165,11 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.speculative_config is not None and _is_cuda(),
         "remove the flag: it has been shown to be exact on the CPU only",
     ),
-    Refusal(
-        "--enable-lora", lambda c: c.lora_config is not None, "merge the adapter into the weights"
-    ),
-    Refusal(
-        "--kv-transfer-config (KV connectors and offloading)",
-        lambda c: c.kv_transfer_config is not None,
-        _REMOVE,
-    ),
+    Refusal("--enable-lora", lambda c: c.lora_config, "merge the adapter into the weights"),
+    Refusal("--kv-transfer-config (KV connectors and offloading)", lambda c: c.kv_transfer_config),
     Refusal(
         "--kv-cache-dtype other than the model's own and fp8, fp8_e4m3, fp8_e5m2",
         lambda c: not (_cache_is_the_models(c) or _cache_is_fp8(c)),
-        _REMOVE,
     ),
     Refusal(
         "--kv-cache-dtype fp8 on a GPU",
@@ -195,9 +182,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _cpu_has_no_fp8_cache,
         "remove the flag: vLLM's kernel does not take it",
     ),
-    Refusal(
-        "--kv-sharing-fast-prefill", lambda c: bool(c.cache_config.kv_sharing_fast_prefill), _REMOVE
-    ),
+    Refusal("--kv-sharing-fast-prefill", lambda c: c.cache_config.kv_sharing_fast_prefill),
     Refusal(
         "--max-model-len auto (the packing of the heads depends on it)",
         lambda c: c.model_config.original_max_model_len == -1,
@@ -205,19 +190,17 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--disable-hybrid-kv-cache-manager (rings would be given full caches)",
-        lambda c: bool(c.scheduler_config.disable_hybrid_kv_cache_manager),
-        _REMOVE,
+        lambda c: c.scheduler_config.disable_hybrid_kv_cache_manager,
     ),
-    Refusal("encoder-decoder models", lambda c: bool(c.model_config.is_encoder_decoder), _STOCK),
-    Refusal("multimodal models", lambda c: bool(c.model_config.is_multimodal_model), _STOCK),
+    Refusal("encoder-decoder models", lambda c: c.model_config.is_encoder_decoder, _STOCK),
+    Refusal("multimodal models", lambda c: c.model_config.is_multimodal_model, _STOCK),
     Refusal(
         "models with state-space layers or without attention",
-        lambda c: bool(c.model_config.is_hybrid or c.model_config.is_attention_free),
+        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
         _STOCK,
     ),
-    Refusal(
-        "multi-head latent attention (MLA) models", lambda c: bool(c.model_config.use_mla), _STOCK
-    ),
+    Refusal("diffusion language models", lambda c: c.model_config.is_diffusion, _STOCK),
+    Refusal("multi-head latent attention (MLA) models", lambda c: c.model_config.use_mla, _STOCK),
     Refusal("models with their own sliding-window layers", _has_sliding_window, _STOCK),
     Refusal(
         "pooling models (embeddings, scoring)",
@@ -225,7 +208,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _STOCK,
     ),
 )
-
 
 #: What gated mode refuses beyond :data:`REFUSALS`.
 GATED_REFUSALS: tuple[Refusal, ...] = (
@@ -239,18 +221,13 @@ GATED_REFUSALS: tuple[Refusal, ...] = (
         _wants_another_layout,
         "remove the variable",
     ),
-    Refusal(
-        "--kv-cache-dtype other than the model's own",
-        lambda c: not _cache_is_the_models(c),
-        _REMOVE,
-    ),
+    Refusal("--kv-cache-dtype other than the model's own", lambda c: not _cache_is_the_models(c)),
     Refusal(
         "--speculative-config",
         lambda c: c.speculative_config is not None,
         "remove the flag: it has not been shown to be exact",
     ),
 )
-
 
 #: Properties of an attention layer, by the argument of vLLM's `AttentionImpl`.
 LAYER_REFUSALS: dict[str, str] = {
@@ -322,28 +299,24 @@ def check_layer_supported(
         )
 
 
-def check_layer_shape(
-    *, layer_class: str, num_kv_heads: int, head_dim: int, expected: tuple[int, int], dtypes: str
-) -> None:
+def check_layer_shape(layer: Any, expected: tuple[int, int], dtypes: str = "") -> None:
     """Refuse an attention layer that is not like all others of the model.
 
     Args:
-        layer_class: class of the layer; subclasses of vLLM's ``Attention`` mask differently.
-        num_kv_heads: KV heads of the layer on this rank.
-        head_dim: head dimension of the layer.
-        expected: KV heads per rank and head dimension that the profile's model has.
+        layer: vLLM's; subclasses of its ``Attention`` mask differently.
+        expected: KV heads per rank and head dimension of the model.
         dtypes: why model and cache differ in type, or empty.
 
     Raises:
         RlkvError: names the difference.
     """
     problem = ""
-    if layer_class != "Attention":
-        problem = f"attention layers of class {layer_class}"
-    elif (num_kv_heads, head_dim) != expected:
+    if type(layer).__name__ != "Attention":
+        problem = f"attention layers of class {type(layer).__name__}"
+    elif (layer.num_kv_heads, layer.head_size) != expected:
         problem = (
-            f"models whose layers differ in shape: one has {num_kv_heads} KV heads of "
-            f"{head_dim}, expected {expected[0]} of {expected[1]}"
+            f"models whose layers differ in shape: one has {layer.num_kv_heads} KV heads of "
+            f"{layer.head_size}, expected {expected[0]} of {expected[1]}"
         )
     elif dtypes:
         problem = f"a cache of another type than the model ({dtypes})"

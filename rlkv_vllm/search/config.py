@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.options import Positive, Section, Share
-from rlkv_vllm.training.config import Dtype, EvaluationConfig, TaskConfig
+from rlkv_vllm.training.config import JobConfig
 
 
 class SearchConfig(Section):
@@ -40,24 +39,16 @@ def _with_defaults(value: Any) -> Any:
     return {"max_tokens": 512, "temperature": 0} | value if isinstance(value, dict) else value
 
 
-class RefineConfig(Section):
+class RefineConfig(JobConfig):
     """A refinement: profile, model, problems, search, evaluation."""
 
     profile: str = Field(description="Head profile to start from: a file, a name, or org/name.")
-    model: str = Field(description="`embedded`, a folder, or org/name.")
-    revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
-    dtype: Dtype = Field(default="auto", description="Of the weights; auto: as in training.")
-    output: Path = Field(description="Folder of the run.")
-    seed: Annotated[int, Field(ge=0, lt=2**31 - 1)] = Field(
-        default=0, description="Of problems and answers; the evaluation has the next."
-    )
     sink: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="First tokens that streaming heads keep; null: the profile's."
     )
     window: Positive | None = Field(
         default=None, description="Last tokens that streaming heads keep; null: the profile's."
     )
-    task: TaskConfig
     tried: Positive = Field(
         default=3000,
         description="Problems that the model tries with its full cache, at most: it stops when it "
@@ -69,4 +60,3 @@ class RefineConfig(Section):
     )
     batch_size: Positive = Field(default=128, description="Answers written together.")
     search: SearchConfig = Field(default=SearchConfig())
-    evaluation: EvaluationConfig = Field(default=EvaluationConfig())

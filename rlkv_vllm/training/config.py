@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue
+from pydantic import Field, JsonValue
 
 from rlkv_vllm.allocation.span import SERVING_SPAN, TRAINING_SPAN, Span, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.models import default_span
 from rlkv_vllm.options import Positive, Section, Share, override, read_options, validate
+from rlkv_vllm.rollouts.config import RolloutConfig
 from rlkv_vllm.tasks import Task, get_task
 
 DOCS = "docs/training.md"
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 #: What `trainer` may not set: the job decides it.
 _RESERVED = (
     "output_dir",
@@ -36,10 +36,6 @@ _RESERVED = (
     "use_transformers_continuous_batching",
     "use_transformers_paged",
 )
-
-
-def _engine_alone(value: Any) -> Any:
-    return {"engine": value} if isinstance(value, str) else value
 
 
 class TaskConfig(Section):
@@ -98,40 +94,25 @@ class EvaluationConfig(Section):
     batch_size: Positive = Field(default=64, description="Problems answered together.")
 
 
-class RolloutConfig(Section):
-    """Who writes the answers that are trained on."""
-
-    engine: Literal["transformers", "vllm-colocate", "vllm-server"] = Field(
-        default="transformers",
-        description="`transformers`: generate of the model that is trained. `vllm-colocate`: vLLM "
-        "in gated mode, a process beside it. `vllm-server`: `rlkv serve --mode gated` elsewhere.",
-    )
-    servers: list[str] = Field(
-        default=["http://127.0.0.1:8000"],
-        description="Addresses for `vllm-server`; answers are shared among them.",
-    )
-    staleness: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="By how many steps the gates that sampled an answer may be older than the "
-        "step that trains on it; above 0 the engine writes the next answers meanwhile.",
-    )
-    options: dict[str, JsonValue] = Field(
-        default={},
-        description="Engine arguments of vLLM for `vllm-colocate`, e.g. max_model_len, "
-        "kv_cache_memory_bytes.",
-    )
-
-
-class TrainConfig(Section):
-    """A training job: model, problems, gate training, evaluation."""
+class JobConfig(Section):
+    """What all jobs have: model, task, evaluation, and the folder of the run."""
 
     model: str = Field(default="embedded", description="`embedded`, a folder, or org/name.")
     revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
-    dtype: Dtype = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Of the frozen weights; auto: float32 on CPU, else as stored."
     )
     output: Path = Field(description="Folder of the run.")
-    seed: int = Field(default=0, description="Of problems, rollouts and data order.")
+    seed: Annotated[int, Field(ge=0, lt=2**31 - 1)] = Field(
+        default=0, description="Of problems, answers and data order; the evaluation has the next."
+    )
+    task: TaskConfig = Field(default=TaskConfig())
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig())
+
+
+class TrainConfig(JobConfig):
+    """A training job: model, problems, gate training, evaluation."""
+
     sink: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="First tokens of local attention in training; null: 128, embedded 4.",
@@ -146,10 +127,8 @@ class TrainConfig(Section):
     serve_window: Positive | None = Field(
         default=None, description="Window the profile asks for; null: 64, embedded 16."
     )
-    task: TaskConfig = Field(default=TaskConfig())
     curriculum: CurriculumConfig = Field(default=CurriculumConfig())
-    evaluation: EvaluationConfig = Field(default=EvaluationConfig())
-    rollout: Annotated[RolloutConfig, BeforeValidator(_engine_alone)] = Field(
+    rollout: RolloutConfig = Field(
         default=RolloutConfig(), description="A section, or the name of the engine alone."
     )
     trainer: dict[str, JsonValue] = Field(

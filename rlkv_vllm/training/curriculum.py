@@ -11,17 +11,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import read_json_object, write_bytes_atomic
-from rlkv_vllm.hf.answers import Draw, solve
 from rlkv_vllm.store import Store
-from rlkv_vllm.tasks import Problem, Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rlkv_vllm.tasks import Problem
+from rlkv_vllm.training.solver import Solver
 
 KEPT_FILE, SUMMARY_FILE = "curriculum.jsonl", "curriculum.json"
 PARTIAL_FILE = "curriculum.partial.{rank}.json"
@@ -73,12 +70,9 @@ class Processes:
 
 
 def make_curriculum(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    solver: Solver,
     output: Path,
     *,
-    settings: Mapping[str, Any],
     n: int,
     keep: int | None,
     sampling: Sampling,
@@ -88,14 +82,11 @@ def make_curriculum(
 ) -> Curriculum:
     """Answer `n` problems with the ungated model and keep the solved ones.
 
-    Reads what an earlier call with the same `settings` left in `output`, finished or not.
+    Reads what an earlier call with the same settings left in `output`, finished or not.
 
     Args:
-        model: ungated.
-        tokenizer: with a chat template.
-        task: gives and checks the problems.
+        solver: model and task.
         output: folder of `curriculum.jsonl` (kept problems) and `curriculum.json` (figures).
-        settings: of model and task, plain values; what is on disk must match.
         n: problems to try.
         keep: stop as soon as all processes together have solved so many; None tries all.
         sampling: of the answers; its seed is that of the problems too.
@@ -109,7 +100,7 @@ def make_curriculum(
     names = {"temperature", "top_p", "top_k"}
     draw = None if sampling.is_greedy else sampling.model_dump(include=names)
     wanted = {
-        **settings,
+        **solver.settings,
         "draw": draw,  # the name in earlier runs, which can be continued
         "max_new_tokens": sampling.max_tokens,
         "batch_size": batch_size,
@@ -120,7 +111,7 @@ def make_curriculum(
     summary = _store(output / SUMMARY_FILE, wanted, processes)
     if summary.content:
         return _load(summary, output)
-    problems = task.problems(n, sampling.seed)
+    problems = solver.task.problems(n, sampling.seed)
     mine = list(enumerate(problems))[processes.rank :: processes.world]
     files = [output / PARTIAL_FILE.format(rank=rank) for rank in range(processes.world)]
     partial = _store(files[processes.rank], {**wanted, "world": processes.world})
@@ -145,23 +136,15 @@ def make_curriculum(
         batch, left = left[:batch_size], left[batch_size:]
         if not batch:  # others still have some
             continue
-        result = solve(
-            model,
-            tokenizer,
-            task,
-            [problem for _, problem in batch],
-            max_new_tokens=sampling.max_tokens,
-            batch_size=batch_size,
-            draw=Draw(**draw) if draw else None,
-            # Random numbers of its own for every batch: a continued run samples the same ones.
-            seed=sampling.seed + batch[0][0],
-        )
+        # Random numbers of its own for every batch: a continued run samples the same ones.
+        seeded = sampling.model_copy(update={"seed": sampling.seed + batch[0][0]})
+        result = solver.solve([problem for _, problem in batch], seeded, batch_size)
         rows += [
             {
                 "index": i,
                 "solved": answer.is_correct,
-                "tokens": len(answer.output_ids),
-                "total": len(answer.prompt_ids) + len(answer.output_ids),
+                "tokens": len(answer.token_ids),
+                "total": len(answer.prompt_ids) + len(answer.token_ids),
                 "capped": answer.hit_cap,
             }
             for (i, _), answer in zip(batch, result.answers, strict=True)

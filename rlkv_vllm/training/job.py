@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, read_json_object, write_text_atomic
 from rlkv_vllm.hf.gated_attention import attach_gates
-from rlkv_vllm.hf.loading import load_model
-from rlkv_vllm.options import RUN_FILE, save_options
+from rlkv_vllm.options import RUN_FILE
 from rlkv_vllm.profile import HeadProfile
-from rlkv_vllm.profile.io import save_profile
-from rlkv_vllm.rollouts.queue import Rollouts
-from rlkv_vllm.tasks import Task, skip_note
+from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.training.config import TrainConfig, load_config
-from rlkv_vllm.training.curriculum import Curriculum, Processes, make_curriculum
-from rlkv_vllm.training.report import write_report
-from rlkv_vllm.training.result import (
-    QUIET,
-    Listener,
-    evaluate_profile,
-    explained_failures,
-    make_profile,
-)
-from rlkv_vllm.training.run_folder import METRICS_FILE, PROFILE_FILE, REFINE_FILE
+from rlkv_vllm.training.curriculum import Curriculum
+from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained_failures
+from rlkv_vllm.training.run_folder import METRICS_FILE, REFINE_FILE
 from rlkv_vllm.training.run_log import RunLog, best_gates
+from rlkv_vllm.training.solver import Solver
 from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FINISHED_FILE = "finished.json"
 SOURCE = "arXiv:2510.08525 (RLKV)"
@@ -72,52 +59,21 @@ def _run(
     config: TrainConfig, resume: bool, listener: Listener, rollouts: Rollouts | None
 ) -> HeadProfile | None:
     output = config.output
-    if output.exists() and not output.is_dir():
-        raise RlkvError(f"--output {output}: is a file: give a folder")
-    holds_run = any((output / name).exists() for name in (METRICS_FILE, REFINE_FILE))
-    if not resume and (holds_run or last_checkpoint(output)):
-        raise RlkvError(
-            f"--output {output}: holds an earlier run: give --resume to continue it, or choose "
-            "another folder"
-        )
-    task = config.task.load()
-    if note := skip_note(task):
-        listener.say(note)
-    output.mkdir(parents=True, exist_ok=True)
-    args = _trainer_args(config)
-    is_main = args.process_index == 0
+    checkpoint = last_checkpoint(output)
+    held = [METRICS_FILE, REFINE_FILE, *([checkpoint.name] if checkpoint else [])]
+    check_output(output, resume, held)
     if resume and (output / RUN_FILE).exists():
         _require_same_run(config, load_config(output / RUN_FILE))
-    model, tokenizer, fingerprint = load_model(
-        config.model, config.revision, config.dtype, args.device
-    )
-    if is_main:
-        note = "The configuration as used; `rlkv train` takes it as it is."
-        save_options(config, output / RUN_FILE, note)
+    args = _trainer_args(config)
+    job = Run(config, listener, args.device)
     wanted = config.curriculum
-    curriculum = make_curriculum(
-        model,
-        tokenizer,
-        task,
-        output,
-        settings={
-            "model": fingerprint.model_dump(mode="json"),
-            "task": config.task.model_dump(mode="json"),
-        },
-        n=wanted.problems,
-        keep=wanted.keep,
-        sampling=Sampling(
-            max_tokens=wanted.max_new_tokens or args.max_completion_length,
-            temperature=0 if wanted.greedy else args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            seed=config.seed,
-        ),
-        batch_size=wanted.batch_size,
-        processes=Processes.of_accelerate(),
-        report=lambda done, total: listener.report("curriculum", done, total),
+    sampling = Sampling(
+        max_tokens=wanted.max_new_tokens or args.max_completion_length,
+        temperature=0 if wanted.greedy else args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
     )
-    listener.curriculum(curriculum)
+    curriculum = job.curriculum(wanted.problems, wanted.keep, sampling, wanted.batch_size)
     sink, window = config.span
     if sink + window >= curriculum.longest:
         raise RlkvError(
@@ -125,56 +81,31 @@ def _run(
             f"{curriculum.longest} tokens): streaming heads would lose nothing and gates get no "
             "signal: lower window"
         )
-    is_sharded = _train(
-        config, args, model, tokenizer, task, curriculum, resume, listener, rollouts
-    )
-    PartialState().wait_for_everyone()  # the main process writes the log
+    is_sharded = _train(config, args, job.solver, curriculum, resume, listener, rollouts)
+    job.processes.wait()  # the main process writes the log
     gates, step = best_gates(output, args.tau, args.average_steps)
-    if not is_main:
+    if job.processes.rank != 0:
         return None
-    settings = config.model_dump(mode="json", exclude={"output", "evaluation"})
-    settings |= {"sink": sink, "window": window, "step": step}
-    settings["trainer"] |= {
-        name: getattr(args, name)
-        for name in ("learning_rate", "reg", "tau", "weight_decay", "temperature", "loss_type")
-    }
-    profile = make_profile(
-        fingerprint,
-        gates,
-        config.serving_span,
-        task,
-        curriculum,
-        method="rlkv",
-        source=SOURCE,
-        seed=config.seed,
-        settings=settings,
-    )
-    save_profile(profile, output / PROFILE_FILE)
     if is_sharded:
         listener.say("not evaluated: the model is sharded; use `rlkv eval --write-rows`")
-    else:
-        profile = evaluate_profile(
-            profile,
-            model,
-            tokenizer,
-            task,
-            curriculum.problems,
-            config.evaluation,
-            output,
-            seed=config.seed + 1,
-            max_new_tokens=args.max_completion_length,
-            report=listener.report,
-        )
-    write_report(output)
-    return profile
+    names = ("learning_rate", "reg", "tau", "weight_decay", "temperature", "loss_type")
+    trainer = config.trainer | {name: getattr(args, name) for name in names}
+    return job.finish(
+        gates,
+        config.serving_span,
+        curriculum,
+        "rlkv",
+        SOURCE,
+        {"sink": sink, "window": window, "step": step, "trainer": trainer},
+        max_new_tokens=args.max_completion_length,
+        is_evaluated=not is_sharded,
+    )
 
 
 def _train(
     config: TrainConfig,
     args: RlkvConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    solver: Solver,
     curriculum: Curriculum,
     resume: bool,
     listener: Listener,
@@ -189,14 +120,14 @@ def _train(
             "raise curriculum.problems, or lower trainer.per_device_train_batch_size or "
             "trainer.gradient_accumulation_steps"
         )
-    with attach_gates(model, *config.span) as gates:
+    with attach_gates(solver.model, *config.span) as gates:
         log = RunLog(output, gates, args.tau, args.collapse_steps, listener.on_step)
         trainer = RlkvTrainer(
             gates,
-            task,
+            solver.task,
             args,
             curriculum.problems,
-            tokenizer,
+            solver.tokenizer,
             rollouts=rollouts,
             staleness=config.rollout.staleness,
         )

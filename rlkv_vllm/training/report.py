@@ -12,7 +12,7 @@ from rlkv_vllm.profile.schema import EvaluationRow, HeadProfile
 from rlkv_vllm.statistics import wilson_interval
 from rlkv_vllm.training import report_charts as charts
 from rlkv_vllm.training.report_charts import data_uri
-from rlkv_vllm.training.run_folder import RunFolder, read_run
+from rlkv_vllm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def write_report(run_dir: Path) -> Path:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    run = read_run(run_dir)
+    run = RunFolder(run_dir)
     profile = run.profile
     rows, best = (profile.evaluation, profile.recommended_sparsity) if profile else ([], None)
     tasks = list(dict.fromkeys((row.task, row.n) for row in rows))

@@ -344,7 +344,7 @@ def test_a_gated_layer_unlike_the_others_is_refused(model: Path, one_rank: None)
 
 
 class TestChoiceOfBackend:
-    """vLLM's own choice on CUDA never leads a split model to whole caches."""
+    """vLLM's own choice on CUDA never leads a split model to full caches."""
 
     @pytest.fixture(autouse=True)
     def cuda(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -429,7 +429,7 @@ class TestChoiceOfBackend:
     ) -> None:
         assert self.choose(configured)[1] is SplitCUDAImpl
         assert self.choose(stock)[1].__module__.startswith("vllm.")
-        # vLLM remembers the stock choice: refused, not served whole.
+        # vLLM remembers the stock choice: refused, not served with full caches.
         with pytest.raises(RlkvError, match="--attention-backend CUSTOM"):
             self.choose(configured)
         assert self.choose(configured, "CUSTOM")[1] is SplitCUDAImpl

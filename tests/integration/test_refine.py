@@ -16,17 +16,17 @@ from rlkv_vllm.hf import answers
 from rlkv_vllm.options import override, validate
 from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.profile.lookup import find_profile
-from rlkv_vllm.search import job as module
 from rlkv_vllm.search.config import RefineConfig
 from rlkv_vllm.search.job import run
-from rlkv_vllm.training.result import Listener
+from rlkv_vllm.training.run import Listener
+from rlkv_vllm.training.solver import Solver
 from tests.support.profiles import assert_one_line, make_profile
 
 #: As flags of the command line.
 CHANGES = [
-    "tried=12", "sampling.max_tokens=150", "sampling.temperature=1", "batch_size=6", "search.sparsities=[.5]",
-    "search.problems=2", "search.margin=2", "search.candidates=2", "evaluation.problems=4",
-    "evaluation.sparsities=[.2]",
+    "tried=12", "batch_size=6", "sampling.max_tokens=150", "sampling.temperature=1",
+    "search.sparsities=[.5]", "search.problems=2", "search.margin=2", "search.candidates=2",
+    "evaluation.problems=4", "evaluation.sparsities=[.2]",
 ]  # fmt: skip
 
 
@@ -78,8 +78,7 @@ def test_a_killed_run_goes_on_as_without(
         return solve(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("rlkv_vllm.training.curriculum.solve", dies)
-        patched.setattr(module, "solve", dies)
+        patched.setattr("rlkv_vllm.training.solver.solve", dies)
         for resume in (False, True, True):
             with pytest.raises(KeyboardInterrupt):
                 run(config(output), resume=resume)
@@ -144,7 +143,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(module, "load_model", fail)
+    monkeypatch.setattr(Solver, "load", fail)
 
 
 @pytest.mark.usefixtures("no_model")

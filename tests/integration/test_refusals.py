@@ -120,6 +120,7 @@ def test_drafters_with_a_cache_of_their_own(model: Path, profile: Path) -> None:
         "encoder-decoder",
         "multimodal",
         "state-space",
+        "diffusion",
         "MLA",
         "pooling",
         "kv-transfer",
@@ -141,6 +142,7 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         "is_multimodal_model": what == "multimodal",
         "is_hybrid": what == "state-space",
         "is_attention_free": False,
+        "is_diffusion": what == "diffusion",
         "use_mla": what == "MLA",
         "enable_sleep_mode": False,
         "original_max_model_len": -1 if what == "--max-model-len auto" else 1024,
@@ -220,21 +222,18 @@ def test_unsupported_layers(change: dict[str, Any], words: str) -> None:
     [
         ({"layer_class": "ChunkedLocalAttention"}, "ChunkedLocalAttention"),
         ({"num_kv_heads": 2}, "differ in shape"),
-        ({"head_dim": 64}, "differ in shape"),
+        ({"head_size": 64}, "differ in shape"),
         ({"dtypes": "torch.float32, cache torch.bfloat16"}, "another type"),
     ],
 )
 def test_layers_unlike_the_others(change: dict[str, Any], words: str) -> None:
-    plain: dict[str, Any] = {
-        "layer_class": "Attention",
-        "num_kv_heads": 4,
-        "head_dim": 32,
-        "expected": (4, 32),
-        "dtypes": "",
-    }
-    check_layer_shape(**plain)
+    def check(layer_class: str = "Attention", dtypes: str = "", **shape: int) -> None:
+        layer = type(layer_class, (), {"num_kv_heads": 4, "head_size": 32} | shape)()
+        check_layer_shape(layer, (4, 32), dtypes)
+
+    check()
     with pytest.raises(RlkvError, match=words):
-        check_layer_shape(**(plain | change))
+        check(**change)
 
 
 @pytest.mark.parametrize(

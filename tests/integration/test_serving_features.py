@@ -41,10 +41,10 @@ def profile(model: Path, profile_of: Callable[..., Path]) -> Path:
     return profile_of(model, UNEVEN, sink=SINK, window=WINDOW)
 
 
-def assert_exact(model: Path, prompts: list[list[int]], outputs: list[object]) -> None:
+def assert_exact(model: Path, prompts: list[list[int]], outputs: list[Any]) -> None:
     wrong, worst = zip(
         *(
-            count_differences(model, p, o.outputs[0], UNEVEN, SINK, WINDOW)  # type: ignore[attr-defined]
+            count_differences(model, p, o.outputs[0], UNEVEN, SINK, WINDOW)
             for p, o in zip(prompts, outputs, strict=True)
         ),
         strict=True,
@@ -64,7 +64,7 @@ def test_chunked_prefill(chunk: int, model: Path, profile: Path, engines: Engine
 
 
 def test_a_seed_survives_a_chunked_prompt(model: Path, profile: Path, engines: EngineCache) -> None:
-    """Drawn from the oracle's logits by vLLM's sampler, with the first draws of the seed."""
+    """Sampled from the oracle's logits by vLLM's sampler, with the first numbers of the seed."""
     llm = engines.get(
         model, profile, block_size=BLOCK, max_num_batched_tokens=100, enable_chunked_prefill=True
     )
@@ -77,8 +77,8 @@ def test_a_seed_survives_a_chunked_prompt(model: Path, profile: Path, engines: E
         tokens = list(output.outputs[0].token_ids)
         rows = logprobs(model, [*prompt, *tokens[:-1]], UNEVEN, SINK, WINDOW)[len(prompt) - 1 :]
         generator = torch.Generator().manual_seed(seed)
-        draws = [torch.randint(0, 2**31, (1,), generator=generator) for _ in tokens]
-        expected = torch.ops._C.fused_gumbel_argmax(rows.contiguous(), torch.cat(draws))
+        numbers = [torch.randint(0, 2**31, (1,), generator=generator) for _ in tokens]
+        expected = torch.ops._C.fused_gumbel_argmax(rows.contiguous(), torch.cat(numbers))
         assert tokens == expected.tolist()
     assert pool_is_restored(llm)
 

@@ -20,7 +20,7 @@ from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.training import job
 from rlkv_vllm.training.config import TrainConfig, make_config
 from rlkv_vllm.training.job import run
-from rlkv_vllm.training.result import Listener
+from rlkv_vllm.training.run import Listener
 from rlkv_vllm.training.trainer import RlkvTrainer, last_checkpoint
 
 

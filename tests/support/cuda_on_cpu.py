@@ -57,7 +57,7 @@ class Result:
         preemptions: requests that lost their blocks.
         chunks: steps that prefilled a part of a prompt.
         mixed: steps with one-token requests beside longer ones.
-        restored: whether the pool was whole again.
+        restored: whether all blocks were free again.
     """
 
     implementation: str

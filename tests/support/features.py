@@ -56,10 +56,8 @@ _MODE = (f"{_REFUSALS}::test_unsupported_models_and_modes",)
 _LAYER = (f"{_REFUSALS}::test_unsupported_layers",)
 
 
-_CUDA_ONLY = (
-    "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::"
-    "test_what_only_the_cpu_has_shown_is_refused",
-)
+_CHOICE = "tests/integration/test_cuda_parts.py::TestChoiceOfBackend"
+_CUDA_ONLY = (f"{_CHOICE}::test_what_only_the_cpu_has_shown_is_refused",)
 
 
 def _works(name: str, meaning: str, *tests: str) -> Feature:
@@ -79,7 +77,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "Prefix caching": (
         _works(
             "the same prompt again",
-            "all of its whole blocks but the last token's are hit",
+            "all of its full blocks but that of the last token are hit",
             f"{_PREFIX}::test_identical_prompt",
         ),
         _works(
@@ -164,9 +162,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _refused(
             "head dimensions other than 32, 64, 96, 128, 256 on a GPU",
             "head dimensions other than 32, 64, 96, 128, 256 on a GPU",
-            (
-                "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::test_the_configuration_is_refused_before_weights_load",
-            ),
+            (f"{_CHOICE}::test_the_configuration_is_refused_before_weights_load",),
         ),
         _refused(
             "`--enable-dbo`, `--ubatch-size`", "--enable-dbo, --ubatch-size (micro-batches)", _MODE
@@ -221,9 +217,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _refused(
             "`--attention-backend`",
             "--attention-backend other than CUSTOM, or one per kind",
-            (
-                "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::test_another_backend_is_refused",
-            ),
+            (f"{_CHOICE}::test_another_backend_is_refused",),
             "the split cache brings its own",
         ),
         _refused(
@@ -427,6 +421,12 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "hybrid models (state-space layers)",
             "models with state-space layers or without attention",
             _MODE,
+        ),
+        _refused(
+            "diffusion language models",
+            "diffusion language models",
+            _MODE,
+            "they need a scheduler of their own and see later tokens",
         ),
         _refused("pooling models", "pooling models (embeddings, scoring)", _MODE),
         _refused("ALiBi", "ALiBi slopes", _LAYER),

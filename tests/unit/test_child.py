@@ -137,6 +137,12 @@ def test_setup_may_raise_anything(error: BaseException, words: str, tmp_path: Pa
     assert log.exists() == (not isinstance(error, RlkvError))
 
 
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RlkvError, match="cannot be written"):
+        Child("it", does_what_it_is_told, log=tmp_path / "file" / "log")
+
+
 def test_a_busy_child_ends_with_its_parent(tmp_path: Path) -> None:
     """However the parent ends: here it is killed, and cannot say so."""
     script, file = tmp_path / "parent.py", tmp_path / "pid"

@@ -119,7 +119,7 @@ def test_any_text_is_a_value_or_one_line(text: str) -> None:
 def test_saved_options_are_read_back(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("run") / "run.yaml"
     options = Options(name=text, inner=Inner(rate=1e-5), more={"list": [1, text, 1e20]})
-    save_options(options, path, "A note.")
+    save_options(options, path)
     assert validate(Options, read_options(path, "options"), "run.yaml", "docs") == options
     assert "# Versions: rlkv-vllm" in path.read_text()
 

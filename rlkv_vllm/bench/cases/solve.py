@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.bench.case import Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine
-from rlkv_vllm.evaluation.served import Sampling, answer_with
+from rlkv_vllm.evaluation.served import answer_with
 from rlkv_vllm.tasks import get_task
 
 

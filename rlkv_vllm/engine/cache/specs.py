@@ -14,8 +14,7 @@ from rlkv_vllm.allocation import ring
 class RingSpec(SlidingWindowSpec):
     """One KV head that keeps the first ``sink`` and the last ``sliding_window`` tokens.
 
-    A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap
-    only to those.
+    A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap only to those.
 
     Attributes:
         sink: first tokens that are never freed (tokens).
@@ -23,9 +22,8 @@ class RingSpec(SlidingWindowSpec):
             while vLLM sorts specs into groups: :meth:`merge` refuses to mix two
             values, so each becomes a KV cache group of its own, and erases it
             in the group's spec, so that the coordinator sees one kind of ring.
-        retention_interval: keep a window's worth of prompt blocks for the
-            prefix cache every so many tokens (a multiple of the block size);
-            0 keeps none.
+        retention_interval: keep a window's worth of prompt blocks for the prefix cache every so
+            many tokens (a multiple of the block size); 0 keeps none.
         num_groups: KV cache groups of the model, full one included.
         chunk_blocks: most blocks of one group that the steps in flight can ask for.
         steps_in_flight: scheduled steps whose results are not known yet: 2 with

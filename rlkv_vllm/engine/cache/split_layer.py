@@ -86,11 +86,9 @@ def register_layer(
         vllm_config.cache_config.cache_dtype, vllm_config.model_config
     )
     check_layer_shape(
-        layer_class=type(layer).__name__,
-        num_kv_heads=layer.num_kv_heads,
-        head_dim=layer.head_size,
-        expected=(plan.groups.allocation.heads_per_rank, plan.geometry.head_dim),
-        dtypes="" if cache_dtype == expected_dtype else f"{act_dtype}, cache {cache_dtype}",
+        layer,
+        (plan.groups.allocation.heads_per_rank, plan.geometry.head_dim),
+        "" if cache_dtype == expected_dtype else f"{act_dtype}, cache {cache_dtype}",
     )
     layer_index = extract_layer_index(name)
     rank = get_tensor_model_parallel_rank()

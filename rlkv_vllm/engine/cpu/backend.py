@@ -1,8 +1,8 @@
 """Attention on the CPU with full and streaming heads in one layer.
 
-Full heads go through vLLM's own C++ paged attention. So do streaming heads, over the short block
-tables of :mod:`rlkv_vllm.kernels.cpu.ring_tiles`, or, where those do not serve the sink, through
-:mod:`rlkv_vllm.kernels.cpu.streaming`. Without a split plan everything is vLLM's.
+Full heads use vLLM's own C++ paged attention. Streaming heads use it over the short block tables of
+:mod:`rlkv_vllm.kernels.cpu.ring_tiles` or, where those do not support the sink,
+:mod:`rlkv_vllm.kernels.cpu.streaming`. A model without a split uses vLLM's own classes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
-from vllm.v1.attention.backend import AttentionLayer, MultipleOf
+from vllm.v1.attention.backend import AttentionLayer, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class SplitCPUBackend(CPUAttentionBackend):
-    """Stands in for ``CPU_ATTN``; vLLM's own classes do the work without a split plan."""
+    """Replaces ``CPU_ATTN``; a model without a split gets vLLM's own classes."""
 
     # Both caches of a layer are written in forward(): the attention layer itself owns none.
     forward_includes_kv_cache_update = True
@@ -86,7 +86,7 @@ class StockCPUImpl(CPUAttentionBackendImpl):
 
 
 class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Keeps the step's tensors; vLLM's builder when there is no split plan."""
+    """Keeps the step's tensors; vLLM's builder for a model without a split."""
 
     def __init__(
         self,
@@ -96,13 +96,8 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         self.split = split_config(vllm_config) is not None
-        if not self.split:
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            return
-        self.kv_cache_spec = kv_cache_spec
-        self.layer_names = layer_names
-        self.vllm_config = vllm_config
-        self.device = device
+        base = AttentionMetadataBuilder if self.split else CPUAttentionMetadataBuilder
+        base.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,
@@ -110,7 +105,6 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        """Metadata of one step for one block table."""
         if not self.split:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         return SplitMetadata(**StepMetadata.fields_of(common_attn_metadata))

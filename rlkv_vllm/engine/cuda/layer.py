@@ -147,8 +147,8 @@ class SplitCUDAImpl(CUDAImpl):
             if part.kv_heads is not None:
                 q, out = q[:, part.q_heads], out[:, part.q_heads]
                 k, v = k[:, part.kv_heads], v[:, part.kv_heads]
-            # The whole batch before any read: a request may hit blocks that another one of the
-            # same step fills.
+            # All requests before any read: one may hit blocks that another one of the same step
+            # fills.
             write_cache(k, v, part.cache, full.slot_mapping[:n], ring.slot_mapping[:n])
             split_attention(
                 q,

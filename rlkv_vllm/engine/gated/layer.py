@@ -50,16 +50,8 @@ class GatedLayer(AttentionImpl[Any]):
         super().process_weights_after_loading(act_dtype)
         _, layer = attention_layer(self._vllm_config, self)
         model = self._vllm_config.model_config
-        check_layer_shape(
-            layer_class=type(layer).__name__,
-            num_kv_heads=layer.num_kv_heads,
-            head_dim=layer.head_size,
-            expected=(
-                model.get_num_kv_heads(self._vllm_config.parallel_config),
-                model.get_head_size(),
-            ),
-            dtypes="",
-        )
+        num_kv_heads = model.get_num_kv_heads(self._vllm_config.parallel_config)
+        check_layer_shape(layer, (num_kv_heads, model.get_head_size()))
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Other gates for a running engine in gated mode, so that no answer mixes two versions.
+"""Change the gates of a running engine in gated mode, so that no answer mixes two versions.
 
 The gates of an engine have a version, which counts up from 0 (all gates 1). vLLM stamps it on
 every answer (``CompletionOutput.weight_versions``). They change while no request runs, and the
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.answers import Sampling
+from rlkv_vllm.engine.sampling import vllm_sampling
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
@@ -201,14 +202,12 @@ def gates_version(completion: CompletionOutput) -> int:
 
 
 def sampling_params(sampling: Sampling, index: int) -> SamplingParams:
-    """For the prompt of this index: equal prompts shall not be answered alike."""
-    from vllm import SamplingParams
+    """For the answer to a rollout's prompt of this index, with log-probabilities."""
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        **sampling.model_dump(exclude={"seed", "stop_token_ids"}),
-        stop_token_ids=list(sampling.stop_token_ids),
-        seed=sampling.seed + index,
+    return vllm_sampling(
+        sampling,
+        index,
         ignore_eos=True,  # what ends an answer is in stop_token_ids
         logprobs=0,  # of the sampled token
         flat_logprobs=True,  # no objects per token

@@ -33,7 +33,7 @@ def test_there_are_shipped_configurations() -> None:
 
 def test_run_file_round_trips(tmp_path: Path) -> None:
     config = load_config(EMBEDDED, ["seed=3", "trainer.reg=0.5", "task.name=hops"])
-    save_options(config, tmp_path / "run.yaml", "A note.")
+    save_options(config, tmp_path / "run.yaml")
     assert load_config(tmp_path / "run.yaml") == config
     assert (config.seed, config.trainer["reg"], config.task.name) == (3, 0.5, "hops")
     assert "Versions: rlkv-vllm" in (tmp_path / "run.yaml").read_text()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from rlkv_vllm.answers import Sampling
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.hf.answers import Answer, TaskResult
+from rlkv_vllm.hf.answers import TaskResult
 from rlkv_vllm.tasks import Problem
-from rlkv_vllm.training import curriculum as module
 from rlkv_vllm.training.curriculum import Curriculum, Processes, make_curriculum
+from rlkv_vllm.training.solver import Solver
 
 
 class Numbers:
@@ -40,12 +40,12 @@ class Model:
     def __call__(self, model: Any, tokenizer: Any, task: Any, problems: Any, **kw: Any) -> Any:
         if self._dies_at == len(self.seeds):
             raise KeyboardInterrupt
-        self.seeds.append(kw["seed"])
+        self.seeds.append(kw["sampling"].seed)
         numbers = [int(problem.answer) for problem in problems]
         self.asked += numbers
         return TaskResult(
             [
-                Answer([1] * 5, [2] * 10, "", i % 2 == 0 and not self._odd_only, False)
+                Answer([2] * 10, [1] * 5, is_correct=i % 2 == 0 and not self._odd_only)
                 for i in numbers
             ]
         )
@@ -54,12 +54,12 @@ class Model:
 def make(
     output: Path, monkeypatch: pytest.MonkeyPatch, solver: Model, **options: Any
 ) -> Curriculum:
-    monkeypatch.setattr(module, "solve", solver)
-    options = {"n": 20, "keep": None, "batch_size": 4, "settings": {"x": 1}} | options
+    monkeypatch.setattr("rlkv_vllm.training.solver.solve", solver)
+    options = {"n": 20, "keep": None, "batch_size": 4} | options
+    settings = options.pop("settings", {"x": 1})
+    nothing: Any = None
     return make_curriculum(
-        None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        Numbers(),
+        Solver(nothing, nothing, nothing, Numbers(), settings),
         output,
         sampling=Sampling(max_tokens=10, temperature=0),
         **options,
