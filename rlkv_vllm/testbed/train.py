@@ -6,7 +6,8 @@ its configuration: the data of a step depend on seed and step alone, so that a r
 in the same state as one that was never interrupted.
 
 The shipped weights were made with a Muon of our own, which iterated in float32 where
-`torch.optim.Muon` iterates in bfloat16: a run of today gives other weights of the same quality.
+`torch.optim.Muon` iterates in bfloat16: a run of today gives other weights and, on a CPU without
+bfloat16 arithmetic, takes longer.
 """
 
 from __future__ import annotations
