@@ -1,11 +1,10 @@
-"""What the results of a few hundred problems allow to say."""
+"""Intervals and paired tests for the results of a few hundred problems."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-_Z = 1.959963984540054  # 97.5% quantile of the normal distribution
+from typing import Literal
 
 
 def wilson_interval(solved: int, n: int) -> tuple[float, float]:
@@ -15,10 +14,10 @@ def wilson_interval(solved: int, n: int) -> tuple[float, float]:
         solved: problems solved, 0 to `n`.
         n: problems, at least 1.
     """
-    share = solved / n
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    from scipy.stats import binomtest
+
+    interval = binomtest(solved, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -37,7 +36,7 @@ def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
     pairs = list(zip(first, second, strict=True))
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
-    return min(1.0, 2 * _fair_coin_tail(max(only_first, only_second), only_first + only_second))
+    return _fair_coin_p(only_first, only_second, "two-sided")
 
 
 def sign_test_p(first: Sequence[float], second: Sequence[float]) -> float:
@@ -52,12 +51,14 @@ def sign_test_p(first: Sequence[float], second: Sequence[float]) -> float:
     """
     pairs = list(zip(first, second, strict=True))
     higher, lower = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-    return _fair_coin_tail(higher, higher + lower)
+    return _fair_coin_p(higher, lower, "greater")
 
 
-def _fair_coin_tail(heads: int, throws: int) -> float:
-    """Probability of at least so many heads."""
-    return sum(math.comb(throws, k) for k in range(heads, throws + 1)) / 2**throws
+def _fair_coin_p(heads: int, tails: int, alternative: Literal["two-sided", "greater"]) -> float:
+    from scipy.stats import binomtest
+
+    n = heads + tails
+    return float(binomtest(heads, n, alternative=alternative).pvalue) if n else 1.0
 
 
 def percentile_95(values: Sequence[int]) -> int:

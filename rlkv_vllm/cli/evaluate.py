@@ -18,16 +18,18 @@ _NOTE = (
     "the full cache."
 )
 
+_COLUMNS = ("sparsity", "accuracy", "95% interval", "mean tokens", "p95", "at cap", "s/solved", "p")
+
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id [default: the embedded model].")
+        str | None, typer.Argument(help="Model folder or Hub id (default: the embedded model).")
     ] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
             help="Head profile: path, packaged name or Hub repository; LABEL=P names it in the "
-            "table. Repeat it to compare. [default: the embedded model's]"
+            "table. Repeat it to compare (default: the embedded model's)."
         ),
     ] = None,
     sparsity: Annotated[
@@ -59,16 +61,20 @@ def evaluate(
     top_p: Annotated[float, typer.Option(help="Share of the probability kept.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Tokens kept, 0 for all.")] = 0,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest request [default: the model's].")
+        int | None, typer.Option(min=1, help="Longest request in tokens (default: the model's).")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, ... [default: vLLM's choice].")
+        str | None, typer.Option(help="float32, bfloat16, ... (default: vLLM's choice).")
     ] = None,
     kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="auto, fp8, fp8_e5m2 [default: the model's own].")
+        str | None, typer.Option(help="auto, fp8, fp8_e5m2 (default: the model's).")
     ] = None,
-    sink: Annotated[int | None, typer.Option(min=0, help="Instead of the profiles'.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Instead of the profiles'.")] = None,
+    sink: Annotated[
+        int | None, typer.Option(min=0, help="First tokens kept (default: the profiles').")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Last tokens kept (default: the profiles').")
+    ] = None,
     memory: Annotated[
         str, typer.Option(help="Memory of the KV cache, such as 512MiB or 8GiB.")
     ] = "512MiB",
@@ -77,21 +83,21 @@ def evaluate(
         typer.Option(
             "--output",
             "-o",
-            help="Write the rows, as they get finished, to this .json or .csv file; may be "
-            "repeated. An interrupted run continues from the .json file.",
+            help="Write the rows to this .json or .csv file as they are finished; may be repeated. "
+            "An interrupted run continues from the .json file.",
         ),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure all rows again, overwrite --output.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw accuracy and length to this .png, .svg or .pdf.")
+        Path | None, typer.Option(help="Plot accuracy and length to this .png, .svg or .pdf.")
     ] = None,
     write_rows: Annotated[
         bool, typer.Option("--write-rows", help="Put the rows into the profile files.")
     ] = False,
 ) -> None:
-    """Solve fresh problems with really split caches: accuracy, length and time per sparsity."""
+    """Measure accuracy, answer length and time at several sparsities, with a really split cache."""
     from rlkv_vllm.allocation.heads import read_sparsities
     from rlkv_vllm.answers import Sampling
     from rlkv_vllm.cli.sizes import parse_size
@@ -110,7 +116,7 @@ def evaluate(
     from rlkv_vllm.serving.progress import quiet_logging
     from rlkv_vllm.tasks import get_task, skip_note
 
-    # All that can be wrong with what was given is found here, before an engine starts.
+    # All options are checked before an engine starts.
     shares = read_sparsities(sparsity, "--sparsity")
     if not 0 < top_p <= 1:
         raise RlkvError(f"--top-p {top_p:g}: must be above 0 and at most 1")
@@ -132,22 +138,18 @@ def evaluate(
             f"--profile: needed for model {model}: give the profiles to evaluate, `rlkv score` "
             "and `rlkv train` make them"
         )
-    if dtype is not None:
-        options["dtype"] = dtype
-    if max_model_len is not None:
-        options["max_model_len"] = max_model_len
-    if kv_cache_dtype is not None:
-        options["kv_cache_dtype"] = kv_cache_dtype
+    given = {"dtype": dtype, "max_model_len": max_model_len, "kv_cache_dtype": kv_cache_dtype}
+    options |= {key: value for key, value in given.items() if value is not None}
     candidates = find_candidates(profile or [MODEL_NAME], sink, window)
     splits = plan(candidates, shares)
     source = model_source(model)
     fingerprint = load_model_fingerprint(source)
     if model == MODEL_NAME:
         fingerprint = fingerprint.model_copy(update={"id": MODEL_NAME})
-    for candidate in candidates:
-        check_matches(candidate.profile, fingerprint)
+    for choice in candidates.values():
+        check_matches(choice.profile, fingerprint)
         if write_rows:
-            sweep.check_can_take_rows(candidate)
+            sweep.check_can_take_rows(choice)
     chosen = get_task(
         task,
         prompt_column=prompt_column,
@@ -161,12 +163,7 @@ def evaluate(
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    changing = {
-        "dtype": options.get("dtype"),
-        "kv_cache_dtype": kv_cache_dtype,
-        "max_model_len": max_model_len,
-        "reward": reward,
-    }
+    changing = {**given, "dtype": options.get("dtype"), "reward": reward}
     settings = (
         sweep.settings_of(fingerprint, source, chosen.name, problems, seed, sampling, changing)
         if outputs
@@ -203,8 +200,8 @@ def evaluate(
         typer.echo(f"wrote {plot}")
     if write_rows:
         sweep.write_rows(candidates, rows, task=chosen.name, seed=seed, sampling=sampling)
-        for candidate in candidates:
-            typer.echo(f"wrote rows into {candidate.path}")
+        for choice in candidates.values():
+            typer.echo(f"wrote rows into {choice.path}")
 
 
 def _require_folder(flag: str, path: Path) -> None:
@@ -232,19 +229,10 @@ def _print_table(title: str, rows: Sequence[Row]) -> None:
 
     console = Console(markup=False)
     if not console.is_terminal:
-        console = Console(markup=False, width=120)  # whatever reads it, columns stay whole
+        console = Console(markup=False, width=120)  # no broken columns in a file
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("profile", overflow="fold")
-    for column in (
-        "sparsity",
-        "accuracy",
-        "95% interval",
-        "mean tokens",
-        "p95",
-        "at cap",
-        "s/solved",
-        "p",
-    ):
+    for column in _COLUMNS:
         table.add_column(column, justify="right")
     for row in rows:
         measured = row.measurement

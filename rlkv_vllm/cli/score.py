@@ -27,14 +27,20 @@ def score(
     ] = "head-importance",
     task: Annotated[str, typer.Option(help="Where the problems come from.")] = "embedded",
     n: Annotated[int, typer.Option("--n", help="Problems that the model answers itself.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the problems; the evaluation has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the problems; the evaluation uses the next one.")
+    ] = 0,
     sink: Annotated[
         int | None,
-        typer.Option(help="First tokens a streaming head sees. Default: 16, embedded model 4."),
+        typer.Option(
+            help="First tokens that a streaming head sees (default: 16, embedded model 4)."
+        ),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Last tokens a streaming head sees. Default: 64, embedded model 16."),
+        typer.Option(
+            help="Last tokens that a streaming head sees (default: 64, embedded model 16)."
+        ),
     ] = None,
     evaluate: Annotated[
         int, typer.Option(help="Fresh problems to evaluate the gates on; 0: no evaluation.")
@@ -52,7 +58,7 @@ def score(
         typer.Option("--set", help="A setting of the scorer, e.g. --set steps=300."),
     ] = None,
 ) -> None:
-    """Score every KV head of MODEL by how much it needs its whole cache.
+    """Score every KV head of MODEL by how much it needs its full cache.
 
     The model answers problems; the scorer works on its correct answers.
     """
@@ -62,6 +68,7 @@ def score(
     _refuse_folder(output)
 
     from rlkv_vllm.cli.progress import StageProgress
+    from rlkv_vllm.options import override
     from rlkv_vllm.profile.io import save_profile
     from rlkv_vllm.scorers.run import ScoreConfig, make_profile
 
@@ -78,24 +85,12 @@ def score(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         revision=revision,
-        settings=_settings(overrides or []),
+        settings=override({}, overrides or []),
     )
     with StageProgress() as progress:
         profile = make_profile(config, progress.report, progress.say)
     save_profile(profile, output)
     _print(profile, output)
-
-
-def _settings(overrides: list[str]) -> dict[str, str]:
-    from rlkv_vllm.errors import RlkvError
-
-    settings = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise RlkvError(f"--set {text}: give setting=value, e.g. --set steps=300")
-        settings[key] = value
-    return settings
 
 
 def _refuse_folder(output: Path) -> None:
@@ -111,7 +106,6 @@ def _print(profile: HeadProfile, output: Path) -> None:
         typer.echo("sparsity  accuracy  output tokens")
         for row in rows:
             typer.echo(f"{row.sparsity:>8g}  {row.accuracy:>8.3f}  {row.mean_output_tokens:>13.1f}")
-    if rows:
         best = profile.recommended_sparsity
         typer.echo(f"recommended sparsity: {'none' if best is None else f'{best:g}'}")
     typer.echo(f"wrote {output}: {profile.provenance.data}")

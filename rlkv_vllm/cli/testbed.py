@@ -11,7 +11,7 @@ import typer
 from rlkv_vllm.errors import RlkvError
 
 app = typer.Typer(
-    help="Train the embedded reasoner, or draw problems for it.", no_args_is_help=True
+    help="Train the embedded reasoner, or print problems for it.", no_args_is_help=True
 )
 
 
@@ -32,16 +32,8 @@ def train(
     measure: Annotated[int, typer.Option(min=1, help="Problems to measure accuracy with.")] = 300,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
 ) -> None:
-    """Train the embedded reasoner, or one like it, on one core and measure it (20 minutes)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+    """Train the embedded reasoner, or one like it, on one core, and measure it."""
+    from rlkv_vllm.cli.progress import StageProgress
     from rlkv_vllm.models import MODEL_NAME
     from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES
     from rlkv_vllm.testbed import train as training
@@ -51,37 +43,22 @@ def train(
     config = training.TrainingConfig.of(
         family, seed=seed, init=init, max_steps=max_steps, checkpoint_steps=checkpoint_steps
     )
-    console = Console()
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        job = bar.add_task("training", total=config.max_steps, state="")
+    with StageProgress() as progress:
 
         def report(state: training.TrainingState) -> None:
             text = (
-                f"step {state.step} size {state.scale:.2f} "
-                f"token accuracy {state.accuracy:.3f} loss {state.loss:.3f}"
+                f"size {state.scale:.2f} token accuracy {state.accuracy:.3f} loss {state.loss:.3f}"
             )
-            bar.update(job, completed=state.step, total=state.expected_steps(config), state=text)
-            if not console.is_terminal and state.step % 50 == 0:
-                console.print(text, highlight=False)
+            progress.report("training", state.step, state.expected_steps(config), text)
+            if progress.is_plain and state.step % 50 == 0:
+                progress.say(f"step {state.step} {text}")
 
         metrics = training.train(config, output, resume=resume, report=report, measure=measure)
     accuracy = metrics["accuracy"][metrics["weights"]]
     task = family or MODEL_NAME
-    console.print(
-        f"{output}: {metrics['weights']}, solves {accuracy['full'][task]:.1%} of "
-        f"{measure} fresh problems, {accuracy['streaming'][task]:.1%} with all heads "
-        "streaming",
-        highlight=False,
-        soft_wrap=True,
+    typer.echo(
+        f"{output}: {metrics['weights']}, solves {accuracy['full'][task]:.1%} of {measure} fresh "
+        f"problems, {accuracy['streaming'][task]:.1%} with all heads streaming"
     )
 
 

@@ -1,4 +1,4 @@
-"""Accuracy against sparsity by mask: what scorers and profile jobs measure their gates with."""
+"""Accuracy against sparsity by attention masks, for scorers and training jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlkv_vllm.tasks import Problem, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Called with (what is being done, work done, work in all).
+#: Called with (stage, work done, total work).
 Report = Callable[[str, int, int], None]
 
 
@@ -27,7 +27,7 @@ def fresh_problems(
 
     Args:
         task: where they come from.
-        wanted: how many to draw; of a small file fewer may be left, of a generator none is lost.
+        wanted: their number; a small file may have fewer left.
         seed: of the problems.
         used: problems that the gates were made from.
         flags: the options to change if none is left, for the error.

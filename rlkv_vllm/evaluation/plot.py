@@ -32,7 +32,7 @@ class Point:
 
 
 def accuracy_figure(series: Mapping[str, Sequence[Point]], title: str) -> Figure:
-    """Draw one line per profile, accuracy on the left and output length on the right.
+    """Plot one line per profile, accuracy on the left and output length on the right.
 
     Args:
         series: the points of every profile by its label, at least one. A point at sparsity 0

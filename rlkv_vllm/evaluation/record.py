@@ -1,10 +1,9 @@
-"""The files of an evaluation: rows as they get finished, and what an interrupted run left."""
+"""The files of an evaluation: finished rows, and what an interrupted run left."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
-from rlkv_vllm.files import one_line, read_json_object, write_bytes_atomic
+from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.statistics import mcnemar_p
+from rlkv_vllm.store import Store
 
 FORMATS = ("json", "csv")
 
 _FORMAT = "rlkv eval 1"
+_FIX = "name another file, or overwrite it with --fresh"
 _PER_PROBLEM = ("split", "correct", "output_lengths")  # not in CSV
 
 
@@ -45,8 +46,8 @@ class Row:
         return {
             "profile": self.split.label,
             "sparsity": self.split.sparsity,
-            "sink": self.split.sink,
-            "window": self.split.window,
+            "sink": self.split.span.sink,
+            "window": self.split.span.window,
             "n": measured.n,
             "solved": measured.solved,
             "accuracy": measured.accuracy,
@@ -100,13 +101,17 @@ class Record:
     def __init__(
         self, paths: Sequence[Path], settings: Mapping[str, Any], *, fresh: bool = False
     ) -> None:
-        self._paths = paths
-        self._settings = dict(settings)
+        formats = {path: output_format(path) for path in paths}
+        self._tables = [path for path in paths if formats[path] == "csv"]
+        self._stores = [
+            Store(path, _FORMAT, settings, fresh=fresh, fix=_FIX)
+            for path in paths
+            if formats[path] == "json"
+        ]
         self._rows: list[dict[str, Any]] = []  # as they are written
         self._known: dict[str, Measurement] = {}
-        for path in paths:
-            if output_format(path) == "json" and path.exists() and not fresh:
-                self._read(path)
+        for store in self._stores:
+            self._read(store)
 
     def find(self, split: Split) -> Measurement | None:
         """The measurement of a split that serves alike, if there is one."""
@@ -131,52 +136,36 @@ class Record:
         place = (new["profile"], new["sparsity"])
         kept = [old for old in self._rows if (old["profile"], old["sparsity"]) != place]
         self._rows = [*kept, new]
-        write_bytes_atomic({path: self._content(path).encode() for path in self._paths})
+        files = {path: self._table().encode() for path in self._tables}
+        for store in self._stores:
+            store.content["rows"] = self._rows
+            files[store.path] = store.text().encode()
+        write_bytes_atomic(files)
         return row
 
-    def _content(self, path: Path) -> str:
-        if output_format(path) == "csv":
-            buffer = io.StringIO()
-            names = [name for name in self._rows[0] if name not in _PER_PROBLEM]
-            writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows)
-            return buffer.getvalue()
-        settings = json.dumps(self._settings, indent=2, ensure_ascii=False).replace("\n", "\n  ")
-        rows = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in self._rows)
-        return (
-            f'{{\n  "format": "{_FORMAT}",\n  "settings": {settings},\n'
-            f'  "rows": [\n    {rows}\n  ]\n}}\n'
-        )
+    def _table(self) -> str:
+        buffer = io.StringIO()
+        names = [name for name in self._rows[0] if name not in _PER_PROBLEM]
+        writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        return buffer.getvalue()
 
-    def _read(self, path: Path) -> None:
-        where = f"--output {one_line(path)}"
-        mend = "name another file, or overwrite it with --fresh"
-        try:
-            content = read_json_object(path)
-        except RlkvError as error:
-            raise RlkvError(f"--output {error}; or {mend}") from error
-        if content.get("format") != _FORMAT or not isinstance(content.get("rows"), list):
-            raise RlkvError(f"{where}: exists and is no result of `rlkv eval`: {mend}")
-        stored = content.get("settings")
-        stored = stored if isinstance(stored, dict) else {}
-        differing = [
-            f"{key} {_shown(stored.get(key))} there, {_shown(value)} here"
-            for key, value in self._settings.items()
-            if stored.get(key) != value
-        ]
-        if differing:
-            raise RlkvError(f"{where}: has other settings ({'; '.join(differing)}): {mend}")
-        for raw in content["rows"]:
+    def _read(self, store: Store) -> None:
+        where = f"--output {one_line(store.path)}"
+        rows = store.content.get("rows", [])
+        if not isinstance(rows, list):
+            raise RlkvError(f"{where}: rows: not a list: {_FIX}")
+        for raw in rows:
             try:
                 row = _StoredRow.model_validate(raw)
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 field = ".".join(map(str, first["loc"])) or "row"
-                raise RlkvError(f"{where}: {field}: {one_line(first['msg'])}: {mend}") from error
-            if len(row.correct) != self._settings["n"]:
+                raise RlkvError(f"{where}: {field}: {one_line(first['msg'])}: {_FIX}") from error
+            if len(row.correct) != store.settings["n"]:
                 raise RlkvError(
-                    f"{where}: row {row.profile} has another number of problems: {mend}"
+                    f"{where}: row {one_line(row.profile)} has another number of problems: {_FIX}"
                 )
             self._known[row.split] = Measurement(
                 correct=tuple(bit == "1" for bit in row.correct),
@@ -197,7 +186,3 @@ def output_format(path: Path) -> str:
     if suffix not in FORMATS:
         raise RlkvError(f"--output {one_line(path)}: must end in .{' or .'.join(FORMATS)}")
     return suffix
-
-
-def _shown(value: object) -> str:
-    return one_line(json.dumps(value), 24)

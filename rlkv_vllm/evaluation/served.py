@@ -30,22 +30,22 @@ def answer(
 
     Args:
         model: model folder or Hub id.
-        split: which heads keep their whole cache.
+        split: which heads are streaming heads.
         task: what an answer is worth.
         problems: of that task, at least one.
-        sampling: how answers are drawn.
+        sampling: how answers are sampled.
         engine_options: more arguments of ``vllm.LLM``.
 
     Raises:
-        RlkvError: the engine serves whole caches.
+        RlkvError: the cache of the engine is not split.
     """
     from vllm import SamplingParams
 
     show_bars = sys.stderr.isatty()
     options = {"disable_log_stats": True, "use_tqdm_on_load": show_bars} | (engine_options or {})
-    with started(model, split.engine_config(), **options) as llm:
-        # What is done once, for the first request, is not part of the time; no problem is used,
-        # because its prompt would stay in the prefix cache.
+    with started(model, split.choice.engine_config(), **options) as llm:
+        # Work that is done once, for the first request, is not timed. No problem is used: its
+        # prompt would stay in the prefix cache.
         warm_up: Any = [{"role": "user", "content": "1"}]
         llm.chat(warm_up, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         return answer_with(llm, task, problems, sampling, show_bar=show_bars)
@@ -65,8 +65,8 @@ def answer_with(
         llm: the engine.
         task: what an answer is worth.
         problems: of that task, at least one.
-        sampling: how answers are drawn.
-        show_bar: draw a progress bar.
+        sampling: how answers are sampled.
+        show_bar: show a progress bar.
     """
     messages: Any = [problem.messages for problem in problems]
     started = time.perf_counter()

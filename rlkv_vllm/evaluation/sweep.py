@@ -16,8 +16,9 @@ from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.plot import Point
 from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
-from rlkv_vllm.evaluation.splits import Candidate, Split, concerns
+from rlkv_vllm.evaluation.splits import Split, concerns
 from rlkv_vllm.files import one_line, write_bytes_atomic
+from rlkv_vllm.profile.choice import ProfileChoice
 from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.lookup import packaged_folders
 from rlkv_vllm.profile.schema import ModelFingerprint
@@ -79,7 +80,7 @@ def settings_of(
     sampling: Sampling,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What has to be equal for rows to belong to one table.
+    """The settings that all rows of one table share.
 
     Args:
         model: what the engine serves.
@@ -87,7 +88,7 @@ def settings_of(
         task: name of the task.
         problems: all of them.
         seed: of the problems.
-        sampling: how answers are drawn.
+        sampling: how answers are sampled.
         options: of the engine and the scoring, as far as they change answers.
     """
     asked = [[problem.messages, problem.answer] for problem in problems]
@@ -127,13 +128,13 @@ def _vllm_version() -> str | None:
     return None
 
 
-# --- what becomes of the rows ------------------------------------------------------------
+# --- rows in plots and profiles ----------------------------------------------------------
 
 
-def points(rows: Sequence[Row], candidates: Sequence[Candidate]) -> dict[str, list[Point]]:
-    """The rows as the plot wants them: every profile with both baselines."""
+def points(rows: Sequence[Row], candidates: Mapping[str, ProfileChoice]) -> dict[str, list[Point]]:
+    """The points of a plot: every profile with both baselines."""
     return {
-        candidate.label: [
+        label: [
             Point(
                 row.split.sparsity,
                 row.measurement.accuracy,
@@ -142,38 +143,37 @@ def points(rows: Sequence[Row], candidates: Sequence[Candidate]) -> dict[str, li
                 row.measurement.p95_output_tokens,
             )
             for row in rows
-            if concerns(row.split, candidate)
+            if concerns(row.split, label, choice)
         ]
-        for candidate in candidates
+        for label, choice in candidates.items()
     }
 
 
-def check_can_take_rows(candidate: Candidate) -> None:
+def check_can_take_rows(choice: ProfileChoice) -> None:
     """Refuse to write into profiles that are not the user's own, or would not fit the rows.
 
     Raises:
         RlkvError: the profile came with the package or from the Hub, cannot be written, or was
             evaluated with another sink or window than its own.
     """
-    name, path = one_line(candidate.name), candidate.path
-    profile = candidate.profile
+    name, path, profile = one_line(choice.name), choice.path, choice.profile
     folders = [folder.resolve() for folder in packaged_folders()]
-    if path.resolve().parent in folders or path != Path(candidate.name).expanduser():
+    if path.resolve().parent in folders or path != Path(choice.name).expanduser():
         raise RlkvError(
             f"--write-rows: profile {name} is not a file of yours: copy it (cp {path} "
             "my_profile.json) and give --profile my_profile.json"
         )
-    if (candidate.sink, candidate.window) != (profile.sink, profile.window):
+    if choice.span != (profile.sink, profile.window):
         raise RlkvError(
             f"--write-rows: profile {name} has sink {profile.sink} and window {profile.window}, "
-            f"not {candidate.sink} and {candidate.window}: leave --sink and --window out"
+            f"not {choice.span.sink} and {choice.span.window}: leave --sink and --window out"
         )
     if not os.access(path, os.W_OK) or not os.access(path.resolve().parent, os.W_OK):
         raise RlkvError(f"--write-rows: {path} cannot be written: copy it to a folder of yours")
 
 
 def write_rows(
-    candidates: Sequence[Candidate],
+    candidates: Mapping[str, ProfileChoice],
     rows: Sequence[Row],
     *,
     task: str,
@@ -190,11 +190,11 @@ def write_rows(
     """
     full = rows[0].measurement
     files: dict[Path, bytes] = {}
-    for candidate in candidates:
-        profile = load_profile(candidate.path)
-        if profile.gates != candidate.profile.gates:
+    for label, choice in candidates.items():
+        profile = load_profile(choice.path)
+        if profile.gates != choice.profile.gates:
             raise RlkvError(
-                f"--write-rows: {candidate.path}: the gates changed during the evaluation: run it "
+                f"--write-rows: {choice.path}: the gates changed during the evaluation: run it "
                 "again"
             )
         new = [
@@ -210,7 +210,7 @@ def write_rows(
                 seconds_per_solved=row.measurement.seconds_per_solved,
             )
             for row in rows
-            if concerns(row.split, candidate)
+            if concerns(row.split, label, choice)
         ]
-        files[candidate.path] = profile_text(with_rows(profile, new)).encode()
+        files[choice.path] = profile_text(with_rows(profile, new)).encode()
     write_bytes_atomic(files)

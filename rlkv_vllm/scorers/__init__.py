@@ -1,4 +1,4 @@
-"""Scorers: methods that say how much every KV head needs its whole cache. One file each."""
+"""Scorers: methods that rate how much every KV head needs its full cache. One file each."""
 
 from __future__ import annotations
 

@@ -50,6 +50,34 @@ def observe_answers(given: ScoringInput, observer: Observer) -> None:
             given.report(done, len(given.samples))
 
 
+def head_sums(
+    given: ScoringInput,
+    measure: Callable[[Sample, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Sum over all answers of what `measure` finds in the attention of every head.
+
+    Args:
+        given: model and answers.
+        measure: called with a sample, the positions ``[T]`` of a block of queries, the keys
+            ``[T, S]`` that a streaming head does not see, and the weights ``[Q, T, S]``; returns
+            ``[Q]``.
+
+    Returns:
+        ``[layers, KV heads, query heads per KV head]``, float64 on the CPU.
+    """
+    config = given.model.config.get_text_config()
+    sums_LQ = torch.zeros(config.num_hidden_layers, config.num_attention_heads, dtype=torch.float64)
+
+    def observe(sample: Sample, layer: int, first: int, weights_QTS: torch.Tensor) -> None:
+        num_queries, num_keys = weights_QTS.shape[1:]
+        queries_T = torch.arange(first, first + num_queries, device=weights_QTS.device)
+        far_TS = beyond(queries_T, num_keys, given.sink, given.window)
+        sums_LQ[layer] += measure(sample, queries_T, far_TS, weights_QTS).double().cpu()
+
+    observe_answers(given, observe)
+    return sums_LQ.reshape(len(sums_LQ), config.num_key_value_heads, -1)
+
+
 def beyond(queries: torch.Tensor, num_keys: int, sink: int, window: int) -> torch.Tensor:
     """Keys that a full head sees and a streaming head does not.
 

@@ -17,23 +17,30 @@ from __future__ import annotations
 import torch
 
 from rlkv_vllm.hf.gated_attention import attach_gates
-from rlkv_vllm.scorers.optimise import Batch, answer_loss, optimise_gates
-from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
+from rlkv_vllm.options import Positive
+from rlkv_vllm.scorers.optimise import Batch, GateTraining, answer_loss, optimise_gates
+from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, Weight
+
+
+class Settings(GateTraining):
+    """Of each of the three trainings."""
+
+    steps: Positive = 40
+    reg: Weight = 0.2
 
 
 def score_heads(given: ScoringInput) -> Gates:
     """Mean of G+ and G-."""
-    options = given.settings
-    steps: int = options["steps"]
+    options: Settings = given.settings
     fitted: list[Gates] = []
     with attach_gates(given.model, given.sink, given.window) as gates:
 
         def fit(start: Gates, sign: float) -> None:
             """Train from `start` with the penalty times `sign`."""
-            before = len(fitted) * steps
+            before = len(fitted) * options.steps
 
             def loss(batch: Batch) -> torch.Tensor:
-                penalty = sign * options["reg"] * gates.mean()
+                penalty = sign * options.reg * gates.mean()
                 return answer_loss(given.model, batch) + penalty
 
             gates.set_soft(start)
@@ -42,11 +49,9 @@ def score_heads(given: ScoringInput) -> Gates:
                     gates,
                     given.samples,
                     loss,
-                    steps=steps,
-                    learning_rate=options["learning_rate"],
-                    batch_size=options["batch_size"],
-                    seed=given.seed,
-                    report=lambda done: given.report(before + done, 3 * steps),
+                    options,
+                    given.seed,
+                    lambda done: given.report(before + done, 3 * options.steps),
                 )
             )
 
@@ -64,5 +69,5 @@ SCORER = Scorer(
     name="causal-head-gating",
     source="arXiv:2505.13737 (causal head gating)",
     score=score_heads,
-    config={"steps": 40, "learning_rate": 0.02, "reg": 0.2, "batch_size": 8},
+    schema=Settings,
 )

@@ -19,24 +19,37 @@ from collections.abc import Sequence
 import torch
 
 from rlkv_vllm.hf.gated_attention import attach_gates
-from rlkv_vllm.scorers.optimise import IGNORED, Batch, optimise_gates
-from rlkv_vllm.scorers.scorer import Gates, Sample, Scorer, ScoringInput
+from rlkv_vllm.options import Positive
+from rlkv_vllm.scorers.optimise import IGNORED, Batch, GateTraining, optimise_gates
+from rlkv_vllm.scorers.scorer import Gates, Sample, Scorer, ScoringInput, Weight
 
 #: Tokens that a passkey has in front; repeated at the end, they say which one is asked for.
 CUE = 2
 
 
+class Settings(GateTraining):
+    """Of the training and of its texts.
+
+    Attributes:
+        texts: number of retrieval texts.
+        length: tokens of a text around the passkeys.
+        passkeys: hidden in each text.
+        passkey_length: tokens of a passkey.
+    """
+
+    steps: Positive = 80
+    reg: Weight = 1.0
+    batch_size: Positive = 4
+    texts: Positive = 256
+    length: Positive = 240
+    passkeys: Positive = 6
+    passkey_length: Positive = 6
+
+
 def score_heads(given: ScoringInput) -> Gates:
     """The gates, trained from 1 on output distillation and the penalty."""
-    options = given.settings
-    texts = retrieval_texts(
-        given.samples,
-        n=options["texts"],
-        length=options["length"],
-        passkeys=options["passkeys"],
-        passkey_length=options["passkey_length"],
-        seed=given.seed,
-    )
+    options: Settings = given.settings
+    texts = retrieval_texts(given.samples, options, given.seed)
     decoder = given.model.get_decoder()
     with attach_gates(given.model, given.sink, given.window) as gates:
         everything = [range(gates.num_kv_heads)] * len(gates.gates)
@@ -50,51 +63,41 @@ def score_heads(given: ScoringInput) -> Gates:
             gates.set_soft()
             mixed = decoder(**inputs, use_cache=False).last_hidden_state[wanted].float()
             distance = (mixed - full).square().mean() / full.square().mean()
-            return distance + options["reg"] * gates.mean()
+            return distance + options.reg * gates.mean()
 
         return optimise_gates(
             gates,
             texts,
             loss,
-            steps=options["steps"],
-            learning_rate=options["learning_rate"],
-            batch_size=options["batch_size"],
-            seed=given.seed,
-            report=lambda done: given.report(done, options["steps"]),
+            options,
+            given.seed,
+            lambda done: given.report(done, options.steps),
         )
 
 
-def retrieval_texts(
-    samples: Sequence[Sample],
-    *,
-    n: int,
-    length: int,
-    passkeys: int,
-    passkey_length: int,
-    seed: int,
-) -> list[Sample]:
+def retrieval_texts(samples: Sequence[Sample], options: Settings, seed: int) -> list[Sample]:
     """Long texts with passkeys hidden in them and asked for at the end.
 
     Args:
         samples: what the text is made of.
-        n: texts.
-        length: tokens of the text around the passkeys.
-        passkeys: hidden in each text.
-        passkey_length: tokens of a passkey.
+        options: number and size of texts and passkeys.
         seed: of all choices.
     """
     rng = random.Random(seed)
     pieces = [sample.prompt_ids + sample.completion_ids for sample in samples]
     words = sorted({token for piece in pieces for token in piece})
     texts = []
-    for _ in range(n):
+    for _ in range(options.texts):
         hay: list[int] = []
-        while len(hay) < length:
+        while len(hay) < options.length:
             hay += rng.choice(pieces)
-        hay = hay[:length]
-        keys = [[rng.choice(words) for _ in range(CUE + passkey_length)] for _ in range(passkeys)]
+        hay = hay[: options.length]
+        keys = [
+            [rng.choice(words) for _ in range(CUE + options.passkey_length)]
+            for _ in range(options.passkeys)
+        ]
         for place, key in zip(
-            sorted((rng.randrange(length) for _ in keys), reverse=True), keys, strict=True
+            sorted((rng.randrange(options.length) for _ in keys), reverse=True), keys, strict=True
         ):
             hay[place:place] = key
         asked = [token for key in rng.sample(keys, len(keys)) for token in key]
@@ -106,14 +109,5 @@ SCORER = Scorer(
     name="duo-attention",
     source="arXiv:2410.10819 (DuoAttention)",
     score=score_heads,
-    config={
-        "steps": 80,
-        "learning_rate": 0.02,
-        "reg": 1.0,
-        "batch_size": 4,
-        "texts": 256,
-        "length": 240,
-        "passkeys": 6,
-        "passkey_length": 6,
-    },
+    schema=Settings,
 )

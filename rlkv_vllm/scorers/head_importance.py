@@ -17,13 +17,24 @@ from __future__ import annotations
 import torch
 
 from rlkv_vllm.hf.gated_attention import attach_gates
+from rlkv_vllm.options import Positive, Section
 from rlkv_vllm.scorers.optimise import answer_loss, make_batch
 from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, to_gates
 
 
+class Settings(Section):
+    """Settings.
+
+    Attributes:
+        path_steps: points of the path; the cost is proportional.
+    """
+
+    path_steps: Positive = 4
+
+
 def score_heads(given: ScoringInput) -> Gates:
     """Mean over the path of each head's share of the gradient, mapped onto [0, 1]."""
-    gradients_PLH = path_gradients(given, given.settings["path_steps"])
+    gradients_PLH = path_gradients(given, given.settings.path_steps)
     sizes_P11 = gradients_PLH.abs().sum((1, 2), keepdim=True)
     shares_PLH = gradients_PLH / sizes_P11.clamp(min=torch.finfo(sizes_P11.dtype).tiny)
     # Opening the gate of a head that needs its cache lowers the loss.
@@ -60,5 +71,5 @@ SCORER = Scorer(
     name="head-importance",
     source="arXiv:1905.10650 (head importance), arXiv:1703.01365 (integrated gradients)",
     score=score_heads,
-    config={"path_steps": 4},
+    schema=Settings,
 )

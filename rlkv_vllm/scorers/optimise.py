@@ -11,9 +11,26 @@ import torch
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.gated_attention import GatedAttention
-from rlkv_vllm.scorers.scorer import Gates, Sample
+from rlkv_vllm.options import Positive, Section
+from rlkv_vllm.scorers.scorer import Gates, Sample, Weight
 
 IGNORED = -100
+
+
+class GateTraining(Section):
+    """Settings of a scorer that trains gates.
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: constant.
+        reg: weight of the penalty on the mean gate.
+        batch_size: samples per step.
+    """
+
+    steps: Positive = 100
+    learning_rate: Weight = 0.02
+    reg: Weight = 0.3
+    batch_size: Positive = 8
 
 
 @dataclass(frozen=True)
@@ -66,10 +83,7 @@ def optimise_gates(
     gates: GatedAttention,
     samples: Sequence[Sample],
     loss: Callable[[Batch], torch.Tensor],
-    *,
-    steps: int,
-    learning_rate: float,
-    batch_size: int,
+    settings: GateTraining,
     seed: int,
     report: Callable[[int], None],
 ) -> Gates:
@@ -83,9 +97,7 @@ def optimise_gates(
         gates: where they start; soft.
         samples: shuffled anew whenever all were seen.
         loss: of a batch, penalty included.
-        steps: optimiser steps.
-        learning_rate: constant.
-        batch_size: samples per step.
+        settings: steps, learning rate and batch size; the penalty is the loss's.
         seed: of the order of the samples.
         report: called with the number of steps done.
 
@@ -93,17 +105,17 @@ def optimise_gates(
         Mean of the gates ``[layers][KV heads]`` over all steps; the last ones are in `gates`.
 
     Raises:
-        RlkvError: if a gate is no number any more.
+        RlkvError: if a gate becomes NaN.
     """
-    optimizer = torch.optim.AdamW(gates.gates, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(gates.gates, lr=settings.learning_rate, weight_decay=0.0)
     gates.clamp_after(optimizer)
     rng = random.Random(seed)
     order: list[Sample] = []
     sums = [torch.zeros_like(gate) for gate in gates.gates]
-    for step in range(1, steps + 1):
-        if len(order) < min(batch_size, len(samples)):
+    for step in range(1, settings.steps + 1):
+        if len(order) < min(settings.batch_size, len(samples)):
             order = rng.sample(list(samples), len(samples))
-        chosen, order = order[:batch_size], order[batch_size:]
+        chosen, order = order[: settings.batch_size], order[settings.batch_size :]
         optimizer.zero_grad(set_to_none=True)
         loss(make_batch(chosen, gates.model.device)).backward()
         optimizer.step()
@@ -111,7 +123,7 @@ def optimise_gates(
             for gate, total in zip(gates.gates, sums, strict=True):
                 total += gate
         report(step)
-    means = [(total / steps).tolist() for total in sums]
+    means = [(total / settings.steps).tolist() for total in sums]
     if any(math.isnan(value) for row in means for value in row):
         raise RlkvError(
             "the gates became NaN: the loss of some text is not finite, try another --seed, or a "

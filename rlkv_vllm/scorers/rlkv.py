@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
+from rlkv_vllm.options import Positive, Section
+from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, Weight
+
+
+class Settings(Section):
+    """Settings; names and meaning as in `rlkv train`, `prompts` per step."""
+
+    steps: Positive = 70
+    learning_rate: Weight = 0.02
+    reg: Weight = 0.02
+    tau: Weight = 0.5
+    temperature: Weight = 1.0
+    prompts: Positive = 8
+    num_generations: Positive = 4
 
 
 def score_heads(given: ScoringInput) -> Gates:
@@ -25,7 +38,7 @@ def score_heads(given: ScoringInput) -> Gates:
         ) from error
     from rlkv_vllm.hf.gated_attention import attach_gates
 
-    options = given.settings
+    options: Settings = given.settings
     longest = max(len(sample.completion_ids) for sample in given.samples)
     on_gpu = given.model.device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
@@ -34,15 +47,15 @@ def score_heads(given: ScoringInput) -> Gates:
             args = RlkvConfig(
                 output_dir=folder,
                 seed=given.seed,
-                max_steps=options["steps"],
-                learning_rate=options["learning_rate"],
+                max_steps=options.steps,
+                learning_rate=options.learning_rate,
                 weight_decay=0.0,
-                reg=options["reg"],
-                tau=options["tau"],
-                temperature=options["temperature"],
-                num_generations=options["num_generations"],
-                per_device_train_batch_size=min(options["prompts"], len(given.problems))
-                * options["num_generations"],
+                reg=options.reg,
+                tau=options.tau,
+                temperature=options.temperature,
+                num_generations=options.num_generations,
+                per_device_train_batch_size=min(options.prompts, len(given.problems))
+                * options.num_generations,
                 max_completion_length=round(longest * 1.25),
                 gradient_checkpointing=on_gpu,
                 use_cpu=not on_gpu,
@@ -69,13 +82,5 @@ SCORER = Scorer(
     name="rlkv",
     source="arXiv:2510.08525 (RLKV)",
     score=score_heads,
-    config={
-        "steps": 70,
-        "learning_rate": 0.02,
-        "reg": 0.02,
-        "tau": 0.5,
-        "temperature": 1.0,
-        "prompts": 8,
-        "num_generations": 4,
-    },
+    schema=Settings,
 )

@@ -44,7 +44,7 @@ class ScoreConfig:
         max_new_tokens: where an answer is cut off.
         batch_size: problems decoded together.
         revision: commit, branch or tag of a model on the hub.
-        settings: of the scorer, instead of its defaults, as text.
+        settings: of the scorer, instead of its defaults.
     """
 
     model: str
@@ -59,7 +59,7 @@ class ScoreConfig:
     max_new_tokens: int = 512
     batch_size: int = 64
     revision: str | None = None
-    settings: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_profile(
@@ -137,13 +137,13 @@ def make_profile(
             source=scorer.source,
             config={
                 **_json(asdict(config)),
-                # Where a local copy lies is nobody else's business.
+                # Not the path: a profile is public.
                 "model": fingerprint.id,
                 "task": task.name,
                 "sink": sink,
                 "window": window,
                 # All of them, where ScoreConfig has the changed ones.
-                "settings": settings,
+                "settings": settings.model_dump(),
             },
             seed=config.seed,
             versions={

@@ -1,14 +1,16 @@
-"""What every scorer gets and gives."""
+"""Input and output of a scorer."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
+from rlkv_vllm.options import Section, validate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
     from rlkv_vllm.tasks import Problem, Task
 
 Gates = list[list[float]]
-#: What a setting of a scorer may be.
-Setting = bool | int | float | str
+#: A setting that is a rate or a weight.
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class ScoringInput:
         samples: the model's own correct answers to `problems`, in their order.
         sink: first tokens that a streaming head sees.
         window: last tokens that a streaming head sees, the query's own included.
-        seed: for whatever is random.
-        settings: all settings of the scorer, as `Scorer.settings` gives them.
-        report: to be called with (work done, work in all), in any unit.
+        seed: of all random choices.
+        settings: of the scorer, of its class `Scorer.schema`.
+        report: to be called with (work done, total work), in any unit.
     """
 
     model: PreTrainedModel
@@ -53,7 +55,7 @@ class ScoringInput:
     sink: int
     window: int
     seed: int
-    settings: Mapping[str, Any]
+    settings: Any
     report: Callable[[int, int], None]
 
 
@@ -64,54 +66,31 @@ class Scorer:
     Attributes:
         name: what `rlkv score --method` calls it.
         source: the paper.
-        score: gates ``[layers][KV heads]`` in [0, 1], the higher the more a head needs its whole
-            cache; the same ones for the same input.
-        config: its settings and their defaults.
+        score: gates ``[layers][KV heads]`` in [0, 1], higher for heads that need their full
+            cache; the same input gives the same gates.
+        schema: its settings and their defaults.
     """
 
     name: str
     source: str
     score: Callable[[ScoringInput], Gates]
-    config: Mapping[str, Setting] = field(default_factory=dict)
+    schema: type[Section] = Section
 
-    def settings(self, given: Mapping[str, Any] | None = None) -> dict[str, Setting]:
+    def settings(self, given: Mapping[str, Any] | None = None) -> Section:
         """All settings, with those `given` in place of the defaults.
 
-        Args:
-            given: by name; a text is read as what the default is.
-
         Raises:
-            RlkvError: if there is no such setting, or its value is of another type.
+            RlkvError: if there is no such setting, or its value is not allowed.
         """
-        settings = dict(self.config)
-        for key, value in (given or {}).items():
-            if key not in settings:
-                known = ", ".join(f"{name} ({default})" for name, default in settings.items())
-                raise RlkvError(
-                    f"--set {one_line(key, 60)}: {self.name} has no such setting: "
-                    f"{f'choose from {known}' if known else 'it has none at all'}"
-                )
-            settings[key] = _typed(key, value, settings[key])
-        return settings
-
-
-def _typed(key: str, value: Any, default: Setting) -> Setting:
-    """`value` as what `default` is."""
-    kind = type(default)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        typed: Setting = kind(str(value))
-        if isinstance(typed, float) and not (math.isfinite(typed) and typed >= 0):
-            raise ValueError
-        if isinstance(typed, int) and typed < 1:
-            raise ValueError
-    except (KeyError, ValueError) as error:
-        names = {bool: "true or false", int: "a positive whole number", float: "a number >= 0"}
-        raise RlkvError(
-            f"--set {key}={one_line(value, 60)}: must be {names[kind]}, the default is {default}"
-        ) from error
-    return typed
+        given = given or {}
+        known = {name: field.default for name, field in self.schema.model_fields.items()}
+        for key in given.keys() - known.keys():
+            choices = ", ".join(f"{name} ({default})" for name, default in known.items())
+            raise RlkvError(
+                f"--set {one_line(key, 60)}: {self.name} has no such setting: "
+                f"{f'choose from {choices}' if choices else 'it has none at all'}"
+            )
+        return validate(self.schema, given, "--set", "docs/scorers.md")
 
 
 def to_gates(scores_LH: Gates) -> Gates:

@@ -11,27 +11,25 @@ from __future__ import annotations
 import torch
 
 from rlkv_vllm.hf.gated_attention import attach_gates
-from rlkv_vllm.scorers.optimise import Batch, answer_loss, optimise_gates
+from rlkv_vllm.scorers.optimise import Batch, GateTraining, answer_loss, optimise_gates
 from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
 
 
 def score_heads(given: ScoringInput) -> Gates:
     """The gates, trained from 1 on ``cross-entropy + reg * mean|gate|``."""
-    options = given.settings
+    options: GateTraining = given.settings
     with attach_gates(given.model, given.sink, given.window) as gates:
 
         def loss(batch: Batch) -> torch.Tensor:
-            return answer_loss(given.model, batch) + options["reg"] * gates.mean()
+            return answer_loss(given.model, batch) + options.reg * gates.mean()
 
         return optimise_gates(
             gates,
             given.samples,
             loss,
-            steps=options["steps"],
-            learning_rate=options["learning_rate"],
-            batch_size=options["batch_size"],
-            seed=given.seed,
-            report=lambda done: given.report(done, options["steps"]),
+            options,
+            given.seed,
+            lambda done: given.report(done, options.steps),
         )
 
 
@@ -39,5 +37,5 @@ SCORER = Scorer(
     name="self-distill",
     source="ablation of arXiv:2510.08525 (RLKV)",
     score=score_heads,
-    config={"steps": 100, "learning_rate": 0.02, "reg": 0.3, "batch_size": 8},
+    schema=GateTraining,
 )

@@ -1,4 +1,4 @@
-"""Problems with a final answer that can be checked, and what an answer is worth."""
+"""Problems with a final answer that can be checked, and the scores of answers."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 math-verify and the scorers of reasoning-gym compute with what a model wrote: `9^9^9^9` would
 never end, or fill the memory. math-verify's own time limit is a signal, which works in the main
-thread only and does not reach long arithmetic. The worker process dies when a check exceeds its
+thread only and does not interrupt long arithmetic. The worker process dies when a check exceeds its
 limit, and the next check starts a new one.
 """
 

@@ -61,7 +61,7 @@ def read_dataset_task(name: str, split: str, columns: Columns) -> RowsTask:
         return columns.problem(rows[usable[i]])
 
     return RowsTask(
-        # Where a local copy lies is nobody else's business.
+        # Not the path: the name is published in profiles.
         name if local is None else local.stem,
         where,
         len(usable),

@@ -1,4 +1,4 @@
-"""A function of the user's own as what an answer is worth."""
+"""Scores by a function of the user."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RewardedTask:
         except Exception as error:
             raise RlkvError(
                 f"reward {self._path}: raised {type(error).__name__} ({one_line(error)}) on "
-                f"problem {_start(problem)}: mend the function, or let it return 0 there"
+                f"problem {_start(problem)}: fix the function, or let it return 0 there"
             ) from error
         number = _number(value)
         if not 0 <= number <= 1:

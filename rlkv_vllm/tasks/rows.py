@@ -75,7 +75,7 @@ class UnusableAnswer(ValueError):
 
 
 class RowsTask:
-    """Problems drawn from rows, checked as `is_equivalent` does.
+    """Problems sampled from rows, checked as `is_equivalent` does.
 
     Args:
         name: what reports call it.

@@ -1,4 +1,4 @@
-"""What a problem and a task are."""
+"""Problem and task."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Problem:
 
 
 class Task(Protocol):
-    """Where problems come from and what an answer to them is worth."""
+    """A source of problems, and the scores of answers to them."""
 
     @property
     def name(self) -> str:
         """What reports call it."""
 
     def problems(self, n: int, seed: int) -> list[Problem]:
-        """`n` problems, the same ones for the same arguments."""
+        """`n` problems; equal arguments give equal problems."""
 
     def score(self, text: str, problem: Problem) -> float:
-        """What the output `text`, chain of thought included, is worth: in [0, 1]."""
+        """The score of the output `text`, chain of thought included, in [0, 1]."""
 
 
 def is_solved(task: Task, text: str, problem: Problem) -> bool:
@@ -45,12 +45,12 @@ def is_solved(task: Task, text: str, problem: Problem) -> bool:
 
 
 def skip_note(task: Task) -> str | None:
-    """What to tell the user about rows that `task` cannot use.
+    """A note for the user about rows that `task` cannot use.
 
     Tasks that read rows count them in `skipped` and keep the first `skip_reason`.
 
     Returns:
-        One line, or None if there is nothing to tell.
+        One line, or None if no row was skipped.
     """
     skipped = getattr(task, "skipped", 0)
     if not skipped:

@@ -1,4 +1,4 @@
-"""The task families of the embedded reasoner and of its long-chain relatives."""
+"""The task families of the embedded reasoner and of the models with long answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TestbedTask:
         name: one of `NAMES`.
     """
 
-    __test__ = False  # no test class, whatever pytest thinks of its name
+    __test__ = False  # not a test class, in spite of its name
 
     def __init__(self, name: str) -> None:
         self.name = name

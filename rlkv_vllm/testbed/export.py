@@ -27,8 +27,8 @@ MODEL_FILE, METRICS_FILE = "model.safetensors", "metrics.json"
 #: The accuracy that bfloat16 weights must keep to be preferred.
 _ENOUGH = 0.95
 _MEASURED = 300
-#: Where answers are cut off, in tokens: no fault-free completion is as long, and a long chain
-#: has room to recover from errors.
+#: Where answers are cut off, in tokens: longer than any completion without errors, with room to
+#: recover from errors in `audit`.
 MAX_COMPLETION = {MODEL_NAME: 176, "audit": 1600}
 _MEASURE_SEED = 20261123
 

@@ -4,6 +4,10 @@ Muon on the hidden matrices and AdamW on the rest, cross-entropy on completions 
 curriculum that enlarges the problems as fast as the model masters them. A run is a function of
 its configuration: the data of a step depend on seed and step alone, so that a resumed run ends
 in the same state as one that was never interrupted.
+
+The shipped weights were made with a Muon of our own, which iterated in float32 where
+`torch.optim.Muon` iterates in bfloat16: a run of today gives other weights and, on a CPU without
+bfloat16 arithmetic, takes longer.
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ import torch
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.models import model_source
+from rlkv_vllm.store import differences
 from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES, ReasonedProblem, make_problem
 from rlkv_vllm.testbed.export import MODEL_FILE, export
 from rlkv_vllm.testbed.model import MAX_LENGTH, build_model
-from rlkv_vllm.testbed.muon import Muon
 from rlkv_vllm.testbed.tokenizer import build_tokenizer, training_texts
 
 if TYPE_CHECKING:
@@ -31,13 +35,13 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 _IGNORED = -100
-_PIVOT_WEIGHT = 8.0  # of the few words that decide how long a chain goes on, others having 1
+_PIVOT_WEIGHT = 8.0  # of the few words that decide how long an answer is; others have 1
 _USUAL_STEPS_PER_SIZE = 20  # that a size takes to be mastered, once the first one is
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train; the defaults made the shipped weights.
+    """How to train; the defaults are those of the shipped weights.
 
     Attributes:
         seed: of the initial weights and of the data.
@@ -75,15 +79,15 @@ class TrainingConfig:
     def of(cls, family: str | None, **options: Any) -> TrainingConfig:
         """The defaults for a family, changed by `options`.
 
-        Most words of a long chain follow from the few before them, so there a size is mastered
+        Most words of a long answer follow from the few before them, so there a size is mastered
         at a higher token accuracy.
         """
         if family in LONG_FAMILIES:
-            options = {**_LONG_CHAINS, **options}
+            options = {**_LONG_ANSWERS, **options}
         return cls(family=family, **options)
 
 
-_LONG_CHAINS = {
+_LONG_ANSWERS = {
     "batch_tokens": 3000,
     "master_accuracy": 0.98,
     "decay_accuracy": 0.99,
@@ -123,7 +127,7 @@ class TrainingState:
         return self.step >= config.max_steps
 
     def expected_steps(self, config: TrainingConfig) -> int:
-        """A guess of the length of the whole run, if every size is mastered as fast as usual."""
+        """Estimated steps of the run, if every size is mastered as fast as usual."""
         if self.is_done(config):
             return self.step
         if self.decay_start is not None:
@@ -141,7 +145,7 @@ class TestbedTrainer:
         config: how to train.
     """
 
-    __test__ = False  # no test class, whatever pytest thinks of its name
+    __test__ = False  # not a test class, in spite of its name
 
     def __init__(self, config: TrainingConfig) -> None:
         torch.manual_seed(config.seed)
@@ -159,7 +163,10 @@ class TestbedTrainer:
         for name, weight in self.model.named_parameters():
             (hidden if weight.dim() == 2 and "embed" not in name else rest).append(weight)
         self._optimizers: tuple[torch.optim.Optimizer, ...] = (
-            Muon(hidden, lr=config.muon_lr),
+            # Scaled to the update size of AdamW (Liu et al. 2025, arXiv 2502.16982).
+            torch.optim.Muon(
+                hidden, lr=config.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self._peaks = (config.muon_lr, config.adam_lr)
@@ -233,7 +240,8 @@ class TestbedTrainer:
     def save(self, path: Path) -> None:
         """Write weights, optimisers and curriculum to one file, atomically.
 
-        Tensors are safetensors; the curriculum and the configuration are JSON in its header.
+        Not a `Store`, because it holds tensors: safetensors, with the curriculum and the
+        configuration as JSON in its header.
         """
         from safetensors.torch import save
 
@@ -242,12 +250,19 @@ class TestbedTrainer:
             for index, entry in optimizer.state_dict()["state"].items():
                 for key, value in entry.items():
                     tensors[f"optimizer.{number}.{index}.{key}"] = value
-        record = {"config": asdict(self.config), "state": asdict(self.state)}
+        record = {
+            "config": asdict(self.config),
+            "state": asdict(self.state),
+            "optimizers": self._optimizer_names(),
+        }
         content = save(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
             metadata={"testbed": json.dumps(record)},
         )
         write_bytes_atomic({path: content})
+
+    def _optimizer_names(self) -> list[str]:
+        return [type(optimizer).__qualname__ for optimizer in self._optimizers]
 
     def load(self, path: Path) -> None:
         """Continue from what `save` wrote.
@@ -265,14 +280,16 @@ class TestbedTrainer:
             raise RlkvError(
                 f"{path}: no checkpoint of `rlkv testbed train` ({error}): delete it and start anew"
             ) from error
-        ours = asdict(self.config)
-        differing = [key for key in ours if record["config"].get(key) != ours[key]]
-        if differing:
-            given = ", ".join(f"{key} {ours[key]}" for key in differing)
-            made = ", ".join(f"{key} {record['config'].get(key)}" for key in differing)
+        if record.get("optimizers") != self._optimizer_names():
             raise RlkvError(
-                f"{path}: made with {made}, given {given}: resume with the same options, or "
-                "choose another --output"
+                f"{path}: of another version of `rlkv testbed train`, with other optimisers: "
+                "delete it and start anew"
+            )
+        ours = asdict(self.config)
+        if found := differences(record["config"], ours):
+            raise RlkvError(
+                f"{path}: has other settings ({'; '.join(found)}): resume with the same options, "
+                "or choose another --output"
             )
         self.state = TrainingState(**record["state"])
         with torch.no_grad():

@@ -231,8 +231,10 @@ def test_a_changed_model_is_other_settings(engine: FakeEngine) -> None:
     ("content", "words"),
     [
         ("[]", "expected an object"),
-        ("{}", "no result of `rlkv eval`"),
-        ('{"format": "rlkv eval 1", "rows": []}', "other settings"),
+        ("{}", "no file of `rlkv eval 1`"),
+        ('{"format": "rlkv eval 1", "rows": []}', "no file of `rlkv eval 1`"),
+        ('{"format": "rlkv eval 2", "settings": {}, "rows": []}', "no file of `rlkv eval 1`"),
+        ('{"format": "rlkv eval 1", "settings": {}, "rows": []}', "other settings"),
         ('{"for', "not valid JSON"),
     ],
 )

@@ -33,10 +33,10 @@ def test_help_loads_no_scorer() -> None:
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        (["steps"], ["--set steps", "setting=value"]),
+        (["steps"], ["--set steps", "key=value"]),
         (["pace=3"], ["--set pace", "self-distill has no such setting", "steps (", "reg ("]),
-        (["steps=many"], ["--set steps=many", "a positive whole number"]),
-        (["steps=5", "reg=-.1"], ["--set reg=-.1", "a number >= 0"]),
+        (["steps=many"], ["--set: steps: ", "integer", "many"]),
+        (["steps=5", "reg=-.1"], ["--set: reg: ", "greater than or equal to 0", "-0.1"]),
     ],
 )
 def test_wrong_settings_are_refused(settings: list[str], parts: list[str]) -> None:

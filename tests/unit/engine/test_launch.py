@@ -225,13 +225,14 @@ class TestEveryCommandMakesTheSameEngine:
     def test_evaluate(self, profile: Path, engines: list[FakeLLM]) -> None:
         from rlkv_vllm.evaluation import served
         from rlkv_vllm.evaluation.splits import Split
+        from rlkv_vllm.profile.choice import choose_profile
 
-        row = Split("p", 0.5, profile, 16, 64, ((0,),))
+        row = Split("p", choose_profile(str(profile), 0.5))
         nothing: Any = None
         with pytest.raises(AttributeError):  # the fake one cannot chat
             served.answer("m", row, nothing, [], nothing)
         assert engines[0].options.items() >= CLASSES.items()
-        assert engines[0].options["additional_config"] == {"rlkv": row.engine_config()}
+        assert engines[0].options["additional_config"] == {"rlkv": row.choice.engine_config()}
 
     def test_bench(self) -> None:
         assert "start" in set().union(*map(_from_launch, (PACKAGE / "bench").rglob("*.py")))

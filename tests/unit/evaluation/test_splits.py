@@ -27,8 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_labels() -> None:
     names = ["one.json", "a/profile.json", "mine too=two.json", "x=y.json"]
-    labels = [candidate.label for candidate in find_candidates(names)]
-    assert labels == ["one", "head-importance", "mine too", "x=y"]
+    assert list(find_candidates(names)) == ["one", "head-importance", "mine too", "x=y"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,7 @@ def test_baselines_are_planned_once_whatever_is_asked_for() -> None:
     assert splits[0].full_heads == ((0, 1),) * 4
     assert splits[-1].full_heads == ((),) * 4
     assert sum(map(len, splits[1].full_heads)) == 6
-    own = [split.label for split in splits if concerns(split, candidates[1])]
+    own = [split.label for split in splits if concerns(split, "two", candidates["two"])]
     assert own == [FULL, "two", "two", STREAMING]
 
 
@@ -74,11 +73,12 @@ def test_each_window_has_its_own_streaming_baseline() -> None:
     streaming = [split for split in splits if split.sparsity == 1]
     assert [split.label for split in streaming] == [f"{STREAMING} 16+64", f"{STREAMING} 16+32"]
     assert sum(split.sparsity == 0 for split in splits) == 1
-    assert [concerns(split, candidates[1]) for split in streaming] == [False, True]
+    narrow = candidates["narrow"]
+    assert [concerns(split, "narrow", narrow) for split in streaming] == [False, True]
     same = find_candidates(["one.json", "narrow.json"], sink=2, window=8)
     splits = plan(same, [0.5])
     assert splits[-1].label == STREAMING
-    assert splits[-1].engine_config()["window"] == 8
+    assert splits[-1].choice.engine_config()["window"] == 8
 
 
 def test_digests_are_equal_where_serving_is() -> None:

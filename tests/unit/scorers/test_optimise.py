@@ -13,8 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.gated_attention import attach_gates
-from rlkv_vllm.scorers.duo_attention import CUE, retrieval_texts
-from rlkv_vllm.scorers.optimise import IGNORED, answer_loss, make_batch, optimise_gates
+from rlkv_vllm.scorers.duo_attention import CUE, Settings, retrieval_texts
+from rlkv_vllm.scorers.optimise import (
+    IGNORED,
+    GateTraining,
+    answer_loss,
+    make_batch,
+    optimise_gates,
+)
 from rlkv_vllm.scorers.scorer import Sample
 from tests.support.checkpoints import NUM_KV_HEADS, NUM_LAYERS, VOCAB, make_checkpoint
 from tests.support.profiles import assert_one_line
@@ -68,7 +74,9 @@ def test_the_loss_counts_the_answers_only_and_no_padding(model: Any) -> None:
     assert gated == pytest.approx(weighted, rel=1e-4)
 
 
-def optimise(model: Any, loss: Any, steps: int, rate: float = 0.3, **changes: Any) -> Any:
+def optimise(
+    model: Any, loss: Any, steps: int, rate: float = 0.3, batch_size: int = 2, seed: int = 0
+) -> Any:
     """Mean gates, last gates, and the batches that were seen."""
     seen: list[list[int]] = []
     done: list[int] = []
@@ -83,10 +91,9 @@ def optimise(model: Any, loss: Any, steps: int, rate: float = 0.3, **changes: An
             gates,
             samples(),
             recorded,
-            steps=steps,
-            learning_rate=rate,
-            report=done.append,
-            **({"batch_size": 2, "seed": 0} | changes),
+            GateTraining(steps=steps, learning_rate=rate, batch_size=batch_size),
+            seed,
+            done.append,
         )
         last = gates.values()
         assert all(weight.grad is None for weight in model.parameters() if weight.dim() > 1)
@@ -141,9 +148,9 @@ def test_gates_that_are_no_numbers_are_refused(model: Any) -> None:
     seed=st.integers(0, 9),
 )
 def test_retrieval_texts(length: int, passkeys: int, size: int, seed: int) -> None:
-    options = {"n": 3, "length": length, "passkeys": passkeys, "passkey_length": size}
-    texts = retrieval_texts(samples(), **options, seed=seed)
-    assert texts == retrieval_texts(samples(), **options, seed=seed)
+    options = Settings(texts=3, length=length, passkeys=passkeys, passkey_length=size)
+    texts = retrieval_texts(samples(), options, seed)
+    assert texts == retrieval_texts(samples(), options, seed)
     known = {token for s in samples() for token in s.prompt_ids + s.completion_ids}
     assert len(texts) == 3
     for text in texts:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from pydantic import StrictBool
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -20,11 +21,12 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import fresh_problems
 from rlkv_vllm.hf.answers import HeadSplit, TaskResult, solve
 from rlkv_vllm.hf.gated_attention import attach_gates
+from rlkv_vllm.options import Positive, Section, override
 from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.scorers import METHODS, get_scorer, head_importance, run
 from rlkv_vllm.scorers.head_importance import path_gradients
 from rlkv_vllm.scorers.optimise import answer_loss, make_batch
-from rlkv_vllm.scorers.scorer import Sample, Scorer, ScoringInput, to_gates
+from rlkv_vllm.scorers.scorer import Sample, Scorer, ScoringInput, Weight, to_gates
 from rlkv_vllm.tasks import Problem, get_task
 from tests.support import oracle
 from tests.support.checkpoints import NUM_KV_HEADS, NUM_LAYERS, make_checkpoint
@@ -140,7 +142,7 @@ def test_every_scorer_gives_gates(name: str, model: Any) -> None:
     assert reports[-1][0] == reports[-1][1]
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
     assert scorer.name == name
-    json.dumps(dict(scorer.config), allow_nan=False)
+    json.dumps(scorer.settings().model_dump(), allow_nan=False)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -173,34 +175,41 @@ def test_every_method_has_a_scorer_of_its_name() -> None:
     assert {name: get_scorer(name).name for name in METHODS} == {name: name for name in METHODS}
 
 
-def test_settings_are_read_as_what_the_default_is() -> None:
-    scorer = Scorer("x", "a paper", lambda given: [], {"steps": 4, "lr": 0.5, "on": False})
-    assert scorer.settings() == {"steps": 4, "lr": 0.5, "on": False}
-    found = scorer.settings({"steps": "7", "lr": "1", "on": "True"})
+class Options(Section):
+    steps: Positive = 4
+    lr: Weight = 0.5
+    on: StrictBool = False
+
+
+def test_settings_are_checked_against_their_schema() -> None:
+    scorer = Scorer("x", "a paper", lambda given: [], Options)
+    assert scorer.settings().model_dump() == {"steps": 4, "lr": 0.5, "on": False}
+    found = scorer.settings(override({}, ["steps=7", "lr=1", "on=True"])).model_dump()
     assert found == {"steps": 7, "lr": 1.0, "on": True}
     assert [type(value) for value in found.values()] == [int, float, bool]
-    assert scorer.settings({"lr": 0.25, "on": True}) == {"steps": 4, "lr": 0.25, "on": True}
+    assert scorer.settings({"lr": 0.25, "on": True}) == Options(steps=4, lr=0.25, on=True)
 
 
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        ({"step": "7"}, ["--set step", "x has no such setting", "steps (4), lr (0.5), on (False)"]),
-        ({"steps": "7.5"}, ["--set steps=7.5", "a positive whole number", "4"]),
-        ({"steps": "0"}, ["--set steps=0", "a positive whole number"]),
-        ({"lr": "fast"}, ["--set lr=fast", "a number >= 0", "0.5"]),
-        ({"lr": "nan"}, ["--set lr=nan"]),
-        ({"lr": "-1"}, ["--set lr=-1"]),
-        ({"on": "1"}, ["--set on=1", "true or false"]),
+        ("step=7", ["--set step", "x has no such setting", "steps (4), lr (0.5), on (False)"]),
+        ("steps=7.5", ["--set: steps: ", "integer", "7.5"]),
+        ("steps=0", ["--set: steps: ", "greater than or equal to 1"]),
+        ("lr=fast", ["--set: lr: ", "number", "fast"]),
+        ("lr=.nan", ["--set: lr: "]),
+        ("lr=nan", ["--set: lr: "]),
+        ("lr=-1", ["--set: lr: "]),
+        ("on=1", ["--set: on: ", "valid boolean"]),
     ],
 )
-def test_bad_settings(given: dict[str, str], parts: list[str]) -> None:
-    scorer = Scorer("x", "a paper", lambda given: [], {"steps": 4, "lr": 0.5, "on": False})
+def test_bad_settings(given: str, parts: list[str]) -> None:
+    scorer = Scorer("x", "a paper", lambda given: [], Options)
     with pytest.raises(RlkvError) as error:
-        scorer.settings(given)
+        scorer.settings(override({}, [given]))
     assert_one_line(error.value, *parts)
     with pytest.raises(RlkvError) as error:
-        get_scorer("random").settings({"steps": "3"})
+        get_scorer("random").settings({"steps": 3})
     assert_one_line(error.value, "random has no such setting", "none at all")
 
 
@@ -429,7 +438,7 @@ def test_score_needs_one_correct_answer(
         (["--method", "guess"], ["--method guess", "head-importance"]),
         (["--task", "no-such-task"], ["no-such-task"]),
         (["--set", "steps=3"], ["--set steps", "head-importance", "path_steps (4)"]),
-        (["--set", "path_steps"], ["--set path_steps", "setting=value"]),
+        (["--set", "path_steps"], ["--set path_steps", "key=value"]),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, args: list[str], parts: list[str]) -> None:

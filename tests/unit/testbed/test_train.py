@@ -21,7 +21,6 @@ from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.models import load_model_fingerprint
 from rlkv_vllm.tasks import get_task
 from rlkv_vllm.testbed.export import MAX_COMPLETION, measure
-from rlkv_vllm.testbed.muon import orthogonalize
 from rlkv_vllm.testbed.tokenizer import build_tokenizer
 from rlkv_vllm.testbed.train import CHECKPOINT, TestbedTrainer, TrainingConfig, TrainingState, run
 from tests.support.profiles import assert_one_line
@@ -84,7 +83,7 @@ def test_a_checkpoint_is_not_overwritten_or_mistaken(
     folder = uninterrupted[1]
     with pytest.raises(RlkvError, match="holds an earlier run: give --resume"):
         run(TINY, folder)
-    with pytest.raises(RlkvError, match="made with seed 3, given seed 4"):
+    with pytest.raises(RlkvError, match=r"other settings \(seed 3 there, 4 here\)"):
         run(replace(TINY, seed=4), folder, resume=True)
     content = (folder / CHECKPOINT).read_bytes()
     (tmp_path / CHECKPOINT).write_bytes(content[: len(content) // 2])
@@ -146,12 +145,33 @@ def test_steps_lower_the_loss() -> None:
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_orthogonalize_brings_singular_values_near_one() -> None:
-    torch.manual_seed(0)
-    wide = torch.randn(3, 16, 40) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
-    values = torch.linalg.svdvals(orthogonalize(wide))
-    assert values.min() > 0.6
-    assert values.max() < 1.3
+def test_updates_of_hidden_weights_have_singular_values_near_one() -> None:
+    muon = TestbedTrainer(TINY)._optimizers[0]
+    assert isinstance(muon, torch.optim.Muon)
+    generator = torch.Generator().manual_seed(0)
+    # A random square matrix has singular values near zero, which Muon leaves small.
+    weights = [w for w in muon.param_groups[0]["params"] if max(w.shape) >= 2 * min(w.shape)]
+    before = [weight.detach().clone() for weight in weights]
+    for i, weight in enumerate(weights):
+        weight.grad = torch.randn(weight.shape, generator=generator) * 10.0 ** (i % 7 - 3)
+    muon.step()
+    assert len(weights) > 10
+    for weight, old in zip(weights, before, strict=True):
+        update = old * (1 - TINY.muon_lr * 0.01) - weight.detach()
+        # Of the size of an AdamW update: 0.2 is its usual root mean square.
+        values = torch.linalg.svdvals(update) / (TINY.muon_lr * 0.2 * max(weight.shape) ** 0.5)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
+def test_a_checkpoint_of_other_optimizers_is_refused(
+    uninterrupted: tuple[TestbedTrainer, Path], tmp_path: Path
+) -> None:
+    content = (uninterrupted[1] / CHECKPOINT).read_bytes()
+    assert content.count(b"Muon") == 1
+    (tmp_path / CHECKPOINT).write_bytes(content.replace(b"Muon", b"Noum"))
+    with pytest.raises(RlkvError, match=r"checkpoint\.safetensors: of another version"):
+        run(TINY, tmp_path, resume=True)
 
 
 def test_the_train_command_writes_a_model(tmp_path: Path) -> None:
