@@ -1,4 +1,4 @@
-"""`rlkv profile`: look at, check, convert and plan with head profiles."""
+"""`rlkv profile`: show, check, convert and plan with head profiles."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Head profiles: list, show, check, convert, plan.")
 
-_PROFILE_HELP = "Path, packaged name, or org/repo[@revision] on the Hugging Face hub."
+_PROFILE_HELP = "A file, a packaged name, or org/repo@revision on the Hugging Face hub."
 _MODEL_HELP = "Model folder, org/name on the Hugging Face hub, or `embedded`."
 
 ProfileName = Annotated[str, typer.Argument(metavar="PROFILE", help=_PROFILE_HELP)]
 Sparsity = Annotated[
     float | None,
-    typer.Option(help="Share of streaming heads, 0 to 1. Default: the profile's own."),
+    typer.Option(help="Share of streaming heads, 0 to 1 (default: the profile's)."),
 ]
 
 
@@ -175,9 +175,17 @@ def import_(
     ],
     model: Annotated[str, typer.Option(help=f"The model the gates belong to. {_MODEL_HELP}")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write (JSON).")],
-    sink: Annotated[int | None, typer.Option(help="First tokens that streaming heads see.")] = None,
+    sink: Annotated[
+        int | None,
+        typer.Option(
+            help="First tokens that streaming heads keep (default: 16; DuoAttention: config.json)."
+        ),
+    ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Last tokens that streaming heads see.")
+        int | None,
+        typer.Option(
+            help="Last tokens that streaming heads keep (default: 64; DuoAttention: config.json)."
+        ),
     ] = None,
 ) -> None:
     """Make a profile from the files that RLKV or DuoAttention publish."""
@@ -204,7 +212,9 @@ def export(
     ] = ExportFormat.duo_attention,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Write 1 for full and 0 for streaming heads instead of the gates."),
+        typer.Option(
+            help="Write 1 for full and 0 for streaming heads at this sparsity (default: the gates)."
+        ),
     ] = None,
 ) -> None:
     """Write a profile as DuoAttention's full_attention_heads.tsv and config.json."""
@@ -238,14 +248,14 @@ def plan(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Cache memory of each rank, e.g. 8GiB, 512MiB or 8G [default: what --gpu leaves]."
+            help="Cache memory of each rank, e.g. 8GiB or 512MiB (default: what --gpu leaves)."
         ),
     ] = None,
     sparsity: Sparsity = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.auto,
     block_size: Annotated[
-        int | None, typer.Option(help="Tokens per block [default: as the engine chooses].")
+        int | None, typer.Option(help="Tokens per block (default: the engine's choice).")
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Requests per second: size a cluster for them.")
@@ -264,21 +274,27 @@ def plan(
         ),
     ] = None,
     tpot: Annotated[
-        float | None, typer.Option(help="Most milliseconds between two tokens of a request.")
+        float | None,
+        typer.Option(help="Most milliseconds between two tokens of a request (default: no limit)."),
     ] = None,
     load: Annotated[float, typer.Option(help="Share of a replica's capacity to use.")] = 0.8,
     efficiency: Annotated[
-        float, typer.Option(help="Share of the GPU's bandwidth and operations that is reached.")
+        float,
+        typer.Option(
+            help="Share of the GPU's data sheet (bandwidth, FLOP/s) that kernels achieve."
+        ),
     ] = 0.7,
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Most requests at once in a replica.")
     ] = 1024,
     simulate: Annotated[
         bool,
-        typer.Option("--simulate", help="Run vLLM's scheduler without a model beside the plan."),
+        typer.Option(
+            "--simulate", help="Also simulate the plan with vLLM's scheduler, without a model."
+        ),
     ] = False,
 ) -> None:
-    """Forecast the cache memory of a split model against the full cache, or a whole cluster."""
+    """Forecast the memory of a split and of a full cache, or the size of a cluster."""
     from rlkv_vllm.models import fingerprint_from_config, load_model_config, model_source
     from rlkv_vllm.planning.roofline import ModelSize
     from rlkv_vllm.profile.choice import choose_profile
@@ -351,9 +367,10 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
     print_plain(heads)
     geometry = forecast.geometry
     print_plain(
-        f"sparsity {sparsity:g} ({allocation.sparsity:.4f} reached), sink {geometry.sink}, window "
-        f"{geometry.window}, block size {geometry.block_size}, {groups.num_ring_groups} ring "
-        f"group(s); padding costs {100 * forecast.waste(num_tokens):.1f}% of a request"
+        f"sparsity {sparsity:g} ({allocation.sparsity:.4f} after rounding), sink {geometry.sink}, "
+        f"window {geometry.window}, block size {geometry.block_size}, "
+        f"{groups.num_ring_groups} ring group(s); padding "
+        f"costs {100 * forecast.waste(num_tokens):.1f}% of a request"
     )
     deciding = max(forecast.ranks, key=forecast.block_bytes)
     table = new_table("per rank", "split", "full cache", "split / full")

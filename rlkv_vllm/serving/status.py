@@ -1,4 +1,4 @@
-"""What ``/v1/rlkv`` and ``/v1/rlkv/forecast`` answer."""
+"""Answers of ``/v1/rlkv`` and ``/v1/rlkv/forecast``, and the figures in them."""
 
 from __future__ import annotations
 
@@ -100,25 +100,25 @@ class Reason(BaseModel):
 
 
 class Refusal(BaseModel):
-    """The form of all errors of vLLM's server but two."""
+    """The form of all errors of vLLM's server except the next two."""
 
     error: Reason
 
 
 class Unauthorized(BaseModel):
-    """Without the API key."""
+    """The API key is missing or wrong."""
 
     error: Literal["Unauthorized"]
 
 
 class Unreadable(BaseModel):
-    """A body that is no text: refused by FastAPI, before vLLM."""
+    """The body is no text; refused by FastAPI, before vLLM."""
 
     detail: str
 
 
 class Need(BaseModel):
-    """What requests need of one kind of cache."""
+    """Cache that requests need."""
 
     bytes: int = Field(description="All of them, at their longest.")
     bytes_per_request: int
@@ -126,7 +126,7 @@ class Need(BaseModel):
 
 
 class SplitForecast(BaseModel):
-    """What so many requests of one length need."""
+    """Cache that a number of requests of one length need."""
 
     tokens: int = Field(description="Length of each request, prompt and answer together.")
     requests: int
@@ -139,7 +139,7 @@ class SplitForecast(BaseModel):
 
 
 class CacheFigures:
-    """Blocks into bytes of all workers of an engine.
+    """Converts blocks into bytes of all workers of an engine.
 
     Args:
         plan: the split.
@@ -149,7 +149,7 @@ class CacheFigures:
     def __init__(self, plan: SplitPlan, num_blocks: int) -> None:
         self.plan, self.num_blocks = plan, num_blocks
         forecast = plan.forecast
-        self.usable_blocks = num_blocks - 1  # vLLM keeps one: the null block
+        self.usable_blocks = num_blocks - 1  # one is vLLM's null block
         self.block_bytes = sum(forecast.block_bytes(rank) for rank in forecast.ranks)
         self.full_cache_block_bytes = forecast.stock_block_bytes * len(forecast.ranks)
         self.capacity_bytes = self.usable_blocks * self.block_bytes
@@ -186,14 +186,14 @@ class CacheFigures:
         )
 
     def forecast(self, tokens: int | None, requests: int) -> SplitForecast:
-        """What `requests` of `tokens` need.
+        """Cache that `requests` of `tokens` need.
 
         Args:
             tokens: length of each; None: the longest.
             requests: how many.
 
         Raises:
-            RlkvError: no request can be so long.
+            RlkvError: `tokens` is above the longest length.
         """
         longest = self.plan.max_model_len
         tokens = longest if tokens is None else tokens
@@ -220,7 +220,7 @@ class CacheFigures:
 
 
 def split_status(figures: CacheFigures, models: Sequence[str], example: str) -> SplitStatus:
-    """Everything that stays the same while the server runs; ``use`` is None."""
+    """The status without ``use``: it stays the same while the server runs."""
     plan = figures.plan
     allocation, forecast = plan.groups.allocation, plan.forecast
     full_per_layer = [len(heads) for heads in allocation.full]
