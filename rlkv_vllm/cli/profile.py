@@ -153,13 +153,13 @@ def validate(
     model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
 ) -> None:
     """Check a profile, and with --model that it fits that model."""
-    from rlkv_vllm.models import load_model_fingerprint, model_source
+    from rlkv_vllm.models import load_model_fingerprint
     from rlkv_vllm.profile.io import check_matches
     from rlkv_vllm.profile.lookup import find_profile
 
     loaded, path = find_profile(profile)
     if model is not None:
-        check_matches(loaded, load_model_fingerprint(model_source(model)))
+        check_matches(loaded, load_model_fingerprint(model))
     print_plain(f"{path}: valid{f', fits {model}' if model else ''}")
 
 
@@ -189,12 +189,11 @@ def import_(
     ] = None,
 ) -> None:
     """Make a profile from the files that RLKV or DuoAttention publish."""
-    from rlkv_vllm.models import load_model_fingerprint, model_source
+    from rlkv_vllm.models import load_model_fingerprint
     from rlkv_vllm.profile.io import save_profile
     from rlkv_vllm.profile.published import import_published
 
-    fingerprint = load_model_fingerprint(model_source(model))
-    imported = import_published(path, fingerprint, sink=sink, window=window)
+    imported = import_published(path, load_model_fingerprint(model), sink=sink, window=window)
     save_profile(imported, output)
     print_plain(
         f"{output}: {imported.provenance.method} gates of {imported.model.num_layers} layers x "
@@ -295,7 +294,7 @@ def plan(
     ] = False,
 ) -> None:
     """Forecast the memory of a split and of a full cache, or the size of a cluster."""
-    from rlkv_vllm.models import fingerprint_from_config, load_model_config, model_source
+    from rlkv_vllm.models import fingerprint_from_config, load_model_config
     from rlkv_vllm.planning.roofline import ModelSize
     from rlkv_vllm.profile.choice import choose_profile
     from rlkv_vllm.profile.forecast import forecast_profile
@@ -311,9 +310,8 @@ def plan(
         if value is not None and value < 1:
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
     choice = choose_profile(profile, sparsity)
-    config, commit = load_model_config(model_source(model))
-    fingerprint = fingerprint_from_config(config, model, commit)
-    check_matches(choice.profile, fingerprint)
+    config, commit = load_model_config(model)
+    check_matches(choice.profile, fingerprint_from_config(config, model, commit))
 
     def forecast(dtype_bytes: int) -> Forecast:
         return forecast_profile(

@@ -1,4 +1,4 @@
-"""Single files from the Hugging Face hub, with errors a user can act on."""
+"""Single files from the Hugging Face hub, with errors that say how to fix them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def download(
         raise RlkvError(f"{what} {at}: the repository has no {filename}: check the name") from error
     except HFValidationError as error:
         raise RlkvError(f"{what} {at}: not a valid repository name: use `org/repo`") from error
-    except Exception as error:  # which HTTP library lies below differs between hub versions
+    except Exception as error:  # the HTTP library differs between versions of the hub's client
         raise RlkvError(
             f"{what} {at}: {filename} cannot be fetched ({type(error).__name__}): try again or "
             "give a local path"

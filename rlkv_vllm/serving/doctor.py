@@ -1,4 +1,4 @@
-"""Checks of ``rlkv doctor``: each says what it found, and what to do where it failed."""
+"""Checks of ``rlkv doctor``: each reports what it found and, if it failed, how to fix it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Finding:
     """Result of one check.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         ok: whether serving can work with it.
-        found: what was found; for a failure also what to do.
+        found: what was found; for a failure also how to fix it.
     """
 
     name: str
@@ -68,7 +68,7 @@ def examine(port: int) -> Iterator[Finding]:
             yield Finding(name, True, check())
         except RlkvError as error:
             yield Finding(name, False, one_line(error, 400))
-        except Exception as error:  # a broken installation fails in any way it likes
+        except Exception as error:  # a broken installation may raise anything
             what = f"{type(error).__name__}: {one_line(error)}"
             yield Finding(name, False, f"{what}: install again: {_INSTALL}")
 
