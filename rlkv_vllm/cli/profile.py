@@ -104,38 +104,28 @@ def show(
     model, provenance = loaded.model, loaded.provenance
     facts = new_table("", "")
     facts.show_header = False
-    revision = f" @ {model.revision}" if model.revision else ""
-    for name, value in (
-        ("file", path),
-        ("sha256", loaded.sha256()),
-        ("model", f"{model.id}{revision}"),
-        (
-            "architecture",
-            f"{model.model_type}: {model.num_layers} layers, {model.num_query_heads} query heads, "
-            f"{model.num_kv_heads} KV heads of {model.head_dim}",
-        ),
-        ("sink / window", f"{loaded.sink} / {loaded.window} tokens"),
-        ("method", provenance.method),
-        ("source", provenance.source),
-        ("created", provenance.created),
-        ("data", provenance.data),
-        ("seed", provenance.seed),
-        ("versions", ", ".join(f"{k} {v}" for k, v in provenance.versions.items())),
-        ("recommended sparsity", loaded.recommended_sparsity),
-    ):
+    for name, value in {
+        "file": path,
+        "sha256": loaded.sha256(),
+        "model": f"{model.id}{f' @ {model.revision}' if model.revision else ''}",
+        "architecture": f"{model.model_type}: {model.num_layers} layers, {model.num_query_heads} "
+        f"query heads, {model.num_kv_heads} KV heads of {model.head_dim}",
+        "sink / window": f"{loaded.sink} / {loaded.window} tokens",
+        "method": provenance.method,
+        "source": provenance.source,
+        "created": provenance.created,
+        "data": provenance.data,
+        "seed": provenance.seed,
+        "versions": ", ".join(f"{k} {v}" for k, v in provenance.versions.items()),
+        "recommended sparsity": loaded.recommended_sparsity,
+    }.items():
         facts.add_row(name, "-" if value is None or value == "" else str(value))
     print_plain(facts)
     if loaded.evaluation:
         rows = new_table("task", "n", "sparsity", "accuracy", "full cache", "mean output tokens")
         for row in loaded.evaluation:
-            rows.add_row(
-                row.task,
-                str(row.n),
-                f"{row.sparsity:g}",
-                f"{row.accuracy:.3f}",
-                f"{row.full_accuracy:.3f}",
-                f"{row.mean_output_tokens:.1f}",
-            )
+            scores = f"{row.sparsity:g}", f"{row.accuracy:.3f}", f"{row.full_accuracy:.3f}"
+            rows.add_row(row.task, str(row.n), *scores, f"{row.mean_output_tokens:.1f}")
         print_plain(rows)
     if allocation is None:
         print_plain("no recommended sparsity: pass --sparsity to see the full heads")
@@ -372,31 +362,20 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
     )
     deciding = max(forecast.ranks, key=forecast.block_bytes)
     table = new_table("per rank", "split", "full cache", "split / full")
+    need = forecast.bytes_per_request(num_tokens, deciding)
+    stock_need = forecast.stock_bytes_per_request(num_tokens)
+    at_once = forecast.requests_at_once(num_tokens, memory_bytes)
+    stock_at_once = forecast.stock_requests_at_once(num_tokens, memory_bytes)
+    token, stock_token = forecast.bytes_per_token(deciding), forecast.stock_bytes_per_token
+    blocks, stock_blocks = (
+        forecast.num_blocks(memory_bytes),
+        forecast.stock_num_blocks(memory_bytes),
+    )
     for name, split, stock, show_as in (
-        (
-            "one more token",
-            forecast.bytes_per_token(deciding),
-            forecast.stock_bytes_per_token,
-            show_size,
-        ),
-        (
-            f"a request of {num_tokens} tokens",
-            forecast.bytes_per_request(num_tokens, deciding),
-            forecast.stock_bytes_per_request(num_tokens),
-            show_size,
-        ),
-        (
-            f"blocks in {show_size(memory_bytes)}",
-            forecast.num_blocks(memory_bytes),
-            forecast.stock_num_blocks(memory_bytes),
-            str,
-        ),
-        (
-            "such requests at once",
-            forecast.requests_at_once(num_tokens, memory_bytes),
-            forecast.stock_requests_at_once(num_tokens, memory_bytes),
-            str,
-        ),
+        ("one more token", token, stock_token, show_size),
+        (f"a request of {num_tokens} tokens", need, stock_need, show_size),
+        (f"blocks in {show_size(memory_bytes)}", blocks, stock_blocks, str),
+        ("such requests at once", at_once, stock_at_once, str),
     ):
         ratio = f"{split / stock:.3f}" if stock else "-"
         table.add_row(name, show_as(split), show_as(stock), ratio)

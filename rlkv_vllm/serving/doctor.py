@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rlkv_vllm import models
-from rlkv_vllm.engine.compat import SUPPORTED_VLLM, check_vllm_version
+from rlkv_vllm.engine.compat import SUPPORTED_VLLM
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.serving import preflight
@@ -96,10 +96,7 @@ def _vllm() -> str:
             f"{' and '.join(found)} are both installed and overwrite each other: uninstall both, "
             f"then {_INSTALL}"
         )
-    check_vllm_version()
-    import vllm.engine.arg_utils  # most of vLLM: finds broken companions such as torchvision
-
-    del vllm
+    preflight.import_vllm()
     return found[0]
 
 

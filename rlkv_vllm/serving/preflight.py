@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import socket
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,19 @@ def check_server_mode(args: argparse.Namespace) -> None:
                 f"{flag}: `rlkv serve` cannot prove there that the split cache is active: "
                 "remove it and run one HTTP server per engine"
             )
+
+
+def import_vllm() -> None:
+    """Import most of vLLM, which finds broken companions such as torchvision.
+
+    Raises:
+        RlkvError: this version is not supported.
+        Exception: anything that a broken installation raises.
+    """
+    from rlkv_vllm.engine.compat import check_vllm_version
+
+    check_vllm_version()
+    import_module("vllm.engine.arg_utils")
 
 
 def check_address(args: argparse.Namespace) -> None:

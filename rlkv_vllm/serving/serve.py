@@ -73,13 +73,8 @@ def _exit_status() -> int:
 
 
 def _require_vllm() -> None:
-    from rlkv_vllm.engine.compat import check_vllm_version
-
     try:
-        check_vllm_version()
-        import vllm.engine.arg_utils  # most of vLLM: finds broken companions such as torchvision
-
-        del vllm
+        preflight.import_vllm()
     except RlkvError:
         raise
     except Exception as error:  # a broken installation may raise anything

@@ -173,15 +173,12 @@ class CacheFigures:
 
     def use(self, blocks: ByKind, full_cache_blocks: int, requests_running: int) -> CacheUse:
         """The cache now."""
-        full_cache = full_cache_blocks * self.full_cache_block_bytes
-        held = ByKind(
-            full=blocks.full * self.block_bytes, streaming=blocks.streaming * self.block_bytes
-        )
+        size, full_cache = self.block_bytes, full_cache_blocks * self.full_cache_block_bytes
         return CacheUse(
-            bytes=held,
+            bytes=ByKind(full=blocks.full * size, streaming=blocks.streaming * size),
             blocks=blocks,
             full_cache_bytes=full_cache,
-            saved_bytes=full_cache - held.full - held.streaming,
+            saved_bytes=full_cache - (blocks.full + blocks.streaming) * size,
             requests_running=requests_running,
         )
 
@@ -222,31 +219,28 @@ class CacheFigures:
 def split_status(figures: CacheFigures, models: Sequence[str], example: str) -> SplitStatus:
     """The status without ``use``: it stays the same while the server runs."""
     plan = figures.plan
+    profile, geometry = plan.profile, plan.geometry
     allocation, forecast = plan.groups.allocation, plan.forecast
-    full_per_layer = [len(heads) for heads in allocation.full]
+    heads = range(allocation.num_kv_heads)
+    full_per_layer = [len(full) for full in allocation.full]
     return SplitStatus(
         active=True,
         models=list(models),
         profile=ProfileId(
-            id=plan.profile_id,
-            sha256=plan.profile.sha256(),
-            method=plan.profile.provenance.method,
+            id=plan.profile_id, sha256=profile.sha256(), method=profile.provenance.method
         ),
         sparsity=plan.sparsity,
-        sink=plan.geometry.sink,
-        window=plan.geometry.window,
+        sink=geometry.sink,
+        window=geometry.window,
         heads=Heads(
             full=allocation.num_full,
             streaming=allocation.num_streaming,
             full_per_layer=full_per_layer,
-            streaming_per_layer=[allocation.num_kv_heads - full for full in full_per_layer],
+            streaming_per_layer=[len(heads) - full for full in full_per_layer],
         ),
         head_map=HeadMap(
-            gates=plan.profile.gates,
-            full=[
-                [head in heads for head in range(allocation.num_kv_heads)]
-                for heads in allocation.full
-            ],
+            gates=profile.gates,
+            full=[[head in full for head in heads] for full in allocation.full],
         ),
         max_model_len=plan.max_model_len,
         bytes_per_token=Compared(
@@ -257,7 +251,7 @@ def split_status(figures: CacheFigures, models: Sequence[str], example: str) -> 
         capacity=Capacity(
             bytes=figures.capacity_bytes,
             blocks=figures.usable_blocks,
-            block_size=plan.geometry.block_size,
+            block_size=geometry.block_size,
             block_bytes=figures.block_bytes,
             requests=figures.requests_possible(plan.max_model_len),
         ),
