@@ -118,7 +118,7 @@ class HeadProfile(_Record):
     gates: list[list[Share]] = Field(
         min_length=1,
         description="Gate of every KV head, [layers][KV heads], in [0, 1]. Heads with the "
-        "highest gates keep their whole cache (full heads); the others keep sink and window "
+        "highest gates keep every token (full heads); the others keep sink and window "
         "only (streaming heads).",
     )
     sink: int = Field(
