@@ -13,7 +13,7 @@ ARG VERSION=0.1.0
 ARG REVISION=unknown
 
 FROM ${DEBIAN_IMAGE} AS python
-# Debian keeps only the newest build of a package in its archive: a pin would break with the next mend.
+# Debian keeps only the newest build of a package in its archive: a pin would break with the next security fix.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates libnuma1 python3 \

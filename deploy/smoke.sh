@@ -45,7 +45,7 @@ status=$(get /v1/rlkv)
 case $status in
     200) ;;
     401) fail 2 "$url/v1/rlkv: status 401: set VLLM_API_KEY to the server's API key" ;;
-    404) fail 2 "$url/v1/rlkv: status 404: the server runs without the plugin and has whole caches; start it with rlkv serve, or with VLLM_PLUGINS=rlkv and --additional-config" ;;
+    404) fail 2 "$url/v1/rlkv: status 404: the server runs without the plugin and has full caches; start it with rlkv serve, or with VLLM_PLUGINS=rlkv and --additional-config" ;;
     *) fail 2 "$url/v1/rlkv: status $status: $(body)" ;;
 esac
 [ "$(from_reply 'print(reply["active"])')" = True ] || fail 2 "$url/v1/rlkv does not say active: true: $(body)"

@@ -177,7 +177,7 @@ stop_server || die "the server does not stop with status 0: $(tail -n 20 "$work/
 echo "stopped by SIGTERM"
 
 say "the same image without the plugin: HEALTHCHECK and smoke.sh must fail"
-model=$(run "$container" -- python3 -c 'from rlkv_vllm.testbed import model_dir; print(model_dir())')
+model=$(run "$container" -- python3 -c 'from rlkv_vllm.models import model_dir; print(model_dir())')
 run --env VLLM_PLUGINS= "$container" -- python3 -m vllm.entrypoints.launchers.api_server.entry \
     --model "$model" --served-model-name embedded --dtype float32 --enforce-eager \
     --kv-cache-memory-bytes 256M --reasoning-parser deepseek_r1 --port "$port" >"$work/plain.log" 2>&1 &

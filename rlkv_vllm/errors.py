@@ -4,7 +4,6 @@
 class RlkvError(ValueError):
     """Bad input or an unsupported combination.
 
-    The message is one line: it names the file or flag at fault, says what was
-    given and what is allowed, and how to mend it. The command line prints it
-    without a traceback and exits with status 2.
+    The message is one line: it names the file or flag, says what was given, what is allowed and
+    how to fix it. The command line prints it without a traceback and exits with status 2.
     """

@@ -1,7 +1,7 @@
 """Reading and writing small files.
 
-Everything read here may come from a stranger: sizes are limited before parsing, nothing is
-unpickled, and whatever is wrong becomes one `RlkvError` that names the file.
+Files may come from strangers: sizes are limited before parsing, nothing is unpickled, and every
+problem becomes one `RlkvError` that names the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ MAX_FILE_BYTES = 16 * 2**20
 def write_bytes_atomic(files: Mapping[Path, bytes]) -> None:
     """Write all of `files` or, if any of them cannot be written, none.
 
-    Each content goes to a temporary file beside its target and is fsynced before the first
-    target is replaced: only a target that cannot be replaced after all leaves those before it
-    new. Missing folders are made. Symbolic links are followed.
+    Each content goes to a temporary file beside its target and is fsynced before the first target
+    is replaced. Missing folders are made. Symbolic links are followed.
 
     Raises:
         RlkvError: naming the file that cannot be written.
@@ -33,7 +32,8 @@ def write_bytes_atomic(files: Mapping[Path, bytes]) -> None:
     try:
         for path, content in files.items():
             target = Path(os.path.realpath(path))
-            _raise_if_unwritable(path, target)
+            if target.exists() and not target.is_file():
+                raise RlkvError(f"{one_line(path)}: not a plain file: choose another output path")
             temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +79,9 @@ def read_bytes(path: str | Path) -> bytes:
             raise RlkvError(f"{one_line(path)}: not a plain file: give the path of a file")
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
+    except RlkvError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, RlkvError):
-            raise
         raise RlkvError(
             f"{one_line(path)}: cannot be read ({_reason(error)}): check the path and its "
             "permissions"
@@ -117,6 +117,8 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
+    """As `read_json_object`, of a text that was read from `path`."""
+
     def no_constant(name: str) -> NoReturn:
         raise RlkvError(
             f"{one_line(path)}: holds {name}, which JSON does not allow: use a finite number"
@@ -146,9 +148,9 @@ def parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
         )
     except RecursionError as error:
         raise RlkvError(f"{one_line(path)}: nested too deeply to be a profile") from error
+    except RlkvError:
+        raise
     except ValueError as error:
-        if isinstance(error, RlkvError):
-            raise
         raise RlkvError(
             f"{one_line(path)}: not valid JSON ({one_line(error)}): the file may be truncated; "
             "fetch or make it again"
@@ -175,8 +177,3 @@ def _cannot_write(path: Path, error: OSError) -> RlkvError:
     return RlkvError(
         f"{one_line(path)}: cannot be written ({_reason(error)}): choose another output path"
     )
-
-
-def _raise_if_unwritable(path: Path, target: Path) -> None:
-    if target.exists() and not target.is_file():
-        raise RlkvError(f"{one_line(path)}: not a plain file: choose another output path")

@@ -1,6 +1,6 @@
-"""Models by name: their folder, their config and their fingerprint.
+"""Models by name: folder, config, fingerprint and defaults.
 
-The only place that knows the name `embedded`.
+The only place that knows the model `embedded`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rlkv_vllm.files import one_line, read_json_object
 from rlkv_vllm.profile import hub
 from rlkv_vllm.profile.schema import ModelFingerprint
 
-#: What users call the model.
+#: Name of the model that is shipped with the package.
 MODEL_NAME = "embedded"
 #: The stock vLLM parser that separates `<think> ... </think>` from the answer.
 REASONING_PARSER = "deepseek_r1"
-#: How it is served where the user says nothing: in the precision it was measured in (vLLM's
-#: "auto" makes bfloat16 of float32), and without compilation, which is no gain at its size.
+#: Its defaults in `rlkv serve`: the precision it was measured in (vLLM's "auto" makes bfloat16 of
+#: float32), and no compilation, which is no gain at its size.
 _SERVING_DEFAULTS: dict[str, Any] = {
     "profile": MODEL_NAME,
     "served_model_name": [MODEL_NAME],
@@ -51,7 +51,7 @@ def model_dir() -> Path:
 
 
 def model_source(name: str) -> str:
-    """Where to load the model `name` from: the shipped weights for `MODEL_NAME`.
+    """Where to load the model `name` from: a folder, or `org/name` on the hub.
 
     Raises:
         RlkvError: as `model_dir`.
@@ -110,10 +110,10 @@ def fingerprint_from_config(
 
 
 def load_model_config(model: str, revision: str | None = None) -> tuple[dict[str, Any], str | None]:
-    """The `config.json` of a local model folder or a model on the Hugging Face hub.
+    """The `config.json` of a model.
 
     Args:
-        model: a local folder, or `org/name` on the hub.
+        model: `embedded`, a local folder, or `org/name` on the Hugging Face hub.
         revision: commit, branch or tag on the hub.
 
     Returns:
@@ -123,7 +123,7 @@ def load_model_config(model: str, revision: str | None = None) -> tuple[dict[str
         RlkvError: if there is no such model, it is offline and not cached, or the file is
             not valid JSON.
     """
-    folder = _local_folder(model)
+    folder = _local_folder(model_source(model))
     if folder is not None:
         if not (folder / "config.json").is_file():
             raise RlkvError(
@@ -141,15 +141,15 @@ def load_model_config(model: str, revision: str | None = None) -> tuple[dict[str
 
 
 def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFingerprint:
-    """Fingerprint of a local model folder or of a model on the hub.
+    """Fingerprint of a model; arguments as of `load_model_config`.
 
     Raises:
         RlkvError: as `load_model_config` and `fingerprint_from_config`.
     """
     config, commit = load_model_config(model, revision)
     folder = _local_folder(model)
-    # Where somebody's copy lies is nobody else's business: a local model is known by its name.
-    name = model if folder is None else folder.resolve().name or model
+    # The path of a local folder is private: the fingerprint has its name only.
+    name = model if model == MODEL_NAME or folder is None else folder.resolve().name or model
     return fingerprint_from_config(config, name, commit)
 
 
@@ -164,7 +164,7 @@ def serving_defaults(model: str) -> dict[str, Any]:
 
 
 def default_cache_bytes(model: str) -> int | None:
-    """Bytes of KV cache for a model where the user says nothing; None: what vLLM chooses."""
+    """Bytes of KV cache for a model where the user gives none; None: vLLM's choice."""
     return EMBEDDED_CACHE_BYTES if model == MODEL_NAME else None
 
 

@@ -39,12 +39,11 @@ def resolve_span(
         flags: what the user calls them, for errors.
 
     Raises:
-        RlkvError: a negative sink, or a window below 1.
+        RlkvError: a negative sink, a window below 1, or more than the kernels' integers hold.
     """
-    if sink is not None and sink < 0:
-        raise RlkvError(f"{flags[0]} {sink}: must be 0 or more tokens")
-    if window is not None and window < 1:
-        raise RlkvError(f"{flags[1]} {window}: must be 1 or more tokens")
+    for flag, given, least in ((flags[0], sink, 0), (flags[1], window, 1)):
+        if given is not None and not least <= given < 2**31:
+            raise RlkvError(f"{flag} {given}: must be {least} or more tokens, and below 2^31")
     return Span(
         default.sink if sink is None else sink, default.window if window is None else window
     )

@@ -26,7 +26,7 @@ class ClusterFlags:
         output_tokens: lengths.
         tpot: most milliseconds between two tokens.
         load: share of a replica's capacity that is used.
-        efficiency: share of the GPU's data sheet that is reached.
+        efficiency: share of the GPU's data sheet that kernels achieve.
         max_num_seqs: most requests at once in a replica.
         simulate: run vLLM's scheduler beside the plan.
     """
@@ -47,7 +47,7 @@ class ClusterFlags:
         return self.rate is not None
 
     def check(self) -> None:
-        """Refuse half a description.
+        """Refuse an incomplete description of the traffic.
 
         Raises:
             RlkvError: naming what is missing or out of range.
@@ -60,7 +60,7 @@ class ClusterFlags:
         if not self.is_given:
             if any(traffic.values()):
                 given = ", ".join(flag for flag, value in traffic.items() if value)
-                raise RlkvError(f"{given}: of use only with --rate, the requests per second")
+                raise RlkvError(f"{given}: needs --rate, the requests per second")
             return
         missing = ", ".join(flag for flag, value in traffic.items() if not value)
         if missing:
@@ -74,7 +74,7 @@ class ClusterFlags:
 
 
 def find_gpu(text: str, efficiency: float) -> Device:
-    """A GPU by name or by figures, at the share of them that is reached.
+    """A GPU by name or by figures, scaled to the share that kernels achieve.
 
     Raises:
         RlkvError: there is no such GPU.
@@ -104,7 +104,7 @@ def find_gpu(text: str, efficiency: float) -> Device:
 
 
 def cache_memory(device: Device, model: ModelSize, tp: int) -> int:
-    """What vLLM leaves for the KV cache of each rank: its share of the GPU, less weights and work.
+    """KV cache of each rank: vLLM's share of the GPU less weights and working memory (bytes).
 
     Raises:
         RlkvError: nothing is left.
@@ -132,13 +132,8 @@ def print_cluster(
     max_model_len: int,
 ) -> None:
     """Replicas for the traffic, with each kind of cache."""
-    from rlkv_vllm.planning.fleet import (
-        pair_lengths,
-        read_lengths,
-        replicas_of,
-        sustained,
-    )
-    from tests.support.features import FEATURES
+    from rlkv_vllm.engine.support import REFUSALS
+    from rlkv_vllm.planning.fleet import pair_lengths, read_lengths, replicas_of, sustained
 
     assert flags.rate is not None
     assert flags.prompt_tokens is not None
@@ -148,8 +143,7 @@ def print_cluster(
         read_lengths("--output-tokens", flags.output_tokens),
         max_model_len,
     )
-    features = [feature for rows in FEATURES.values() for feature in rows]
-    fp8_is_refused = any(f.refusal == "--kv-cache-dtype fp8 on a GPU" for f in features)
+    fp8_is_refused = any(refusal.what == "--kv-cache-dtype fp8 on a GPU" for refusal in REFUSALS)
     replicas = replicas_of(
         model,
         device,
@@ -163,7 +157,7 @@ def print_cluster(
         f"{flags.rate:g} requests/s, prompts of {lengths.mean(lambda prompt, _: prompt):,.0f} and "
         f"outputs of {lengths.output:,.0f} tokens on average; {device.name} x {tp} for a replica, "
         f"{show_size(memory_bytes)} of KV cache each; replicas {flags.load:.0%} busy at most, "
-        f"{flags.efficiency:.0%} of the data sheet's bandwidth and operations reached (an "
+        f"kernels achieve {flags.efficiency:.0%} of the data sheet's bandwidth and FLOP/s (an "
         "assumption: measure with `rlkv bench`)"
     )
     columns = ["cache", "at once", "limit", "ms/token", "tok/s", "requests/s", "replicas", "GPUs"]
@@ -187,7 +181,7 @@ def print_cluster(
 
 
 def _simulated(replica: Replica, found: Sustained, lengths: Lengths) -> str:
-    """What vLLM's scheduler makes of it, as many requests at once as in the plan."""
+    """Tokens per second by vLLM's scheduler, with as many requests at once as in the plan."""
     from dataclasses import replace
 
     from rlkv_vllm.bench.simulate import simulate

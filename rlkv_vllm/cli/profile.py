@@ -1,4 +1,4 @@
-"""`rlkv profile`: look at, check, convert and plan with head profiles."""
+"""`rlkv profile`: show, check, convert and plan with head profiles."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Head profiles: list, show, check, convert, plan.")
 
-_PROFILE_HELP = "Path, packaged name, or org/repo[@revision] on the Hugging Face hub."
+_PROFILE_HELP = "A file, a packaged name, or org/repo@revision on the Hugging Face hub."
 _MODEL_HELP = "Model folder, org/name on the Hugging Face hub, or `embedded`."
 
 ProfileName = Annotated[str, typer.Argument(metavar="PROFILE", help=_PROFILE_HELP)]
 Sparsity = Annotated[
     float | None,
-    typer.Option(help="Share of streaming heads, 0 to 1. Default: the profile's own."),
+    typer.Option(help="Share of streaming heads, 0 to 1 (default: the profile's)."),
 ]
 
 
@@ -104,38 +104,28 @@ def show(
     model, provenance = loaded.model, loaded.provenance
     facts = new_table("", "")
     facts.show_header = False
-    revision = f" @ {model.revision}" if model.revision else ""
-    for name, value in (
-        ("file", path),
-        ("sha256", loaded.sha256()),
-        ("model", f"{model.id}{revision}"),
-        (
-            "architecture",
-            f"{model.model_type}: {model.num_layers} layers, {model.num_query_heads} query heads, "
-            f"{model.num_kv_heads} KV heads of {model.head_dim}",
-        ),
-        ("sink / window", f"{loaded.sink} / {loaded.window} tokens"),
-        ("method", provenance.method),
-        ("source", provenance.source),
-        ("created", provenance.created),
-        ("data", provenance.data),
-        ("seed", provenance.seed),
-        ("versions", ", ".join(f"{k} {v}" for k, v in provenance.versions.items())),
-        ("recommended sparsity", loaded.recommended_sparsity),
-    ):
+    for name, value in {
+        "file": path,
+        "sha256": loaded.sha256(),
+        "model": f"{model.id}{f' @ {model.revision}' if model.revision else ''}",
+        "architecture": f"{model.model_type}: {model.num_layers} layers, {model.num_query_heads} "
+        f"query heads, {model.num_kv_heads} KV heads of {model.head_dim}",
+        "sink / window": f"{loaded.sink} / {loaded.window} tokens",
+        "method": provenance.method,
+        "source": provenance.source,
+        "created": provenance.created,
+        "data": provenance.data,
+        "seed": provenance.seed,
+        "versions": ", ".join(f"{k} {v}" for k, v in provenance.versions.items()),
+        "recommended sparsity": loaded.recommended_sparsity,
+    }.items():
         facts.add_row(name, "-" if value is None or value == "" else str(value))
     print_plain(facts)
     if loaded.evaluation:
         rows = new_table("task", "n", "sparsity", "accuracy", "full cache", "mean output tokens")
         for row in loaded.evaluation:
-            rows.add_row(
-                row.task,
-                str(row.n),
-                f"{row.sparsity:g}",
-                f"{row.accuracy:.3f}",
-                f"{row.full_accuracy:.3f}",
-                f"{row.mean_output_tokens:.1f}",
-            )
+            scores = f"{row.sparsity:g}", f"{row.accuracy:.3f}", f"{row.full_accuracy:.3f}"
+            rows.add_row(row.task, str(row.n), *scores, f"{row.mean_output_tokens:.1f}")
         print_plain(rows)
     if allocation is None:
         print_plain("no recommended sparsity: pass --sparsity to see the full heads")
@@ -153,13 +143,13 @@ def validate(
     model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
 ) -> None:
     """Check a profile, and with --model that it fits that model."""
-    from rlkv_vllm.models import load_model_fingerprint, model_source
+    from rlkv_vllm.models import load_model_fingerprint
     from rlkv_vllm.profile.io import check_matches
     from rlkv_vllm.profile.lookup import find_profile
 
     loaded, path = find_profile(profile)
     if model is not None:
-        check_matches(loaded, load_model_fingerprint(model_source(model)))
+        check_matches(loaded, load_model_fingerprint(model))
     print_plain(f"{path}: valid{f', fits {model}' if model else ''}")
 
 
@@ -175,18 +165,25 @@ def import_(
     ],
     model: Annotated[str, typer.Option(help=f"The model the gates belong to. {_MODEL_HELP}")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write (JSON).")],
-    sink: Annotated[int | None, typer.Option(help="First tokens that streaming heads see.")] = None,
+    sink: Annotated[
+        int | None,
+        typer.Option(
+            help="First tokens that streaming heads keep (default: 16; DuoAttention: config.json)."
+        ),
+    ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Last tokens that streaming heads see.")
+        int | None,
+        typer.Option(
+            help="Last tokens that streaming heads keep (default: 64; DuoAttention: config.json)."
+        ),
     ] = None,
 ) -> None:
     """Make a profile from the files that RLKV or DuoAttention publish."""
-    from rlkv_vllm.models import load_model_fingerprint, model_source
+    from rlkv_vllm.models import load_model_fingerprint
     from rlkv_vllm.profile.io import save_profile
     from rlkv_vllm.profile.published import import_published
 
-    fingerprint = load_model_fingerprint(model_source(model))
-    imported = import_published(path, fingerprint, sink=sink, window=window)
+    imported = import_published(path, load_model_fingerprint(model), sink=sink, window=window)
     save_profile(imported, output)
     print_plain(
         f"{output}: {imported.provenance.method} gates of {imported.model.num_layers} layers x "
@@ -204,7 +201,9 @@ def export(
     ] = ExportFormat.duo_attention,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Write 1 for full and 0 for streaming heads instead of the gates."),
+        typer.Option(
+            help="Write 1 for full and 0 for streaming heads at this sparsity (default: the gates)."
+        ),
     ] = None,
 ) -> None:
     """Write a profile as DuoAttention's full_attention_heads.tsv and config.json."""
@@ -238,14 +237,14 @@ def plan(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Cache memory of each rank, e.g. 8GiB, 512MiB or 8G [default: what --gpu leaves]."
+            help="Cache memory of each rank, e.g. 8GiB or 512MiB (default: what --gpu leaves)."
         ),
     ] = None,
     sparsity: Sparsity = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.auto,
     block_size: Annotated[
-        int | None, typer.Option(help="Tokens per block [default: as the engine chooses].")
+        int | None, typer.Option(help="Tokens per block (default: the engine's choice).")
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Requests per second: size a cluster for them.")
@@ -264,22 +263,28 @@ def plan(
         ),
     ] = None,
     tpot: Annotated[
-        float | None, typer.Option(help="Most milliseconds between two tokens of a request.")
+        float | None,
+        typer.Option(help="Most milliseconds between two tokens of a request (default: no limit)."),
     ] = None,
     load: Annotated[float, typer.Option(help="Share of a replica's capacity to use.")] = 0.8,
     efficiency: Annotated[
-        float, typer.Option(help="Share of the GPU's bandwidth and operations that is reached.")
+        float,
+        typer.Option(
+            help="Share of the GPU's data sheet (bandwidth, FLOP/s) that kernels achieve."
+        ),
     ] = 0.7,
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Most requests at once in a replica.")
     ] = 1024,
     simulate: Annotated[
         bool,
-        typer.Option("--simulate", help="Run vLLM's scheduler without a model beside the plan."),
+        typer.Option(
+            "--simulate", help="Also simulate the plan with vLLM's scheduler, without a model."
+        ),
     ] = False,
 ) -> None:
-    """Forecast the cache memory of a split model against the full cache, or a whole cluster."""
-    from rlkv_vllm.models import fingerprint_from_config, load_model_config, model_source
+    """Forecast the memory of a split and of a full cache, or the size of a cluster."""
+    from rlkv_vllm.models import fingerprint_from_config, load_model_config
     from rlkv_vllm.planning.roofline import ModelSize
     from rlkv_vllm.profile.choice import choose_profile
     from rlkv_vllm.profile.forecast import forecast_profile
@@ -295,9 +300,8 @@ def plan(
         if value is not None and value < 1:
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
     choice = choose_profile(profile, sparsity)
-    config, commit = load_model_config(model_source(model))
-    fingerprint = fingerprint_from_config(config, model, commit)
-    check_matches(choice.profile, fingerprint)
+    config, commit = load_model_config(model)
+    check_matches(choice.profile, fingerprint_from_config(config, model, commit))
 
     def forecast(dtype_bytes: int) -> Forecast:
         return forecast_profile(
@@ -351,37 +355,27 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
     print_plain(heads)
     geometry = forecast.geometry
     print_plain(
-        f"sparsity {sparsity:g} ({allocation.sparsity:.4f} reached), sink {geometry.sink}, window "
-        f"{geometry.window}, block size {geometry.block_size}, {groups.num_ring_groups} ring "
-        f"group(s); padding costs {100 * forecast.waste(num_tokens):.1f}% of a request"
+        f"sparsity {sparsity:g} ({allocation.sparsity:.4f} after rounding), sink {geometry.sink}, "
+        f"window {geometry.window}, block size {geometry.block_size}, "
+        f"{groups.num_ring_groups} ring group(s); padding "
+        f"costs {100 * forecast.waste(num_tokens):.1f}% of a request"
     )
     deciding = max(forecast.ranks, key=forecast.block_bytes)
     table = new_table("per rank", "split", "full cache", "split / full")
+    need = forecast.bytes_per_request(num_tokens, deciding)
+    stock_need = forecast.stock_bytes_per_request(num_tokens)
+    at_once = forecast.requests_at_once(num_tokens, memory_bytes)
+    stock_at_once = forecast.stock_requests_at_once(num_tokens, memory_bytes)
+    token, stock_token = forecast.bytes_per_token(deciding), forecast.stock_bytes_per_token
+    blocks, stock_blocks = (
+        forecast.num_blocks(memory_bytes),
+        forecast.stock_num_blocks(memory_bytes),
+    )
     for name, split, stock, show_as in (
-        (
-            "one more token",
-            forecast.bytes_per_token(deciding),
-            forecast.stock_bytes_per_token,
-            show_size,
-        ),
-        (
-            f"a request of {num_tokens} tokens",
-            forecast.bytes_per_request(num_tokens, deciding),
-            forecast.stock_bytes_per_request(num_tokens),
-            show_size,
-        ),
-        (
-            f"blocks in {show_size(memory_bytes)}",
-            forecast.num_blocks(memory_bytes),
-            forecast.stock_num_blocks(memory_bytes),
-            str,
-        ),
-        (
-            "such requests at once",
-            forecast.requests_at_once(num_tokens, memory_bytes),
-            forecast.stock_requests_at_once(num_tokens, memory_bytes),
-            str,
-        ),
+        ("one more token", token, stock_token, show_size),
+        (f"a request of {num_tokens} tokens", need, stock_need, show_size),
+        (f"blocks in {show_size(memory_bytes)}", blocks, stock_blocks, str),
+        ("such requests at once", at_once, stock_at_once, str),
     ):
         ratio = f"{split / stock:.3f}" if stock else "-"
         table.add_row(name, show_as(split), show_as(stock), ratio)

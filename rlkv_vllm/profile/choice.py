@@ -1,4 +1,4 @@
-"""A head profile as it is served: the file, the sparsity, sink and window."""
+"""A head profile with the options it is served with, checked in this one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlkv_vllm.profile.schema import HeadProfile
 
 @dataclass(frozen=True)
 class ProfileChoice:
-    """A profile with the options it is served with, all checked.
+    """A profile, its sparsity, sink and window, all checked.
 
     Attributes:
         name: what the user called the profile.
@@ -33,7 +33,7 @@ class ProfileChoice:
     span: Span
 
     def engine_config(self) -> dict[str, Any]:
-        """``additional_config["rlkv"]``: every process reads the very file that was checked."""
+        """``additional_config["rlkv"]``; the checksum makes every process use the checked file."""
         return {
             "profile": str(self.path.resolve()),
             "sparsity": self.sparsity,

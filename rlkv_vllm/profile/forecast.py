@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlkv_vllm.allocation.forecast import (
-    CacheGeometry,
-    Forecast,
-    block_sizes_for,
-    forecast_split,
-)
+from rlkv_vllm.allocation.forecast import CacheGeometry, Forecast, block_sizes_for, forecast_split
 from rlkv_vllm.profile.schema import HeadProfile
 
 
@@ -24,14 +19,14 @@ def forecast_profile(
     window: int | None = None,
     tp_size: int = 1,
 ) -> Forecast:
-    """What the engine makes of a profile, its own choice of the block size included.
+    """The cache that the engine builds for a profile, with its choice of the block size.
 
     Args:
         profile: gates, shape of the model, sink and window.
         sparsity: share of streaming heads.
         dtype_bytes: of the cache; 1 is an 8-bit cache.
         max_model_len: longest request (tokens).
-        block_sizes: to choose from, the fastest first; None: those that the kernels like.
+        block_sizes: to choose from, the fastest first; None: the kernels' preferred sizes.
         sink: instead of the profile's.
         window: instead of the profile's.
         tp_size: tensor-parallel ranks.

@@ -1,4 +1,4 @@
-"""Single files from the Hugging Face hub, with errors a user can act on."""
+"""Single files from the Hugging Face hub, with errors that say how to fix them."""
 
 from __future__ import annotations
 
@@ -47,38 +47,29 @@ def download(
         RevisionNotFoundError,
     )
 
-    at = one_line(f"{repo}@{revision}" if revision else repo)
+    cached_only = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub is unreachable"
+    # Subclasses first: the first match is the reason.
+    reasons: dict[type[Exception], str] = {
+        LocalEntryNotFoundError: f"{filename} is not in the Hugging Face cache and {cached_only}: "
+        "go online or give a local path",
+        GatedRepoError: "access is restricted: accept its terms on the hub and log in with "
+        "`hf auth login`",
+        RepositoryNotFoundError: "no such repository on the Hugging Face hub (or it is private): "
+        "check the name, or log in with `hf auth login`",
+        RevisionNotFoundError: "no such revision: give a commit, branch or tag that exists",
+        EntryNotFoundError: f"the repository has no {filename}: check the name",
+        HFValidationError: "not a valid repository name: use `org/repo`",
+    }
     try:
         path = Path(hf_hub_download(repo, filename, revision=revision))
-    except LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub is unreachable"
-        raise RlkvError(
-            f"{what} {at}: {filename} is not in the Hugging Face cache and {why}: go online "
-            "or give a local path"
-        ) from error
-    except GatedRepoError as error:
-        raise RlkvError(
-            f"{what} {at}: access is restricted: accept its terms on the hub and log in with "
-            "`hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise RlkvError(
-            f"{what} {at}: no such repository on the Hugging Face hub (or it is private): "
-            "check the name, or log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise RlkvError(
-            f"{what} {at}: no such revision: give a commit, branch or tag that exists"
-        ) from error
-    except EntryNotFoundError as error:
-        raise RlkvError(f"{what} {at}: the repository has no {filename}: check the name") from error
-    except HFValidationError as error:
-        raise RlkvError(f"{what} {at}: not a valid repository name: use `org/repo`") from error
-    except Exception as error:  # which HTTP library lies below differs between hub versions
-        raise RlkvError(
-            f"{what} {at}: {filename} cannot be fetched ({type(error).__name__}): try again or "
-            "give a local path"
-        ) from error
+    except Exception as error:  # the HTTP library differs between versions of the hub's client
+        reason = next(
+            (text for kind, text in reasons.items() if isinstance(error, kind)),
+            f"{filename} cannot be fetched ({type(error).__name__}): try again or give a local "
+            "path",
+        )
+        at = one_line(f"{repo}@{revision}" if revision else repo)
+        raise RlkvError(f"{what} {at}: {reason}") from error
     commit = path.parents[len(Path(filename).parts) - 1].name
     return path, commit if _COMMIT.fullmatch(commit) else revision
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -27,7 +28,11 @@ def load_profile(path: str | Path) -> HeadProfile:
         RlkvError: if the file is missing, unreadable, truncated, of an unknown
             `schema_version`, mis-shaped, or holds a value that is not allowed.
     """
-    text = read_text(path)
+    return _parse(path, read_text(path))
+
+
+@functools.lru_cache(maxsize=8)  # a server reads its file for the early check, the plan, the proof
+def _parse(path: str | Path, text: str) -> HeadProfile:
     raw = parse_json_object(path, text)
     version = raw.get("schema_version")
     if type(version) is not int:

@@ -1,4 +1,4 @@
-"""Finding a head profile by path, packaged name, or Hugging Face repository."""
+"""Find a head profile by path, packaged name, or Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
 
 
 def packaged_folders() -> tuple[Path, ...]:
-    """Where packaged profiles lie: in a clone beside the package, in a wheel inside it."""
+    """Folders of packaged profiles: beside the package in a clone, inside it in a wheel."""
     return _PACKAGE.parent / "head_profiles", _PACKAGE / "_head_profiles"
 
 
@@ -55,7 +55,7 @@ def find_profile(name: str) -> tuple[HeadProfile, Path]:
     Raises:
         RlkvError: if there is no such profile, or it is not valid.
     """
-    # os.path, unlike pathlib, takes a name that no path can have for a file that is not there.
+    # os.path, unlike pathlib, treats an impossible path as a file that does not exist.
     local = os.path.expanduser(name)
     if os.path.isfile(local):
         return load_profile(local), Path(local)
@@ -67,7 +67,7 @@ def find_profile(name: str) -> tuple[HeadProfile, Path]:
     # `results/profile.json` is a forgotten file more often than a repository.
     if match is None or not is_hub_name or (name.endswith(".json") and not match["file"]):
         if os.path.exists(local):
-            return load_profile(local), Path(local)  # says why it cannot be one
+            return load_profile(local), Path(local)  # raises, and says why
         raise RlkvError(
             f"profile {one_line(name)}: no such file, packaged profile "
             f"({', '.join(packaged_profiles()) or 'none'}) or `org/repo[@revision]`: check the "
@@ -99,7 +99,7 @@ def _from_hub(
         if actual != expected.lower():
             raise RlkvError(
                 f"profile {one_line(name)}: SHA-256 of {file} is {actual}, but {origin} says "
-                f"{one_line(expected, 64)}: do not use this file; ask its author, or mend the "
+                f"{one_line(expected, 64)}: do not use this file; ask its author, or fix the "
                 "name"
             )
     return path

@@ -29,7 +29,7 @@ def plot_profile(profile: HeadProfile, sparsity: float, path: str | Path) -> Non
         RlkvError: if the suffix is unknown, `sparsity` is no share, or the file cannot be
             written.
     """
-    plot_format(path)
+    plot_format(path)  # before the work
     save_figure(profile_figure(profile, sparsity), path)
 
 

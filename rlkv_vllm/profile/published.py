@@ -1,4 +1,4 @@
-"""Import and export of the gate files that the RLKV and DuoAttention authors publish.
+"""Import and export of gate files as published by the authors of RLKV and DuoAttention.
 
 Both are tab-separated tables, one row per layer and one column per KV head:
 `adapter_weights.tsv` (RLKV, https://arxiv.org/abs/2510.08525, without a config) and
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkv_vllm.allocation.heads import allocate
-from rlkv_vllm.allocation.span import SERVING_SPAN
+from rlkv_vllm.allocation.span import SERVING_SPAN, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, read_json_object, read_text, write_bytes_atomic
 from rlkv_vllm.profile.schema import HeadProfile, ModelFingerprint, Provenance
@@ -65,18 +65,13 @@ def import_published(
         window = _tokens(config_file, config, "window", window)
     else:
         method, source = "rlkv", "https://arxiv.org/abs/2510.08525"
-        sink = SERVING_SPAN.sink if sink is None else sink
-        window = SERVING_SPAN.window if window is None else window
-    if not 0 <= sink < 2**31:
-        raise RlkvError(f"--sink {sink}: must be 0 or more tokens")
-    if not 1 <= window < 2**31:
-        raise RlkvError(f"--window {window}: must be 1 or more tokens")
+    span = resolve_span(sink, window, SERVING_SPAN)
     seed, data = config.get("seed"), config.get("dataset_name")
     return HeadProfile(
         model=model,
         gates=gates,
-        sink=sink,
-        window=window,
+        sink=span.sink,
+        window=span.window,
         provenance=Provenance(
             method=method,
             source=source,
@@ -102,9 +97,8 @@ def export_duo_attention(
     Args:
         profile: what to export.
         folder: made if missing.
-        sparsity: if given, the gates become 1.0 for full heads and 0.0 for streaming heads
-            at this sparsity, so that every reader makes the same split whatever its
-            threshold.
+        sparsity: if given, the gates become 1.0 for full heads and 0.0 for streaming heads at this
+            sparsity, so that any threshold gives the same split.
 
     Raises:
         RlkvError: if `sparsity` is no share or the files cannot be written.
@@ -203,7 +197,7 @@ def _tokens(config_file: Path, config: dict[str, Any], flag: str, given: int | N
         if type(value) is not int or not (flag == "window") <= value < 2**31:
             raise RlkvError(
                 f"{one_line(config_file)}: {key} {one_line(repr(value), 40)} is no number of "
-                f"tokens: mend it or pass --{flag}"
+                f"tokens: fix it or pass --{flag}"
             )
         return value
     raise RlkvError(

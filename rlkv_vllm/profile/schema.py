@@ -1,25 +1,20 @@
-"""The head profile: what one JSON file says about the KV heads of one model.
-
-The models below are the single source of the format; the published JSON Schema
-(`docs/head_profile.schema.json`) is generated from them.
-"""
+"""The format of head profiles; the JSON Schema in `docs/` is generated from these models."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from datetime import date
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 SCHEMA_VERSION: Literal[1] = 1
 
 _MAX_COUNT = 2**31 - 1  # what a C int of the kernels holds
 
 Count = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
-Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _is_none(value: object) -> bool:
@@ -27,9 +22,11 @@ def _is_none(value: object) -> bool:
 
 
 class _Record(BaseModel):
-    """Immutable, and refuses what it does not know."""
+    """Immutable; refuses unknown keys, and numbers that JSON cannot hold, at any depth."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelFingerprint(_Record):
@@ -65,12 +62,6 @@ class Provenance(_Record):
     created: date = Field(description="Day the profile was made (ISO 8601).")
     data: str | None = Field(default=None, description="Data set the gates were made on.")
 
-    @field_validator("config")
-    @classmethod
-    def _finite(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        _require_finite(value, "config")
-        return value
-
 
 class EvaluationRow(_Record):
     """One measurement of the profile at one sparsity."""
@@ -80,9 +71,7 @@ class EvaluationRow(_Record):
     sparsity: Share = Field(description="Share of KV heads that were streaming heads.")
     accuracy: Share = Field(description="Share of problems solved at that sparsity.")
     full_accuracy: Share = Field(description="Share solved with the full cache.")
-    mean_output_tokens: float = Field(
-        ge=0.0, allow_inf_nan=False, description="Mean length of the answers, in tokens."
-    )
+    mean_output_tokens: float = Field(ge=0.0, description="Mean length of the answers, in tokens.")
     # Left out where unknown, not null: files without them keep their text and their SHA-256.
     p95_output_tokens: int | None = Field(
         default=None,
@@ -102,14 +91,12 @@ class EvaluationRow(_Record):
     temperature: float | None = Field(
         default=None,
         ge=0.0,
-        allow_inf_nan=False,
         exclude_if=_is_none,
         description="Sampling temperature, 0 for greedy decoding.",
     )
     seconds_per_solved: float | None = Field(
         default=None,
         ge=0.0,
-        allow_inf_nan=False,
         exclude_if=_is_none,
         description="Wall time of the run through the served engine, all problems in flight "
         "together, divided by the problems solved. Depends on the machine.",
@@ -131,7 +118,7 @@ class HeadProfile(_Record):
     gates: list[list[Share]] = Field(
         min_length=1,
         description="Gate of every KV head, [layers][KV heads], in [0, 1]. Heads with the "
-        "highest gates keep their whole cache (full heads); the others keep sink and window "
+        "highest gates keep every token (full heads); the others keep sink and window "
         "only (streaming heads).",
     )
     sink: int = Field(
@@ -186,14 +173,3 @@ def json_schema_text() -> str:
     schema = HeadProfile.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return json.dumps(schema, indent=2) + "\n"
-
-
-def _require_finite(value: JsonValue, where: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} holds {value}, which JSON cannot hold")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _require_finite(item, f"{where}.{key}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _require_finite(item, f"{where}[{index}]")

@@ -1,4 +1,4 @@
-"""The command line of ``rlkv serve``: vLLM's server flags and four of our own."""
+"""The command line of ``rlkv serve``: vLLM's server flags and five of our own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlkv_vllm import models
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import one_line
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-#: How long running requests may finish after Ctrl-C or SIGTERM. vLLM's 0 kills
-#: the engine, which then complains.
+#: Time for running requests to finish after Ctrl-C or SIGTERM. With vLLM's default of 0 the
+#: engine is killed and logs errors.
 SHUTDOWN_TIMEOUT_S = 10
 
 _USAGE = (
@@ -30,12 +31,13 @@ head. Without MODEL: the embedded reasoner with its own profile.
 
 {{options}}
 vLLM flags used most (every flag of `vllm serve` is accepted, unchanged):
-  --host, --port        where to listen (all interfaces, 8000)
+  --host, --port        where to listen (default: all interfaces, 8000)
   --max-model-len N     longest request, prompt and answer together (tokens)
   --dtype T             float32, bfloat16, float16 or auto
   --kv-cache-memory-bytes N
                         size of the KV cache, e.g. 8G
-  --block-size N        tokens per cache block, a multiple of 16 (32, or 16 where 32 wastes)
+  --block-size N        tokens per cache block, a multiple of 16 (default: 32, or 16 where
+                        32 wastes memory)
   --tensor-parallel-size N, --max-num-seqs N, --enforce-eager
   --reasoning-parser P  how to separate the chain of thought, e.g. deepseek_r1, qwen3
   --api-key KEY         required from clients under /v1
@@ -45,59 +47,64 @@ vLLM flags used most (every flag of `vllm serve` is accepted, unchanged):
 rlkv serve --help=all lists every flag; VLLM_LOGGING_LEVEL=INFO shows vLLM's log.
 """
 
+_OWN_OPTIONS: dict[str, dict[str, Any]] = {
+    "--mode": {
+        "choices": ("split", "gated"),
+        "default": "split",
+        "help": "split: serve a head profile. gated: full caches and a gate per KV head, which "
+        "`rlkv train` sets while the server runs (default: split)",
+    },
+    "--profile": {
+        "metavar": "P",
+        "help": "head profile: a file, a packaged name (rlkv profile list), or "
+        "org/repo[@revision][:file] on the Hugging Face hub",
+    },
+    "--sparsity": {
+        "metavar": "S",
+        "type": float,
+        "help": "share of KV heads that keep only sink and window, 0 to 1 "
+        "(default: the profile's recommended sparsity)",
+    },
+    "--sink": {
+        "metavar": "N",
+        "type": int,
+        "help": "first tokens that streaming heads keep "
+        "(default: the profile's; gated: 128, embedded 4)",
+    },
+    "--window": {
+        "metavar": "N",
+        "type": int,
+        "help": "last tokens that streaming heads keep "
+        "(default: the profile's; gated: 256, embedded 16)",
+    },
+}
+
 
 def own_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Our own flags, as far as they are on the command line; needs no vLLM."""
+    """Our own flags of a command line; needs no vLLM."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_own_options(parser)
     try:
         return parser.parse_known_args(list(arguments))[0]
     except argparse.ArgumentError as error:
-        raise RlkvError(f"{error}: see `rlkv serve --help`") from error
+        raise _bad_flags(error) from error
 
 
 def short_help() -> str:
-    """What ``rlkv serve --help`` prints; needs no vLLM."""
+    """The output of ``rlkv serve --help``; needs no vLLM."""
     parser = argparse.ArgumentParser(prog="rlkv serve", add_help=False)
     _add_own_options(parser)
-    options = parser.format_help().split("\n\n", 1)[1]
-    return _HELP.format(options=options)
+    return _HELP.format(options=parser.format_help().split("\n\n", 1)[1])
 
 
 def _add_own_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("split KV cache")
-    group.add_argument(
-        "--mode",
-        choices=("split", "gated"),
-        default="split",
-        help="split: serve a head profile. gated: whole caches and a gate per KV head that "
-        "`rlkv train` sets while the server runs (split)",
-    )
-    group.add_argument(
-        "--profile",
-        metavar="P",
-        help="head profile: a file, a packaged name (rlkv profile list), or "
-        "org/repo[@revision][:file] on the Hugging Face hub",
-    )
-    group.add_argument(
-        "--sparsity",
-        metavar="S",
-        type=float,
-        help="share of KV heads that keep only sink and window, 0 to 1 "
-        "(the profile's recommended sparsity)",
-    )
-    group.add_argument(
-        "--sink",
-        metavar="N",
-        type=int,
-        help="first tokens that streaming heads keep (profile's; gated: 128, embedded 4)",
-    )
-    group.add_argument(
-        "--window",
-        metavar="N",
-        type=int,
-        help="last tokens that streaming heads keep (profile's; gated: 256, embedded 16)",
-    )
+    for flag, settings in _OWN_OPTIONS.items():
+        group.add_argument(flag, **settings)
+
+
+def _bad_flags(reason: object) -> RlkvError:
+    return RlkvError(f"{' '.join(str(reason).split())}: see `rlkv serve --help`")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -108,7 +115,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     try:
         parser = _server_parser()
-    except Exception as error:  # vLLM runs every plugin here, and theirs may raise anything
+    except Exception as error:  # vLLM loads every plugin here, and a plugin may raise anything
         raise RlkvError(
             f"a vLLM plugin fails ({type(error).__name__}: {' '.join(str(error).split())}): "
             "VLLM_PLUGINS=rlkv leaves all others out"
@@ -118,7 +125,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     except RlkvError:
         raise
     except (ValueError, OSError, IndexError) as error:  # --config FILE, dotted flags
-        raise RlkvError(f"{' '.join(str(error).split())}: see `rlkv serve --help`") from error
+        raise _bad_flags(error) from error
     args.model_name = args.model_tag or args.model or models.MODEL_NAME
     args.model = args.model_tag = models.model_source(args.model_name)
     for name, value in models.serving_defaults(args.model_name).items():
@@ -137,11 +144,11 @@ def _server_parser() -> FlexibleArgumentParser:
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise RlkvError(f"{' '.join(message.split())}: see `rlkv serve --help`")
+            raise _bad_flags(message)
 
     parser = make_arg_parser(Parser(prog="rlkv serve", usage=_USAGE))
     _add_own_options(parser)
-    # None tells "not given" from vLLM's own default.
+    # None: not given. vLLM's own defaults would hide that.
     parser.set_defaults(
         model=None, dtype=None, enforce_eager=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S
     )
@@ -149,28 +156,27 @@ def _server_parser() -> FlexibleArgumentParser:
 
 
 def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
-    """Put the split configuration where vLLM hands it to every process.
+    """Put the configuration of the split where vLLM hands it to every process.
 
     Args:
-        args: parsed flags; ``additional_config`` and those of :func:`engine_classes`
-            are set.
+        args: parsed flags; those of `rlkv_vllm.engine.launch.engine_options` are set.
         split: ``additional_config["rlkv"]``.
 
     Raises:
-        RlkvError: the user's flags want the same places.
+        RlkvError: the user gave one of these flags another value.
     """
     from rlkv_vllm.engine.launch import engine_options
 
     additional = args.additional_config or {}
     if not isinstance(additional, dict):
         raise RlkvError(
-            "--additional-config must be a JSON object, got "
-            f"{json.dumps(additional, default=str)}: mend or remove it"
+            f"--additional-config {one_line(json.dumps(additional, default=str))}: must be a JSON "
+            "object: fix or remove it"
         )
     if "rlkv" in additional:
         raise RlkvError(
-            "--additional-config already has an entry 'rlkv': with `rlkv serve` say it with "
-            "--profile, --sparsity, --sink and --window, and remove the entry"
+            "--additional-config has an entry 'rlkv': remove it, and give `rlkv serve` --profile, "
+            "--sparsity, --sink and --window instead"
         )
     options = engine_options(split, additional)
     if args.block_size is not None:
@@ -179,8 +185,8 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
         given, needed = getattr(args, name), options.get(name)
         if needed is not None and given not in ("", "auto", None, needed):
             raise RlkvError(
-                f"--{name.replace('_', '-')} {given}: the split cache needs this place for "
-                f"{needed}: remove the flag"
+                f"--{name.replace('_', '-')} {given}: the split cache needs {needed} here: remove "
+                "the flag"
             )
     for name, value in options.items():
         setattr(args, name, value)

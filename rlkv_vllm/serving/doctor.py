@@ -1,4 +1,4 @@
-"""Checks of ``rlkv doctor``: each says what it found, and what to do where it failed."""
+"""Checks of ``rlkv doctor``: each reports what it found and, if it failed, how to fix it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rlkv_vllm import models
-from rlkv_vllm.engine.compat import SUPPORTED_VLLM, check_vllm_version
+from rlkv_vllm.engine.compat import SUPPORTED_VLLM
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.serving import preflight
@@ -26,9 +26,9 @@ class Finding:
     """Result of one check.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         ok: whether serving can work with it.
-        found: what was found; for a failure also what to do.
+        found: what was found; for a failure also how to fix it.
     """
 
     name: str
@@ -68,7 +68,7 @@ def examine(port: int) -> Iterator[Finding]:
             yield Finding(name, True, check())
         except RlkvError as error:
             yield Finding(name, False, one_line(error, 400))
-        except Exception as error:  # a broken installation fails in any way it likes
+        except Exception as error:  # a broken installation may raise anything
             what = f"{type(error).__name__}: {one_line(error)}"
             yield Finding(name, False, f"{what}: install again: {_INSTALL}")
 
@@ -96,10 +96,7 @@ def _vllm() -> str:
             f"{' and '.join(found)} are both installed and overwrite each other: uninstall both, "
             f"then {_INSTALL}"
         )
-    check_vllm_version()
-    import vllm.engine.arg_utils  # most of vLLM: finds broken companions such as torchvision
-
-    del vllm
+    preflight.import_vllm()
     return found[0]
 
 

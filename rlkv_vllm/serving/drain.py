@@ -1,8 +1,8 @@
-"""A server that was told to stop takes no new requests, and ends when its time is over.
+"""A server that was told to stop refuses new requests, and ends after `--shutdown-timeout`.
 
-vLLM's server goes on accepting requests until its engine has drained, and the engine refuses
-them: their clients would get status 500, or an answer without tokens. And where a request needs
-longer than `--shutdown-timeout`, vLLM stops the engine and then waits for the answer for ever.
+vLLM's server goes on accepting requests until its engine has drained. The engine refuses them, so
+clients would get status 500 or an answer without tokens. And where a request needs longer than
+`--shutdown-timeout`, vLLM stops the engine and then waits for the answer for ever.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _HEADERS = {"Retry-After": str(SHUTDOWN_TIMEOUT_S), "Connection": "close"}
-#: Within it, requests that came before the signal have reached the engine.
+#: Requests that arrived before the signal get to the engine within this time.
 _ARRIVE_S = 2.0
-#: After the time that vLLM gives its engine.
+#: Requests are cancelled this long after vLLM's own timeout.
 _CUT_AFTER_S = 1.0
 
 _stopping = threading.Event()
@@ -38,7 +38,7 @@ _running: set[asyncio.Task[Any]] = set()
 
 @asynccontextmanager
 async def watch_signals(app: FastAPI) -> AsyncIterator[None]:
-    """Turn requests away from SIGTERM or SIGINT on; vLLM, which ends the server, hears it later.
+    """From SIGTERM or SIGINT on, refuse requests; vLLM gets the signal later and ends the server.
 
     A lifespan of the app: it starts after vLLM has set its handlers, in the event loop.
     """
@@ -49,7 +49,7 @@ async def watch_signals(app: FastAPI) -> AsyncIterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     with _signals_first(asyncio.get_running_loop(), timeout) if in_main_thread else nullcontext():
         yield
-    # Nothing has been taken down yet: an engine that fails now was not told to end.
+    # Nothing has been shut down yet: an engine that fails now was not told to end.
     engine = getattr(app.state, "engine_client", None)
     if not _stopping.is_set() and getattr(engine, "errored", False):
         _engine_died.set()
@@ -62,9 +62,9 @@ def engine_died() -> bool:
 
 @contextmanager
 def _signals_first(loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[None]:
-    """Have signals noticed here before `loop` calls its handlers of them.
+    """Get signals before `loop` calls its handlers.
 
-    Python writes the number of every signal to a file descriptor, from which the loop learns of it.
+    Python writes the number of every signal to a file descriptor, which the loop reads.
 
     Args:
         loop: it runs in the main thread.
@@ -73,21 +73,21 @@ def _signals_first(loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[
     receiver, sender = socket.socketpair()
     receiver.setblocking(False)
     sender.setblocking(False)
-    of_loop = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    loops_own = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     waiting: list[asyncio.TimerHandle] = []
 
-    def hand_on(numbers: bytes) -> None:
-        if of_loop >= 0:
-            os.write(of_loop, numbers)
+    def forward(numbers: bytes) -> None:
+        if loops_own >= 0:
+            os.write(loops_own, numbers)
 
     def notice() -> None:
         numbers = receiver.recv(4096)
         if _stopping.is_set() or not {signal.SIGTERM, signal.SIGINT}.intersection(numbers):
-            hand_on(numbers)  # a second Ctrl-C does not wait
+            forward(numbers)  # a second Ctrl-C does not wait
             return
         _stopping.set()
         delay = min(_ARRIVE_S, timeout) if _running else 0
-        waiting.append(loop.call_later(delay, hand_on, numbers))
+        waiting.append(loop.call_later(delay, forward, numbers))
         waiting.append(loop.call_later(delay + timeout + _CUT_AFTER_S, _cut))
 
     loop.add_reader(receiver, notice)
@@ -97,7 +97,7 @@ def _signals_first(loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[
         for timer in waiting:
             timer.cancel()
         loop.remove_reader(receiver)
-        signal.set_wakeup_fd(of_loop, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(loops_own, warn_on_full_buffer=False)
         receiver.close()
         sender.close()
 
@@ -108,7 +108,7 @@ def _cut() -> None:
 
 
 class TurnAway:
-    """ASGI middleware: 503 with `Retry-After` for what a stopping server does not answer."""
+    """ASGI middleware: a stopping server refuses requests with 503 and `Retry-After`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -125,7 +125,7 @@ class TurnAway:
 
         async def send_unless_refused(message: Message) -> None:
             nonlocal has_begun, is_refused
-            # The request came before the signal, and reached the engine after it.
+            # It arrived before the signal, and got to the engine after it.
             if message.get("status") == HTTPStatus.INTERNAL_SERVER_ERROR and _stopping.is_set():
                 has_begun = is_refused = True
                 await _refusal()(scope, receive, send)
@@ -138,10 +138,10 @@ class TurnAway:
         _running.add(task)
         try:
             await self.app(scope, receive, send_unless_refused)
-        except (asyncio.CancelledError, Exception):  # parts of the server are gone already
+        except (asyncio.CancelledError, Exception):  # parts of the server may be gone
             if not _stopping.is_set():
                 raise
-            # A stream that has begun ends without its last part: the connection is closed.
+            # A stream that has begun ends without its last part, and the connection closes.
             if not has_begun:
                 await _refusal()(scope, receive, send)
         finally:

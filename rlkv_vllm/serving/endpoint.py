@@ -1,7 +1,7 @@
 """vLLM endpoint plugin: proves at start that the KV cache is split, and shows the split.
 
-A general plugin that fails to load is only logged by vLLM, and the server would
-go on with whole caches. So the workers are asked what they really built.
+vLLM only logs a general plugin that fails to load, and the server would go on with full caches. So
+the workers are asked what they built.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MOST_REQUESTS = 1_000_000
 #: For /openapi.json.
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": Unauthorized},
-    404: {"model": Refusal, "description": "This server has whole caches."},
+    404: {"model": Refusal, "description": "This server has full caches."},
 }
 
 logger = logging.getLogger("vllm.rlkv")
@@ -50,7 +50,7 @@ router = APIRouter(tags=["rlkv"], lifespan=watch_signals)
 
 @dataclass(frozen=True)
 class ServedSplit:
-    """What the routes need of a proven split; kept on the app's state."""
+    """A proven split, for the routes; kept on the app's state."""
 
     figures: CacheFigures
     stat_logger: RlkvStatLogger
@@ -67,7 +67,7 @@ class RlkvEndpoint:
     engine_client: EngineClient | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the page and the JSON routes, and turn requests away once the server stops."""
+        """Add the page and the JSON routes, and refuse requests once the server stops."""
         app.include_router(router)
         app.add_middleware(TurnAway)
         self._app = app
@@ -112,7 +112,7 @@ class RlkvEndpoint:
 
 @router.get("/rlkv", include_in_schema=False)
 async def show_page(request: Request) -> Response:
-    """The page; it asks the JSON routes for all that it shows."""
+    """The page; its figures come from the JSON routes."""
     return page(_needs_key(request.app.state.args))
 
 
@@ -121,7 +121,7 @@ async def show_status(request: Request) -> Response:
     """The split cache of this server: heads, capacity, and what requests hold now."""
     served = _served(request)
     use = served.stat_logger.cache_use()
-    # Polled, so written here: FastAPI would validate and dump what never changes each time.
+    # Polled often: FastAPI would validate and dump the constant part each time.
     content = f"{served.constant}{use.model_dump_json() if use else 'null'}}}"
     return Response(content, media_type="application/json")
 
@@ -137,7 +137,7 @@ async def show_forecast(
         int, Query(ge=1, le=_MOST_REQUESTS, description="How many requests at once.")
     ] = 1,
 ) -> SplitForecast:
-    """What so many requests of one length need, split and with a full cache."""
+    """Cache that a number of requests of one length need, split and full."""
     try:
         return _served(request).figures.forecast(tokens, requests)
     except RlkvError as error:

@@ -1,6 +1,6 @@
-"""Routes of a server in gated mode: read and set the gates, roll out.
+"""Routes of a server in gated mode: read and set the gates, sample rollouts.
 
-They exist in this mode only, and under ``/v1``, so that ``--api-key`` guards them.
+They exist in this mode only. They are under ``/v1``, so that ``--api-key`` protects them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ router = APIRouter(tags=["rlkv"])
 
 
 class NewGates(BaseModel):
-    """Gates to sample with from now on."""
+    """Gates to set."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,14 +57,14 @@ class GatesVersion(BaseModel):
 class ServedGates(BaseModel):
     """The gates of this server."""
 
-    version: int = Field(description="How often they were set; at 0 all are 1.")
+    version: int = Field(description="Number of times they were set; at 0 all are 1.")
     sink: int
     window: int
     gates: list[list[float]] = Field(description="[layers][KV heads].")
 
 
 class RolloutRequest(BaseModel):
-    """Prompts to answer once each."""
+    """Prompts, each of which is answered once."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -73,7 +73,7 @@ class RolloutRequest(BaseModel):
     )
     sampling: Sampling
     gates: list[list[float]] | None = Field(
-        default=None, description="Sample with these gates, set before; null: with the present."
+        default=None, description="Gates to set before sampling; null: the current ones."
     )
 
 
@@ -81,8 +81,8 @@ class RolledOut(BaseModel):
     """An answer, the stop token included."""
 
     token_ids: list[int]
-    logprobs: list[float] = Field(description="Of every token, as it was sampled.")
-    gates_version: int = Field(description="Of the gates that it was sampled with.")
+    logprobs: list[float] = Field(description="Of every token, after temperature and filters.")
+    gates_version: int = Field(description="Version of the gates that it was sampled with.")
 
 
 class RolloutAnswer(BaseModel):
@@ -92,7 +92,7 @@ class RolloutAnswer(BaseModel):
 
 
 class Rollouts:
-    """What the routes need; kept on the app's state.
+    """The engine and its gates, for the routes; kept on the app's state.
 
     Args:
         engine_client: the engine.
@@ -106,7 +106,7 @@ class Rollouts:
         self.updater = GatesUpdater(engine_client, now)
 
     async def answer(self, prompt: list[int], sampling: Sampling, index: int) -> RolledOut:
-        """Answer the prompt of this index."""
+        """Answer one prompt; `index` makes its seed differ from the others."""
         request_id = f"rollout-{uuid.uuid4()}"
         given: Any = {"prompt_token_ids": prompt}
         # One output: the finished answer.
@@ -116,7 +116,7 @@ class Rollouts:
 
 
 async def serve_gates(engine_client: EngineClient, config: GatedConfig, state: State) -> None:
-    """Prove that the engine has gates, and keep what the routes need.
+    """Prove that the engine has gates, and keep it for the routes.
 
     Raises:
         RlkvError: a worker has none.
@@ -127,7 +127,7 @@ async def serve_gates(engine_client: EngineClient, config: GatedConfig, state: S
 
 @router.get("/v1/rlkv/gates", responses={401: _REFUSALS[401]})
 async def show_gates(request: Request) -> ServedGates:
-    """The gates that answers are sampled with."""
+    """The current gates."""
     served: Rollouts = request.app.state.rlkv_rollouts
     now, config = served.updater.now, served.config
     return ServedGates(version=now.version, sink=config.sink, window=config.window, gates=now.gates)
@@ -135,7 +135,7 @@ async def show_gates(request: Request) -> ServedGates:
 
 @router.put("/v1/rlkv/gates", responses=_REFUSALS)
 async def set_gates(request: Request, body: NewGates) -> GatesVersion:
-    """Other gates: running requests finish with the earlier ones, later ones wait."""
+    """Set the gates: running requests finish with the old ones, new requests wait."""
     served: Rollouts = request.app.state.rlkv_rollouts
     try:
         return GatesVersion(version=await served.updater.set(body.gates))

@@ -18,7 +18,7 @@ _TIMEOUT_S = 8.0
 
 
 def problem(url: str, key: str | None) -> str | None:
-    """What is wrong with the server at `url`.
+    """Why the server at `url` is not healthy.
 
     Args:
         url: of the server, without a path.
@@ -34,7 +34,7 @@ def problem(url: str, key: str | None) -> str | None:
         if error.code == 401:
             return f"{error.url}: status 401: set VLLM_API_KEY to the server's API key"
         if error.code == 404:
-            return f"{error.url}: status 404: this server has whole caches, not split ones"
+            return f"{error.url}: status 404: this server has full caches, not split ones"
         return f"{error.url}: status {error.code}"
     except (OSError, ValueError) as error:
         return f"{url}: {error}"
@@ -52,7 +52,7 @@ def _get(url: str, key: str | None) -> bytes:
 
 
 def main() -> int:
-    """Check the server named by the first argument or ``RLKV_URL``; say what is wrong."""
+    """Check the server named by the first argument or ``RLKV_URL``; print what is wrong."""
     url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("RLKV_URL") or DEFAULT_URL
     found = problem(url.rstrip("/"), os.environ.get("VLLM_API_KEY"))
     if found is None:

@@ -1,4 +1,4 @@
-"""Other people's errors as one line for the user."""
+"""Errors of vLLM, pydantic and the system as one line for the user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LIMIT = 400
 
 
 def reason(error: BaseException) -> str:
-    """What an error of vLLM, pydantic or the system says, on one line."""
+    """The message of `error` on one line; its type where it has none."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -1,7 +1,7 @@
 """The split cache in vLLM's ``/metrics``: a stat logger plugin of vLLM.
 
-With ``--api-server-count`` above 1 the engine reports each step to only one of the
-processes; prometheus_client's files then hold the figures of all of them.
+With ``--api-server-count`` above 1 the engine reports each step to one of the processes only;
+prometheus_client's files then hold the figures of all of them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,33 @@ _USED, _FULL_CACHE, _RUNNING = (
 )
 
 
-class _Series(NamedTuple):
-    """What one engine's steps change; looked up once, because `labels()` is slow."""
-
-    running: Gauge
-    preemptions: Counter
-    use: _UseSeries | None
+#: Name -> help text and labels. Those of the first table do not change while the server runs.
+_CONSTANT = {
+    "active": ("1 if the split was proven at start, 0 if this server has full caches.",),
+    "profile_info": (
+        "Head profile and split that are served; always 1.",
+        *("profile", "profile_sha256", "sparsity", "sink", "window"),
+    ),
+    "heads": ("KV heads of the model.", "kind"),
+    "cache_capacity_bytes": ("KV cache that requests can hold.",),
+    "requests_possible": ("Requests of the longest length that fit at once.", "cache"),
+}
+_CHANGING = {
+    "cache_used_bytes": ("KV cache held by requests.", "kind"),
+    "full_cache_bytes": ("What a full cache would hold for the same requests.",),
+    "cache_saved_bytes": ("Bytes that the split saves the requests against a full cache.",),
+    "requests_running": ("Requests in the running batch.",),
+}
+_COUNTED = {
+    "ring_evictions": ("Blocks of streaming heads that left the window and were freed.",),
+    "preemptions": ("Requests that had to start again because the cache was full.",),
+    "prefix_cache_hit_blocks": ("Blocks of new requests taken from the prefix cache.", "kind"),
+}
 
 
 class _UseSeries(NamedTuple):
+    """Series of one engine, looked up once, because `labels()` is slow."""
+
     full: Gauge
     streaming: Gauge
     full_cache: Gauge
@@ -48,60 +66,49 @@ class _UseSeries(NamedTuple):
     streaming_hits: Counter
 
 
+class _Series(NamedTuple):
+    """What the steps of one engine change; `use` is None where no scheduler reports it."""
+
+    running: Gauge
+    preemptions: Counter
+    use: _UseSeries | None
+
+
 class RlkvStatLogger(AggregateStatLoggerBase):
     """Metrics of the split cache, one series per engine.
 
-    Without a split it exports ``rlkv:active`` 0 and nothing else. It is a collector too: vLLM
-    answers ``/metrics`` in another thread than records the steps, and what one scrape tells of
-    the split must be of one step.
+    Without a split it exports ``rlkv:active`` 0 and nothing else. It is a collector as well: vLLM
+    answers ``/metrics`` in another thread than it records steps in, and one scrape must show one
+    step.
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         model = vllm_config.model_config.served_model_name
         self._engines = {index: (model, str(index)) for index in engine_indexes}
-        self._reports_use = _reports_use(vllm_config)
+        self._reports_use = issubclass(
+            vllm_config.scheduler_config.get_scheduler_cls(), SplitScheduler
+        )
         self._figures: CacheFigures | None = None
         self._series: dict[int, _Series] = {}
         self._counts = dict.fromkeys(engine_indexes, (0, 0, 0, 0))
         self._lock = Lock()
-
-        self._active = _gauge(
-            "active", "1 if the split was proven at start, 0 if this server has whole caches."
-        )
+        # Without a registry: this object is the collector.
+        self._gauges = {
+            name: Gauge(
+                _PREFIX + name,
+                text,
+                (*_LABELS, *labels),
+                registry=None,
+                multiprocess_mode="mostrecent",
+            )
+            for name, (text, *labels) in (_CONSTANT | _CHANGING).items()
+        }
+        self._counters = {
+            name: Counter(_PREFIX + name, text, (*_LABELS, *labels), registry=None)
+            for name, (text, *labels) in _COUNTED.items()
+        }
         for labels in self._engines.values():
-            self._active.labels(*labels).set(0)
-        self._profile = _gauge(
-            "profile_info",
-            "Head profile and split that are served; always 1.",
-            "profile",
-            "profile_sha256",
-            "sparsity",
-            "sink",
-            "window",
-        )
-        self._heads = _gauge("heads", "KV heads of the model.", "kind")
-        self._used = _gauge("cache_used_bytes", "KV cache held by requests.", "kind")
-        self._capacity = _gauge("cache_capacity_bytes", "KV cache that requests can hold.")
-        self._full_cache = _gauge(
-            "full_cache_bytes", "What a full cache would hold for the same requests."
-        )
-        self._saved = _gauge(
-            "cache_saved_bytes", "Bytes that the split saves the requests against a full cache."
-        )
-        self._running = _gauge("requests_running", "Requests in the running batch.")
-        self._possible = _gauge(
-            "requests_possible", "Requests of the longest length that fit at once.", "cache"
-        )
-        self._evictions = _counter(
-            "ring_evictions", "Blocks of streaming heads that left the window and were given back."
-        )
-        self._preemptions = _counter(
-            "preemptions", "Requests that had to start again for want of cache."
-        )
-        self._hits = _counter(
-            "prefix_cache_hit_blocks", "Blocks of new requests taken from the prefix cache.", "kind"
-        )
-
+            self._gauges["active"].labels(*labels).set(0)
         self._constant = self._collect_constant()
         for collector in list(REGISTRY._collector_to_names):
             if isinstance(collector, RlkvStatLogger):  # of an engine that lived here before
@@ -109,66 +116,59 @@ class RlkvStatLogger(AggregateStatLoggerBase):
         REGISTRY.register(self)
 
     def _collect_constant(self) -> list[Metric]:
-        gauges = (self._active, self._profile, self._heads, self._capacity, self._possible)
-        return [metric for gauge in gauges for metric in gauge.collect()]
+        return [metric for name in _CONSTANT for metric in self._gauges[name].collect()]
 
     def collect(self) -> list[Metric]:
         """All metrics, as they were after one step; called by prometheus_client."""
-        metrics = (
-            *(self._used, self._full_cache, self._saved, self._running),
-            *(self._evictions, self._preemptions, self._hits),
-        )
+        metrics = (*(self._gauges[name] for name in _CHANGING), *self._counters.values())
         with self._lock:
             changing = [each for metric in metrics for each in metric.collect()]
-        for each in changing:  # when a counter began nobody asks, and it takes as long to write
+        for each in changing:  # nobody reads when a counter began, and it doubles the output
             each.samples = [s for s in each.samples if not s.name.endswith("_created")]
         return [each for each in (*self._constant, *changing) if each.samples]
 
     def show_split(self, figures: CacheFigures) -> None:
-        """The split is proven: export what stays the same, and what is counted from now on."""
+        """The split is proven: export what stays the same, and start counting."""
         self._figures = figures
-        plan = figures.plan
+        plan, gauges = figures.plan, self._gauges
         allocation = plan.groups.allocation
         possible = figures.requests_possible(plan.max_model_len)
+        span = plan.geometry.sink, plan.geometry.window
+        profile = plan.profile_id, plan.profile.sha256(), f"{plan.sparsity:g}", *span
         for index, labels in self._engines.items():
-            self._active.labels(*labels).set(1)
-            self._profile.labels(
-                *labels,
-                plan.profile_id,
-                plan.profile.sha256(),
-                f"{plan.sparsity:g}",
-                plan.geometry.sink,
-                plan.geometry.window,
-            ).set(1)
-            self._heads.labels(*labels, "full").set(allocation.num_full)
-            self._heads.labels(*labels, "streaming").set(allocation.num_streaming)
-            self._capacity.labels(*labels).set(figures.capacity_bytes)
-            self._possible.labels(*labels, "split").set(possible.split)
-            self._possible.labels(*labels, "full").set(possible.full)
+            gauges["active"].labels(*labels).set(1)
+            gauges["profile_info"].labels(*labels, *profile).set(1)
+            gauges["heads"].labels(*labels, "full").set(allocation.num_full)
+            gauges["heads"].labels(*labels, "streaming").set(allocation.num_streaming)
+            gauges["cache_capacity_bytes"].labels(*labels).set(figures.capacity_bytes)
+            gauges["requests_possible"].labels(*labels, "split").set(possible.split)
+            gauges["requests_possible"].labels(*labels, "full").set(possible.full)
             self._series[index] = self._start_series(labels)
         self._constant = self._collect_constant()
 
     def _start_series(self, labels: Sequence[str]) -> _Series:
-        """So that the series exist before the first step.
+        """Make the series exist before the first step.
 
-        A step that another API process has seen already is overwritten, until the next one.
+        This overwrites a step that another API process has seen already, until the next step.
         """
+        gauges, counters = self._gauges, self._counters
         use = None
         if self._reports_use:
+            hits = counters["prefix_cache_hit_blocks"]
             use = _UseSeries(
-                self._used.labels(*labels, "full"),
-                self._used.labels(*labels, "streaming"),
-                self._full_cache.labels(*labels),
-                self._saved.labels(*labels),
-                self._evictions.labels(*labels),
-                self._hits.labels(*labels, "full"),
-                self._hits.labels(*labels, "streaming"),
+                gauges["cache_used_bytes"].labels(*labels, "full"),
+                gauges["cache_used_bytes"].labels(*labels, "streaming"),
+                gauges["full_cache_bytes"].labels(*labels),
+                gauges["cache_saved_bytes"].labels(*labels),
+                counters["ring_evictions"].labels(*labels),
+                hits.labels(*labels, "full"),
+                hits.labels(*labels, "streaming"),
             )
             for gauge in (use.full, use.streaming, use.full_cache, use.saved):
                 gauge.set(0)
-        running = self._running.labels(*labels)
+        running = gauges["requests_running"].labels(*labels)
         running.set(0)
-        return _Series(running, self._preemptions.labels(*labels), use)
+        return _Series(running, counters["preemptions"].labels(*labels), use)
 
     def record(
         self,
@@ -187,13 +187,11 @@ class RlkvStatLogger(AggregateStatLoggerBase):
             if iteration_stats and iteration_stats.num_preempted_reqs:
                 series.preemptions.inc(iteration_stats.num_preempted_reqs)
             if scheduler_stats:
-                series.running.set(scheduler_stats.num_running_reqs)
+                running = scheduler_stats.num_running_reqs
+                series.running.set(running)
                 if use is not None and series.use is not None:
                     self._record_use(use, series.use)
-                    self._counts[engine_idx] = (
-                        *(use.full, use.streaming, use.full_cache),
-                        scheduler_stats.num_running_reqs,
-                    )
+                    self._counts[engine_idx] = (use.full, use.streaming, use.full_cache, running)
 
     def _record_use(self, use: BlockUse, series: _UseSeries) -> None:
         assert self._figures is not None
@@ -231,7 +229,7 @@ class RlkvStatLogger(AggregateStatLoggerBase):
             (_RUNNING, None): 1,
         }
         sums = dict.fromkeys(unit, 0.0)
-        # vLLM's counters and histograms, which take much longer to read, are in other files.
+        # vLLM's counters and histograms are in other files, which take much longer to read.
         files = [str(path) for path in folder.glob("gauge_mostrecent_*.db")]
         for metric in MultiProcessCollector.merge(files):
             for sample in metric.samples:
@@ -241,23 +239,4 @@ class RlkvStatLogger(AggregateStatLoggerBase):
         return (round(sums[what] / unit[what]) for what in unit)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say: the endpoint plugin calls :meth:`show_split`."""
-
-
-def _reports_use(vllm_config: VllmConfig) -> bool:
-    return issubclass(vllm_config.scheduler_config.get_scheduler_cls(), SplitScheduler)
-
-
-# Without a registry: the stat logger is the collector.
-def _gauge(name: str, documentation: str, *labels: str) -> Gauge:
-    return Gauge(
-        _PREFIX + name,
-        documentation,
-        (*_LABELS, *labels),
-        registry=None,
-        multiprocess_mode="mostrecent",
-    )
-
-
-def _counter(name: str, documentation: str, *labels: str) -> Counter:
-    return Counter(_PREFIX + name, documentation, (*_LABELS, *labels), registry=None)
+        """Nothing to log: the endpoint plugin calls :meth:`show_split`."""

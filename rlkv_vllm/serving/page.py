@@ -1,4 +1,4 @@
-"""The page at ``/rlkv``: one HTML file with its style and its script inside."""
+"""The page at ``/rlkv``: one HTML file that includes its style and script."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FILE = Path(__file__).with_name("page.html")
 
 
 def page(needs_key: bool) -> Response:
-    """The page, with headers that let it run its own script and style and nothing else.
+    """The page, with headers that allow its own script and style and nothing else.
 
     Args:
-        needs_key: whether the JSON routes need an API key, so that the page asks for it first.
+        needs_key: the JSON routes need an API key, so the page asks for it first.
     """
     html, policy = _page(needs_key)
     return Response(

@@ -1,4 +1,4 @@
-"""What can be refused before any weights are loaded, each in one line."""
+"""Checks before any weights are loaded; each refuses in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import socket
-from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from rlkv_vllm import models
 from rlkv_vllm.allocation.span import TRAINING_SPAN, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
-from rlkv_vllm.models import load_model_fingerprint
 from rlkv_vllm.profile.choice import choose_profile
 from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile
@@ -46,8 +45,7 @@ def split_options(
         found: the profile of ``--profile``, if it was read before.
 
     Returns:
-        ``additional_config["rlkv"]``: the profile as an absolute path with its
-        checksum, so that every process reads the file that was checked.
+        ``additional_config["rlkv"]``.
 
     Raises:
         RlkvError: in this order: profile, model, their fit, sparsity, sink, window.
@@ -58,7 +56,7 @@ def split_options(
             "`rlkv profile list`"
         )
     found = found or find_profile(args.profile)
-    check_matches(found[0], load_model_fingerprint(args.model, args.revision))
+    check_matches(found[0], models.load_model_fingerprint(args.model, args.revision))
     choice = choose_profile(
         args.profile, args.sparsity, sink=args.sink, window=args.window, found=found
     )
@@ -75,8 +73,8 @@ def gated_options(args: argparse.Namespace) -> dict[str, Any]:
         ``additional_config["rlkv"]``.
 
     Raises:
-        RlkvError: flags of a head profile are given, or several API processes, which would not
-            know of each other's gates; sink or window are wrong.
+        RlkvError: flags of a head profile are given, sink or window are out of range, or there are
+            several API processes, which would not know each other's gates.
     """
     for flag, given in (("--profile", args.profile), ("--sparsity", args.sparsity)):
         if given is not None:
@@ -88,19 +86,14 @@ def gated_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"mode": "gated", "sink": sink, "window": window}
 
 
-def _uses_rust_frontend(_: argparse.Namespace) -> bool:
-    return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
-
-
-#: Ways of serving in which nothing could prove that the split is active.
-SERVER_REFUSALS: dict[str, Callable[[argparse.Namespace], bool]] = {
-    "--headless": lambda args: args.headless,
-    "--grpc": lambda args: args.grpc,
-    "--grpc-port": lambda args: args.grpc_port is not None,
-    "--data-parallel-multi-port-external-lb": lambda args: (
-        args.data_parallel_multi_port_external_lb
-    ),
-    "VLLM_USE_RUST_FRONTEND": _uses_rust_frontend,
+#: Flags of vLLM, and their value where they are not given. With another value nothing could
+#: prove that the split is active.
+SERVER_REFUSALS: dict[str, object] = {
+    "--headless": False,
+    "--grpc": False,
+    "--grpc-port": None,
+    "--data-parallel-multi-port-external-lb": False,
+    "VLLM_USE_RUST_FRONTEND": "0",
 }
 
 
@@ -110,12 +103,29 @@ def check_server_mode(args: argparse.Namespace) -> None:
     Raises:
         RlkvError: naming the flag or variable.
     """
-    for flag, used in SERVER_REFUSALS.items():
-        if used(args):
+    for flag, plain in SERVER_REFUSALS.items():
+        if flag.startswith("--"):
+            value = getattr(args, flag[2:].replace("-", "_"))
+        else:
+            value = os.environ.get(flag) or plain
+        if value != plain:
             raise RlkvError(
                 f"{flag}: `rlkv serve` cannot prove there that the split cache is active: "
                 "remove it and run one HTTP server per engine"
             )
+
+
+def import_vllm() -> None:
+    """Import most of vLLM, which finds broken companions such as torchvision.
+
+    Raises:
+        RlkvError: this version is not supported.
+        Exception: anything that a broken installation raises.
+    """
+    from rlkv_vllm.engine.compat import check_vllm_version
+
+    check_vllm_version()
+    import_module("vllm.engine.arg_utils")
 
 
 def check_address(args: argparse.Namespace) -> None:
@@ -159,9 +169,8 @@ def _address_error(args: argparse.Namespace, error: OSError) -> str:
 def select_plugins() -> None:
     """Put ``rlkv`` on the list of plugins that vLLM may load (``VLLM_PLUGINS``).
 
-    vLLM loads endpoint plugins only when that list names them, and with a list
-    it loads nothing else: so name what it would have loaded without one. A
-    plugin that would also add routes stays off, as it would without a list.
+    vLLM loads endpoint plugins only when that list names them, and with a list it loads nothing
+    else. So the list names what vLLM would load without one: not the other endpoint plugins.
     """
     given = os.environ.get("VLLM_PLUGINS")
     if given is not None:
@@ -177,7 +186,7 @@ def select_plugins() -> None:
 def check_plugin() -> None:
     """Refuse an installation whose plugin vLLM would not find or could not load.
 
-    vLLM logs such a plugin and goes on with whole caches.
+    vLLM only logs that and goes on with full caches.
 
     Raises:
         RlkvError: naming the entry point.
@@ -194,7 +203,7 @@ def check_plugin() -> None:
                 f"plugin {PLUGIN_NAME} of {group}: vLLM finds {shown}, expected {value}: install "
                 "rlkv-vllm again (pip install --force-reinstall --no-deps rlkv-vllm)"
             )
-        if group == STAT_LOGGER_PLUGINS:  # imports vLLM; the endpoint plugin finds it missing
+        if group == STAT_LOGGER_PLUGINS:  # imports vLLM; the endpoint plugin looks for it
             continue
         try:
             found[0].load()
@@ -206,16 +215,16 @@ def check_plugin() -> None:
 
 
 def choose_cpu_memory(args: argparse.Namespace, cache_bytes: int | None) -> str | None:
-    """Size the KV cache on the CPU where the user says nothing.
+    """Size the KV cache on the CPU where the user gives no size.
 
-    vLLM claims 92% of the machine and gives up when less is free.
+    vLLM claims 92% of the memory and refuses to start when less is free.
 
     Args:
         args: parsed flags; the cache size or memory share is set.
-        cache_bytes: cache size to use when none is given; None: what is free.
+        cache_bytes: default size of the cache; None: what is free.
 
     Returns:
-        A line for the user when a setting of theirs is overridden or a default changed.
+        A line for the user if a setting is overridden or vLLM's default changed.
     """
     import psutil
 
@@ -253,13 +262,12 @@ def check_capacity(plan: SplitPlan, cache_bytes: int | None) -> None:
     Raises:
         RlkvError: naming the flags and what would fit.
     """
-    tokens = plan.max_model_len
     forecast = plan.forecast
     if cache_bytes is None or forecast.num_blocks(cache_bytes) > plan.admission_blocks:
         return
-    block_bytes = max(forecast.block_bytes(rank) for rank in forecast.ranks)
-    need = plan.admission_blocks * block_bytes
+    need = plan.admission_blocks * max(forecast.block_bytes(rank) for rank in forecast.ranks)
     raise RlkvError(
-        f"--kv-cache-memory-bytes {cache_bytes:,}: one request of --max-model-len {tokens:,} "
-        f"needs {need:,} bytes and a spare block: raise the one or lower the other"
+        f"--kv-cache-memory-bytes {cache_bytes:,}: one request of --max-model-len "
+        f"{plan.max_model_len:,} needs {need:,} bytes and a spare block: raise the "
+        "cache size or lower the length"
     )

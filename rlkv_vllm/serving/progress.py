@@ -1,7 +1,7 @@
-"""Readable output of ``rlkv serve``: what phase it is in, then warnings and requests.
+"""Readable output of ``rlkv serve``: phases of the start, warnings, requests.
 
-:file:`logging.json` applies these classes in the server and in every process of
-the engine. vLLM's own log comes back with ``VLLM_LOGGING_LEVEL=INFO``.
+:file:`logging.json` applies these classes in the server and in every process of the engine. With
+``VLLM_LOGGING_LEVEL=INFO`` vLLM's own log is shown instead.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _LOGGING_CONFIG = Path(__file__).with_name("logging.json")
 #: The split cache's own messages are always shown.
 _OWN_LOGGER = "vllm.rlkv"
 
-#: How vLLM announces a phase, and what we call it. A message that vLLM rewords
-#: is a phase line less, nothing else.
+#: Start of vLLM's message -> name of the phase. Where vLLM rewords a message, its phase is not
+#: shown; nothing else changes.
 _PHASES = (
     ("Starting to load model", "loading weights"),
     ("Warming up model", "warming up (compiles the model, this can take minutes)"),
@@ -33,7 +33,7 @@ _PHASES = (
     ("[shutdown] API server: shutdown triggered", "stopping"),
 )
 
-#: Warnings that ask for nothing: vLLM's own choices, told once per process.
+#: Warnings that need no action: vLLM's own choices, logged once per process.
 _NOISE = (
     "Attempted to load weight",  # --dtype differs from the checkpoint's
     "CPU backend prefers block_size",  # rings want small blocks
@@ -48,7 +48,7 @@ _NOISE = (
     "is not found in LD_PRELOAD",
 )
 
-#: The same for what does not come through Python's logging.
+#: The same for messages that do not come through Python's logging.
 _QUIET_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -79,7 +79,7 @@ class StartUpFilter(logging.Filter):
 
 
 class PollFilter(logging.Filter):
-    """Leaves out what programs ask every second or so, as long as it is answered."""
+    """Leaves out answered requests of programs that poll."""
 
     _POLLED = ("/health", "/metrics", "/v1/rlkv")
 
@@ -92,7 +92,7 @@ class PollFilter(logging.Filter):
 
 
 class LineFormatter(logging.Formatter):
-    """``rlkv 12:34:56 message``, with the level where it is not plain information."""
+    """``rlkv 12:34:56 message``, with the level if it is above INFO."""
 
     def __init__(self) -> None:
         super().__init__(datefmt="%H:%M:%S")
@@ -103,7 +103,7 @@ class LineFormatter(logging.Formatter):
         return f"rlkv {self.formatTime(record, self.datefmt)} {level}{record.message}"
 
     def formatException(self, ei: Any) -> str:
-        """The last line: the rest says nothing to a user, and vLLM's own log has it."""
+        """The last line, which names the error; vLLM's own log has the rest."""
         return super().formatException(ei).rstrip().rsplit("\n", 1)[-1]
 
     def usesTime(self) -> bool:
@@ -112,23 +112,23 @@ class LineFormatter(logging.Formatter):
 
 
 def say(message: str, *, must: bool = False) -> None:
-    """One line of progress, as :class:`LineFormatter` prints it.
+    """Print one line of progress, as :class:`LineFormatter` does.
 
-    Like a log line, it is lost where it cannot be written: a full disk ends no server.
+    A line that cannot be written is lost, as log lines are: a full disk must not stop the server.
 
     Args:
         message: the line.
-        must: an OSError is raised instead; before anything is loaded.
+        must: raise the OSError instead.
     """
     with nullcontext() if must else suppress(OSError):
         print(f"rlkv {time.strftime('%H:%M:%S')} {message}", flush=True)
 
 
 def quiet_logging(arguments: Sequence[str]) -> None:
-    """Make vLLM log through the classes above, unless the user chose otherwise.
+    """Make vLLM log through the classes above, unless the user configured logging.
 
-    The variable reaches the engine's processes. Here vLLM reads it only when the
-    flags are parsed, so apply it at once for what is said while importing.
+    The environment variable is for the engine's processes. In this one vLLM reads it only after
+    its import, so the configuration is applied now as well.
     """
     flags = [argument.replace("_", "-") for argument in arguments if argument.startswith("--")]
     if any(flag.startswith(_LEVEL_FLAGS) for flag in flags):
@@ -142,10 +142,10 @@ def quiet_logging(arguments: Sequence[str]) -> None:
 
 
 def silence_exit() -> None:
-    """Drop what libraries print while the interpreter ends, and what could not be written.
+    """Drop the output of libraries while the interpreter ends, and output that cannot be written.
 
-    nanobind lists what triton never frees, 30 lines after the last one that a user needs. And
-    Python ends with status 120 where the disk is full for what is left to print.
+    nanobind prints 30 lines about objects that triton never frees. And Python exits with status
+    120 if it cannot flush its output, e.g. to a full disk.
     """
 
     def silence() -> None:

@@ -11,18 +11,12 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving import preflight, progress
-from rlkv_vllm.serving.arguments import (
-    add_split,
-    own_options,
-    parse,
-    short_help,
-)
+from rlkv_vllm.serving.arguments import add_split, own_options, parse, short_help
 from rlkv_vllm.serving.messages import reason
+from rlkv_vllm.serving.summary import served_names
 
-#: The user stopped the server: that is how a server ends.
-STOPPED = 0
-#: The engine's process is gone, and with it the server.
-ENGINE_DIED = 1
+#: Exit status: stopped by the user; ended because the engine's process died.
+STOPPED, ENGINE_DIED = 0, 1
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -43,30 +37,29 @@ def serve(arguments: Sequence[str]) -> int:
     progress.quiet_logging(arguments)
     progress.say("checking profile, model and flags", must=True)
     own = own_options(arguments)
-    # The commonest mistake, told before vLLM's long import.
+    # The most common mistake, reported before vLLM's long import.
     found = None if own.profile is None else find_profile(own.profile)
     preflight.check_plugin()
     preflight.select_plugins()
     _require_vllm()
     args = parse(arguments)
     if args.mode == "gated":
-        add_split(args, preflight.gated_options(args))
+        options = preflight.gated_options(args)
     else:
-        add_split(
-            args, preflight.split_options(args, found if args.profile == own.profile else None)
-        )
+        options = preflight.split_options(args, found if args.profile == own.profile else None)
+    add_split(args, options)
     preflight.check_server_mode(args)
     preflight.check_address(args)
     _check_engine_config(args)
-    progress.say(f"starting the engine for {_shown_name(args)}")
+    progress.say(f"starting the engine for {', '.join(served_names(args))}")
     try:
         _run(args)
     except KeyboardInterrupt:
         progress.say("stopped")
-    return _status_at_the_end()
+    return _exit_status()
 
 
-def _status_at_the_end() -> int:
+def _exit_status() -> int:
     from rlkv_vllm.engine.compat import failed_engine
     from rlkv_vllm.serving.drain import engine_died
     from rlkv_vllm.serving.endpoint import RlkvEndpoint
@@ -79,22 +72,12 @@ def _status_at_the_end() -> int:
     return ENGINE_DIED
 
 
-def _shown_name(args: argparse.Namespace) -> str:
-    names = args.served_model_name or args.model
-    return names if isinstance(names, str) else ", ".join(names)
-
-
 def _require_vllm() -> None:
-    from rlkv_vllm.engine.compat import check_vllm_version
-
     try:
-        check_vllm_version()
-        import vllm.engine.arg_utils  # most of vLLM: finds broken companions such as torchvision
-
-        del vllm
+        preflight.import_vllm()
     except RlkvError:
         raise
-    except Exception as error:  # a broken installation fails in any way it likes
+    except Exception as error:  # a broken installation may raise anything
         raise RlkvError(
             f"vLLM cannot be imported ({type(error).__name__}: {one_line(error)}): "
             "pip install 'rlkv-vllm[cpu]' (CPU) or 'rlkv-vllm[gpu]' (CUDA), see `rlkv doctor`"

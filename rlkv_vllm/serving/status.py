@@ -1,4 +1,4 @@
-"""What ``/v1/rlkv`` and ``/v1/rlkv/forecast`` answer."""
+"""Answers of ``/v1/rlkv`` and ``/v1/rlkv/forecast``, and the figures in them."""
 
 from __future__ import annotations
 
@@ -100,25 +100,25 @@ class Reason(BaseModel):
 
 
 class Refusal(BaseModel):
-    """The form of all errors of vLLM's server but two."""
+    """The form of all errors of vLLM's server except the next two."""
 
     error: Reason
 
 
 class Unauthorized(BaseModel):
-    """Without the API key."""
+    """The API key is missing or wrong."""
 
     error: Literal["Unauthorized"]
 
 
 class Unreadable(BaseModel):
-    """A body that is no text: refused by FastAPI, before vLLM."""
+    """The body is no text; refused by FastAPI, before vLLM."""
 
     detail: str
 
 
 class Need(BaseModel):
-    """What requests need of one kind of cache."""
+    """Cache that requests need."""
 
     bytes: int = Field(description="All of them, at their longest.")
     bytes_per_request: int
@@ -126,7 +126,7 @@ class Need(BaseModel):
 
 
 class SplitForecast(BaseModel):
-    """What so many requests of one length need."""
+    """Cache that a number of requests of one length need."""
 
     tokens: int = Field(description="Length of each request, prompt and answer together.")
     requests: int
@@ -139,7 +139,7 @@ class SplitForecast(BaseModel):
 
 
 class CacheFigures:
-    """Blocks into bytes of all workers of an engine.
+    """Converts blocks into bytes of all workers of an engine.
 
     Args:
         plan: the split.
@@ -149,7 +149,7 @@ class CacheFigures:
     def __init__(self, plan: SplitPlan, num_blocks: int) -> None:
         self.plan, self.num_blocks = plan, num_blocks
         forecast = plan.forecast
-        self.usable_blocks = num_blocks - 1  # vLLM keeps one: the null block
+        self.usable_blocks = num_blocks - 1  # one is vLLM's null block
         self.block_bytes = sum(forecast.block_bytes(rank) for rank in forecast.ranks)
         self.full_cache_block_bytes = forecast.stock_block_bytes * len(forecast.ranks)
         self.capacity_bytes = self.usable_blocks * self.block_bytes
@@ -173,27 +173,24 @@ class CacheFigures:
 
     def use(self, blocks: ByKind, full_cache_blocks: int, requests_running: int) -> CacheUse:
         """The cache now."""
-        full_cache = full_cache_blocks * self.full_cache_block_bytes
-        held = ByKind(
-            full=blocks.full * self.block_bytes, streaming=blocks.streaming * self.block_bytes
-        )
+        size, full_cache = self.block_bytes, full_cache_blocks * self.full_cache_block_bytes
         return CacheUse(
-            bytes=held,
+            bytes=ByKind(full=blocks.full * size, streaming=blocks.streaming * size),
             blocks=blocks,
             full_cache_bytes=full_cache,
-            saved_bytes=full_cache - held.full - held.streaming,
+            saved_bytes=full_cache - (blocks.full + blocks.streaming) * size,
             requests_running=requests_running,
         )
 
     def forecast(self, tokens: int | None, requests: int) -> SplitForecast:
-        """What `requests` of `tokens` need.
+        """Cache that `requests` of `tokens` need.
 
         Args:
             tokens: length of each; None: the longest.
             requests: how many.
 
         Raises:
-            RlkvError: no request can be so long.
+            RlkvError: `tokens` is above the longest length.
         """
         longest = self.plan.max_model_len
         tokens = longest if tokens is None else tokens
@@ -220,33 +217,30 @@ class CacheFigures:
 
 
 def split_status(figures: CacheFigures, models: Sequence[str], example: str) -> SplitStatus:
-    """Everything that stays the same while the server runs; ``use`` is None."""
+    """The status without ``use``: it stays the same while the server runs."""
     plan = figures.plan
+    profile, geometry = plan.profile, plan.geometry
     allocation, forecast = plan.groups.allocation, plan.forecast
-    full_per_layer = [len(heads) for heads in allocation.full]
+    heads = range(allocation.num_kv_heads)
+    full_per_layer = [len(full) for full in allocation.full]
     return SplitStatus(
         active=True,
         models=list(models),
         profile=ProfileId(
-            id=plan.profile_id,
-            sha256=plan.profile.sha256(),
-            method=plan.profile.provenance.method,
+            id=plan.profile_id, sha256=profile.sha256(), method=profile.provenance.method
         ),
         sparsity=plan.sparsity,
-        sink=plan.geometry.sink,
-        window=plan.geometry.window,
+        sink=geometry.sink,
+        window=geometry.window,
         heads=Heads(
             full=allocation.num_full,
             streaming=allocation.num_streaming,
             full_per_layer=full_per_layer,
-            streaming_per_layer=[allocation.num_kv_heads - full for full in full_per_layer],
+            streaming_per_layer=[len(heads) - full for full in full_per_layer],
         ),
         head_map=HeadMap(
-            gates=plan.profile.gates,
-            full=[
-                [head in heads for head in range(allocation.num_kv_heads)]
-                for heads in allocation.full
-            ],
+            gates=profile.gates,
+            full=[[head in full for head in heads] for full in allocation.full],
         ),
         max_model_len=plan.max_model_len,
         bytes_per_token=Compared(
@@ -257,7 +251,7 @@ def split_status(figures: CacheFigures, models: Sequence[str], example: str) -> 
         capacity=Capacity(
             bytes=figures.capacity_bytes,
             blocks=figures.usable_blocks,
-            block_size=plan.geometry.block_size,
+            block_size=geometry.block_size,
             block_bytes=figures.block_bytes,
             requests=figures.requests_possible(plan.max_model_len),
         ),

@@ -1,14 +1,17 @@
-"""What a user wants to see once the split is proven: savings, and where to send a request."""
+"""The summary after a start: what the split saves, and an example request."""
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rlkv_vllm import models
-from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.tasks import puzzles
+
+if TYPE_CHECKING:
+    from rlkv_vllm.engine.report import SplitReport
 
 
 def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
@@ -18,18 +21,17 @@ def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
         reports: one per worker.
         args: the server's flags.
     """
-    tightest = min(reports, key=lambda report: report.requests_at_once)
+    fullest = min(reports, key=lambda report: report.requests_at_once)
     workers = "" if len(reports) == 1 else f"; figures of the fullest of {len(reports)} workers"
-    rows = [("", "split cache", "full cache"), *tightest.rows()]
+    rows = [("", "split cache", "full cache"), *fullest.rows()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    lines = [
-        f"  {label:<{widths[0]}}  {split:<{widths[1]}}  {full}".rstrip()
-        for label, split, full in rows
-    ]
     return "\n".join(
         [
             f"the KV cache is split per head, as read back from the engine{workers}",
-            *lines,
+            *(
+                f"  {label:<{widths[0]}}  {split:<{widths[1]}}  {full}".rstrip()
+                for label, split, full in rows
+            ),
             "  try:",
             *(f"    {line}" for line in _request(args)),
         ]
@@ -37,7 +39,7 @@ def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
 
 
 def served_names(args: Namespace) -> list[str]:
-    """Names under which the model is served, the one shown first."""
+    """Names under which the model is served, the main one first."""
     names = args.served_model_name or [args.model]
     return [names] if isinstance(names, str) else list(names)
 
@@ -67,7 +69,7 @@ def _where(args: Namespace) -> str:
 
 
 def example_question(model: str) -> str:
-    """A question that the model of this name may be asked first."""
+    """A first question for the model of this name."""
     if model == models.MODEL_NAME:
         return puzzles.example_question()
     return "A train leaves at 9:40 and arrives at 13:05. How long does it travel?"

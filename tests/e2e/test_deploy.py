@@ -82,4 +82,4 @@ def test_a_server_without_the_plugin_fails(tmp_path: Path, monkeypatch: pytest.M
         result = smoke(server, None)
         assert result.returncode == 2
         assert "without the plugin" in result.stderr
-        assert "whole caches" in str(healthcheck.problem(server.url, None))
+        assert "full caches" in str(healthcheck.problem(server.url, None))

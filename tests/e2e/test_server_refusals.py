@@ -72,7 +72,7 @@ def test_a_broken_installation_is_refused_before_loading(tmp_path: Path) -> None
     assert "plugin rlkv of vllm.general_plugins: vLLM finds none" in line
 
 
-def test_workers_with_whole_caches_are_refused_after_loading(
+def test_workers_with_full_caches_are_refused_after_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof at start: the plugin loads, but registers nothing."""
@@ -86,6 +86,6 @@ def test_workers_with_whole_caches_are_refused_after_loading(
     output = str(caught.value)
     lines = [line for line in output.splitlines() if line.startswith("rlkv: error: ")]
     assert len(lines) == 1, output
-    assert "the KV cache is not split, so this server does not start" in lines[0]
-    assert "5 attention layers keep whole caches" in lines[0]
+    assert "the KV cache is not split" in lines[0]
+    assert "5 attention layers keep full caches" in lines[0]
     assert "ready" not in output

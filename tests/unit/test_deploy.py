@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -92,6 +93,23 @@ def test_torch_is_the_one_of_the_makefile() -> None:
     torch = re.search(r"^TORCH := torch==(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert torch is not None
     assert torch[1] == pins("cpu")["torch"]
+
+
+def test_every_module_that_is_named_exists() -> None:
+    files = [ROOT / name for name in ("Dockerfile", "Makefile", ".ci/run")]
+    files += [path for path in DEPLOY.rglob("*") if path.suffix in (".sh", ".yaml", ".yml")]
+    text = "\n".join(path.read_text() for path in files)
+    for module, names in re.findall(r"from (rlkv_vllm[\w.]*) import ([\w, ]+)", text):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+    for module in re.findall(r"-m[\s\",]+(rlkv_vllm[\w.]*|tests\.[\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+
+
+def test_every_target_of_the_makefile_is_phony_or_a_file() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert sorted(phony.split()) == sorted(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
 
 
 # --- compose

@@ -76,7 +76,7 @@ def test_every_rank_must_answer_once() -> None:
     refusal(plan)
 
 
-def test_layers_with_whole_caches_are_named() -> None:
+def test_layers_with_full_caches_are_named() -> None:
     plan = make_plan()
     layers = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
     inactive = {"active": False, "rank": 0, "unsplit_layers": layers}
