@@ -36,7 +36,7 @@ TEST_ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
 # Servers in one process, engines in the other, unit tests in both (tests/conftest.py).
 PARALLEL := -n 2 --no-loadscope-reorder
 
-.PHONY: help setup serve check lint types contracts unit test doctor soak audit docs wheel lock image image-test clean
+.PHONY: help setup serve check lint types contracts unit test test-gpu doctor soak audit docs wheel lock image image-test clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -49,6 +49,9 @@ serve: $(SERVE_STAMP)  ## serve the embedded model on PORT (8000)
 
 test: $(DEV_STAMP)  ## all tests: unit, integration, end to end
 	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-gpu: $(DEV_STAMP)  ## the kernels and the engine on a CUDA GPU, against the oracle
+	$(TEST_ENV) RLKV_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu tests/unit/kernels/test_triton.py $(ARGS)
 
 check: lint types contracts unit  ## what CI asks: lint, types, import contracts, fast tests
 

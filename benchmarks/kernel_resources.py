@@ -12,35 +12,35 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from common import environment, header, numbers, parser, row, write_json
+from kernels import Layers, Shape
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rlkv_vllm.kernels.triton.split_attention import (
-    LayerCache,
-    Workspace,
-    split_attention,
-    write_cache,
-)
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+#: Bytes of shared memory per multiprocessor by compute capability (CUDA C programming guide).
+SHARED_PER_SM = {
+    80: 164 << 10,
+    86: 100 << 10,
+    89: 100 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+    120: 100 << 10,
+}
 
 
 class CompileOnlyDriver:
-    """Stands in for a GPU's driver as far as compiling asks it."""
+    """Stands in for a GPU's driver as far as compiling needs it."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -56,132 +56,57 @@ class CompileOnlyDriver:
         return self.target
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel takes.
-
-    Attributes:
-        kernel: its name.
-        gated: compiled for gated mode.
-        capability: compute capability, e.g. 90.
-        dtype: of queries and cache.
-        head_dim: head dimension.
-        group: query heads per KV head.
-        block_size: tokens per block.
-        splits: KV splits of a full head.
-        registers: per thread.
-        spilled: bytes per thread in local memory: spills and stack.
-        shared: bytes of shared memory per program.
-        warps: per program.
-        programs_per_sm: that fit one multiprocessor at once, by registers and shared memory.
-    """
-
-    kernel: str
-    gated: bool
-    capability: int
-    dtype: str
-    head_dim: int
-    group: int
-    block_size: int
-    splits: int
-    registers: int
-    spilled: int
-    shared: int
-    warps: int
-    programs_per_sm: int
-
-
-#: Shared memory per multiprocessor in bytes (CUDA C programming guide, compute capabilities).
-SHARED_PER_SM = {
-    80: 164 << 10,
-    86: 100 << 10,
-    89: 100 << 10,
-    90: 228 << 10,
-    100: 228 << 10,
-    120: 100 << 10,
-}
-
-
 def compile_case(
-    capability: int,
-    dtype: str,
-    head_dim: int,
-    group: int,
-    block_size: int,
-    target_programs: int,
-    *,
-    gated: bool,
-) -> list[Resources]:
+    capability: int, shape: Shape, target_programs: int, *, gated: bool
+) -> list[dict[str, Any]]:
     """Compile write, decode, merge and prefill as a layer of 8 KV heads launches them."""
-    num_heads, num_requests, n = 8, 4, 64
-    kind = DTYPES[dtype]
-    compiled: list[Any] = []
+    compiled: list[dict[str, Any]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         del warmup
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.fn.__name__, kernel, kwargs.get("NUM_SPLITS", 1)))
+        name = self.fn.__name__
+        if not gated or name != "write_kernel":  # gates do not change it
+            compiled.append(
+                {
+                    "kernel": name,
+                    "gated": gated,
+                    "capability": capability,
+                    "dtype": str(shape.dtype).removeprefix("torch."),
+                    "head_dim": shape.head_dim,
+                    "group": shape.group,
+                    "block_size": shape.block_size,
+                    "splits": kwargs.get("NUM_SPLITS", 1),
+                    **resources(kernel, capability),
+                }
+            )
         return kernel
 
-    caches = [torch.empty(4, block_size, 2 * head_dim, dtype=kind) for _ in range(num_heads)]
-    cache = LayerCache.of(caches, [gated or h % 2 == 1 for h in range(num_heads)])
-    workspace = Workspace.of(
-        max_requests=num_requests,
-        num_q_heads=num_heads * group,
-        num_kv_heads=num_heads,
-        head_dim=head_dim,
-        device="cpu",
+    layers = Layers(
+        shape,
+        batch=4,
+        length=16 * shape.block_size,
+        sparsity=0.5,
+        device=torch.device("cpu"),
+        new=16,
         gated=gated,
         target_programs=target_programs,
         capability=capability,
     )
-    q = torch.empty(n, num_heads * group, head_dim, dtype=kind)
-    k, v = (torch.empty(n, num_heads, head_dim, dtype=kind) for _ in range(2))
-    slots = torch.zeros(n, dtype=torch.int64)
-    table = torch.zeros(num_requests, 1024, dtype=torch.int32)
     driver.set_active(CompileOnlyDriver(capability))
     JITFunction.run = compile_only
     try:
-        write_cache(k, v, cache, slots, slots)
-        split_attention(
-            q,
-            k,
-            v,
-            torch.empty_like(q),
-            cache,
-            full_table_RB=table,
-            ring_table_RB=table,
-            query_start_loc=torch.zeros(num_requests + 1, dtype=torch.int32),
-            seq_lens=torch.zeros(num_requests, dtype=torch.int32),
-            max_query_len=n,
-            workspace=workspace,
-            sink=16,
-            window=64,
-            scale=head_dim**-0.5,
-            gates_H=torch.ones(num_heads) if gated else None,
-        )
+        layers.write()
+        layers.attend()
     finally:
         JITFunction.run = run
         driver.set_active(None)
-    return [
-        _resources(name, gated, kernel, capability, dtype, head_dim, group, block_size, splits)
-        for name, kernel, splits in compiled
-        if not gated or name != "write_kernel"  # gates change nothing of it
-    ]
+    return compiled
 
 
-def _resources(
-    name: str,
-    gated: bool,
-    kernel: Any,
-    capability: int,
-    dtype: str,
-    head_dim: int,
-    group: int,
-    block_size: int,
-    splits: int,
-) -> Resources:
+def resources(kernel: Any, capability: int) -> dict[str, int]:
+    """Registers and spilled bytes per thread, shared bytes and warps per program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -195,64 +120,42 @@ def _resources(
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     by_registers = 65536 // (max(usage["REG"], 1) * 32 * warps)
     by_shared = SHARED_PER_SM.get(capability, 100 << 10) // (shared + 1024)
-    return Resources(
-        kernel=name,
-        gated=gated,
-        capability=capability,
-        dtype=dtype,
-        head_dim=head_dim,
-        group=group,
-        block_size=block_size,
-        splits=splits,
-        registers=usage["REG"],
-        spilled=usage["STACK"] + usage["LOCAL"],
-        shared=shared,
-        warps=warps,
-        programs_per_sm=min(by_registers, by_shared, 64 // warps),
-    )
+    return {
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": shared,
+        "warps": warps,
+        "programs_per_sm": min(by_registers, by_shared, 64 // warps),
+    }
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
+    found = parser(__doc__)
+    found.add_argument("--capability", type=numbers, default=[80, 90])
+    found.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    found.add_argument("--head-dim", type=numbers, default=[64, 96, 128, 256])
+    found.add_argument("--group", type=numbers, default=[1, 4, 7, 16])
+    found.add_argument("--block-size", type=numbers, default=[16])
+    found.add_argument("--target-programs", type=int, default=528, help="4 per multiprocessor")
+    found.add_argument("--json", type=Path, help="write the figures here too")
+    return found.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--capability", type=_numbers, default=[80, 90])
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--head-dim", type=_numbers, default=[64, 96, 128, 256])
-    parser.add_argument("--group", type=_numbers, default=[1, 4, 7, 16])
-    parser.add_argument("--block-size", type=_numbers, default=[16])
-    parser.add_argument("--target-programs", type=int, default=528, help="4 per multiprocessor")
-    parser.add_argument("--json", type=Path, help="write the table here too")
-    args = parser.parse_args(arguments)
-    rows: list[Resources] = []
-    print(f"triton {triton.__version__}, torch {torch.__version__}", file=sys.stderr)
-    print(
-        "| kernel | gated | sm | dtype | head_dim | group | block | splits | registers | spilled | "
-        "shared | warps | programs per SM |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    args = parse_args(arguments)
+    rows: list[dict[str, Any]] = []
     for capability, head_dim, group, block_size, gated in itertools.product(
         args.capability, args.head_dim, args.group, args.block_size, (False, True)
     ):
-        for row in compile_case(
-            capability,
-            args.dtype,
-            head_dim,
-            group,
-            block_size,
-            args.target_programs,
-            gated=gated,
-        ):
-            if row not in rows:
-                rows.append(row)
-                print("| " + " | ".join(str(v) for v in asdict(row).values()) + " |", flush=True)
+        shape = Shape(8, group, head_dim, block_size, getattr(torch, args.dtype))
+        for found in compile_case(capability, shape, args.target_programs, gated=gated):
+            if not rows:
+                print(header(*found))
+            rows.append(found)
+            print(row(found.values()), flush=True)
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    spilling = [row for row in rows if row.kernel == "decode_kernel" and row.spilled]
+        write_json(args.json, {"environment": environment(), "kernels": rows})
+    spilling = [found for found in rows if found["kernel"] == "decode_kernel" and found["spilled"]]
     if spilling:
         print(f"error: {len(spilling)} decode kernels spill registers", file=sys.stderr)
     return 1 if spilling else 0

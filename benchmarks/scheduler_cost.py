@@ -2,10 +2,10 @@
 
     taskset -c 1 python benchmarks/scheduler_cost.py
 
-The scheduler, block pool and block managers that the engine would run for a model of real size,
-with the groups that the packing makes, get their steps answered at once. Requests are admitted,
-decode, end, come again with the same prompts (prefix cache hits) and end. Stock vLLM and the
-split caches take turns. CPU time of the one thread that schedules.
+The scheduler, block pool and block managers of a model of real size run with the cache groups of
+the split; their steps are answered at once. Requests are admitted, decode and end, and come again
+with the same prompts (prefix cache hits). Stock vLLM and the split caches take turns. Times are CPU
+time of the one thread that schedules.
 
 Prints a table of medians, writes JSON with --output.
 """
@@ -14,21 +14,18 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import random
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-import vllm
+from common import environment, header, parser, row, write_json
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -55,24 +52,21 @@ SHAPE = parse_shape("random:28x8x128")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--decode", type=int, default=128, help="decode steps, one token each")
-    parser.add_argument("--sparsities", default="0.5,0.8")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
-    return parser.parse_args()
+    found = parser(__doc__)
+    found.add_argument("--requests", type=int, default=256)
+    found.add_argument("--prompt", type=int, default=512)
+    found.add_argument("--decode", type=int, default=128, help="decode steps, one token each")
+    found.add_argument("--sparsities", default="0.5,0.8")
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--output", type=Path, help="write the figures as JSON")
+    return found.parse_args()
 
 
 class Engine:
     """A scheduler whose steps are answered at once."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, sparsity: float | None) -> None:
-        additional: dict[str, Any] = {}
-        if sparsity is not None:
-            profile = str(folder / "profile.json")
-            additional = {"rlkv": {"profile": profile, "sparsity": sparsity}}
+        rlkv = {"profile": str(folder / "profile.json"), "sparsity": sparsity}
         config = EngineArgs(
             model=str(folder),
             skip_tokenizer_init=True,
@@ -80,7 +74,7 @@ class Engine:
             max_model_len=32768,
             max_num_seqs=args.requests,
             max_num_batched_tokens=8192,
-            additional_config=additional,
+            additional_config={} if sparsity is None else {"rlkv": rlkv},
         ).create_engine_config()
         config.cache_config.kv_cache_layout = "LBHNC"
         self.cache = cache_of(config)
@@ -193,25 +187,17 @@ def main() -> None:
         variant: {kind: statistics.median(took) for kind, took in kinds.items()}
         for variant, kinds in seconds.items()
     }
-    print(
-        f"{args.requests} requests, prompt {args.prompt}, {args.decode} tokens, "
-        f"{date.today()}, vLLM {vllm.__version__}; microseconds of CPU time"
-    )
-    print("| variant | groups | block | " + " | ".join(medians["stock"]) + " |")
-    print("|---|---|---|" + "---|" * len(medians["stock"]))
+    where = environment()
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    print(", ".join(f"{key} {value}" for key, value in (settings | where).items()))
+    print("Microseconds of CPU time.\n")
+    print(header("variant", "groups", "block", *medians["stock"]))
     for variant, engine in engines.items():
-        figures = " | ".join(f"{took * 1e6:.0f}" for took in medians[variant].values())
-        groups = len(engine.cache.kv_cache_groups)
-        print(f"| {variant} | {groups} | {engine.block_size} | {figures} |")
+        figures = (f"{took * 1e6:.0f}" for took in medians[variant].values())
+        print(row([variant, len(engine.cache.kv_cache_groups), engine.block_size, *figures]))
     if args.output:
-        settings = {k: v for k, v in vars(args).items() if k != "output"}
-        figures_json = {
-            "date": str(date.today()),
-            "vllm": vllm.__version__,
-            "settings": settings,
-            "median_seconds": medians,
-        }
-        args.output.write_text(json.dumps(figures_json, indent=1) + "\n")
+        figures = {"environment": where, "settings": settings, "median_seconds": medians}
+        write_json(args.output, figures)
 
 
 if __name__ == "__main__":

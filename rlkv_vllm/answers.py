@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,15 +57,16 @@ class Answer:
     Attributes:
         token_ids: generated tokens; the end token is the last one if there is one.
         prompt_ids: the prompt, where it is known.
-        logprobs: of every token, as sampled; None where nobody asked for them.
+        logprobs: of every token, as sampled: after temperature and the other parameters; None
+            where they were not asked for.
         text: the output as a task scores it.
         is_correct: whether the task accepts it.
         hit_cap: whether the token limit cut it off.
     """
 
-    token_ids: Sequence[int]
-    prompt_ids: Sequence[int] = ()
-    logprobs: Sequence[float] | None = None
+    token_ids: list[int]
+    prompt_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
     text: str = ""
     is_correct: bool = False
     hit_cap: bool = False

@@ -20,6 +20,15 @@ from rlkv_vllm.profile.schema import ModelFingerprint
 MODEL_NAME = "embedded"
 #: The stock vLLM parser that separates `<think> ... </think>` from the answer.
 REASONING_PARSER = "deepseek_r1"
+#: How it is served where the user says nothing: in the precision it was measured in (vLLM's
+#: "auto" makes bfloat16 of float32), and without compilation, which is no gain at its size.
+_SERVING_DEFAULTS: dict[str, Any] = {
+    "profile": MODEL_NAME,
+    "served_model_name": [MODEL_NAME],
+    "reasoning_parser": REASONING_PARSER,
+    "dtype": "float32",
+    "enforce_eager": True,
+}
 #: Cache of the embedded model in bytes: hundreds of its longest requests.
 EMBEDDED_CACHE_BYTES = 256 * 2**20
 #: Sink and window: a tenth of a sequence of 190 tokens.
@@ -147,6 +156,16 @@ def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFing
 def _local_folder(model: str) -> Path | None:
     path = os.path.expanduser(model)
     return Path(path) if os.path.isdir(path) else None
+
+
+def serving_defaults(model: str) -> dict[str, Any]:
+    """Flags of `rlkv serve` for a model where the user does not give them."""
+    return dict(_SERVING_DEFAULTS) if model == MODEL_NAME else {}
+
+
+def default_cache_bytes(model: str) -> int | None:
+    """Bytes of KV cache for a model where the user says nothing; None: what vLLM chooses."""
+    return EMBEDDED_CACHE_BYTES if model == MODEL_NAME else None
 
 
 def default_span(model: str, default: Span) -> Span:

@@ -4,8 +4,8 @@
 def register() -> None:
     """Register the split cache with vLLM; runs in every process, may run twice.
 
-    Without ``additional_config["rlkv"]`` nothing changes: every registered
-    class then hands over to vLLM's own.
+    Without ``additional_config["rlkv"]`` nothing changes: every registered class then does what
+    vLLM's own does.
     """
     from rlkv_vllm.engine.compat import check_vllm_version, register_builtin_cache_specs
 

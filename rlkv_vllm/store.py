@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.files import one_line, read_json_object, write_text_atomic
+from rlkv_vllm.files import one_line, read_json_object, write_bytes_atomic
 
 
 class Store:
     """A JSON file of results, guarded by the settings that decide them.
 
-    The file holds ``{"format": ..., "settings": {...}, **content}``. It is replaced atomically by
-    every `save`, so that a killed job continues from its last result.
+    The file holds ``{"format": ..., "settings": {...}, **content}``. Every `save` replaces it
+    atomically, so that a killed job continues from its last result.
 
     Args:
         path: of the file.
-        format: kind of the file, e.g. ``"rlkv bench 1"``.
+        format: kind of the file, e.g. ``"rlkv bench 1"``. A file without one is judged by its
+            settings alone.
         settings: plain JSON values. A file with other values is refused, never overwritten.
         fresh: ignore what the file holds.
-        flag: what names the file on the command line, for errors.
+        is_writer: False in processes that only read; their `save` does nothing.
+        flag: what names the file on the command line, for errors; "" for a file of a folder.
         fix: what the user can do about a file that cannot be continued.
 
     Attributes:
@@ -41,11 +43,12 @@ class Store:
         settings: Mapping[str, Any],
         *,
         fresh: bool = False,
+        is_writer: bool = True,
         flag: str = "--output",
         fix: str = "name another file, or overwrite it with --fresh",
     ) -> None:
         self.path = path
-        self._format, self._flag, self._fix = format, flag, fix
+        self._format, self._is_writer = format, is_writer
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self.content: dict[str, Any] = {}
         if fresh or not path.exists():
@@ -55,21 +58,29 @@ class Store:
             stored = read_json_object(path)
         except RlkvError as error:
             raise RlkvError(f"{flag} {error}; or {fix}".strip()) from error
-        if stored.pop("format", None) != format or not isinstance(stored.get("settings"), dict):
+        if stored.pop("format", format) != format or not isinstance(stored.get("settings"), dict):
             raise RlkvError(f"{where}: exists and is no file of `{format}`: {fix}")
         found = differences(stored.pop("settings"), self.settings)
         if found:
             raise RlkvError(f"{where}: has other settings ({'; '.join(found)}): {fix}")
         self.content = stored
 
-    def save(self) -> None:
+    def text(self) -> str:
+        """The file as `save` writes it."""
+        content = {"format": self._format, "settings": self.settings, **self.content}
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, others: Mapping[Path, bytes] | None = None) -> None:
         """Write the file.
 
+        Args:
+            others: files to write with it, all or none.
+
         Raises:
-            RlkvError: it cannot be written.
+            RlkvError: a file cannot be written; all are as they were.
         """
-        whole = {"format": self._format, "settings": self.settings, **self.content}
-        write_text_atomic(self.path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        if self._is_writer:
+            write_bytes_atomic({**(others or {}), self.path: self.text().encode()})
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -85,9 +96,9 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         if old == value:
             continue
         if isinstance(value, dict) and isinstance(old, dict):
-            found += [f"{key}.{text}" for text in differences(old, value)]
+            found += [f"{one_line(key)}.{text}" for text in differences(old, value)]
         else:
-            found.append(f"{key} {_shown(old)} there, {_shown(value)} here")
+            found.append(f"{one_line(key)} {_shown(old)} there, {_shown(value)} here")
     return found
 
 

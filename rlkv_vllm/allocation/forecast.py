@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 from rlkv_vllm.allocation.groups import CacheGroups, pack
 from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.allocation.ring import num_blocks, ring_blocks
 
 TARGET_TOKENS = 4096  # request length that the packing is made for
-BLOCK_SIZE_MULTIPLE = 16  # block sizes that the attention paths accept are multiples of this
+BLOCK_SIZE_MULTIPLE = 16  # of every block size that the attention paths accept
 #: vLLM's CPU kernel reads 8-bit caches by whole vectors of 32 tokens only.
 FP8_BLOCK_SIZE_MULTIPLE = 32
-# Tried in this order: vLLM's CPU kernel is a quarter slower on blocks of 16 tokens, but rings
-# waste less with them.
+# In this order: vLLM's CPU kernel is a quarter slower with blocks of 16 tokens, but rings waste
+# less.
 PREFERRED_BLOCK_SIZES = (32, 16)
 BLOCK_SIZE_WASTE = 1.03  # a block size may cost this much more memory than the tokens in it
 NULL_BLOCKS = 1  # vLLM reserves one block of the pool as the null block
@@ -57,27 +58,13 @@ class CacheGeometry:
 
     def full_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of `num_tokens` holds in the full group."""
-        return _blocks(num_tokens, self.block_size)
+        return num_blocks(num_tokens, self.block_size)
 
-    def ring_blocks(self, num_tokens: int) -> int:
-        """Most blocks that it holds in a ring group."""
-        return ring_blocks(num_tokens, self.sink, self.window, self.block_size)
-
-
-def ring_blocks(num_tokens: int, sink: int, window: int, block_size: int) -> int:
-    """Most blocks that a decoding request ever holds in a ring group.
-
-    Its sink blocks stay; the last `window` tokens, which may begin anywhere in a block, touch
-    one block more than they fill.
-
-    Args:
-        num_tokens: length of the request.
-        sink: first tokens kept.
-        window: last tokens kept.
-        block_size: tokens per block.
-    """
-    ring = _blocks(sink, block_size) + _blocks(window - 1, block_size) + 1
-    return min(_blocks(num_tokens, block_size), ring)
+    def ring_blocks(self, num_tokens: int, num_windows: int = 1) -> int:
+        """Most blocks that it holds in a ring group; `num_windows` as in `ring.ring_blocks`."""
+        return ring_blocks(
+            num_tokens, self.sink, self.window, self.block_size, num_windows=num_windows
+        )
 
 
 @dataclass(frozen=True)
@@ -108,48 +95,41 @@ class Forecast:
         return self._heads_on_rank * self.geometry.page_bytes
 
     def bytes_per_token(self, rank: int) -> int:
-        """What one more token of a request longer than its rings costs on `rank`."""
+        """Bytes of one more token of a request longer than its rings, on `rank`."""
         if not self.groups.allocation.num_full:
             return 0
         return self.groups.pages_per_block(rank) * self.geometry.head_token_bytes
 
     @property
     def stock_bytes_per_token(self) -> int:
-        """What every token costs stock vLLM on every rank."""
+        """Bytes of every token in stock vLLM, on every rank."""
         return self._heads_on_rank * self.geometry.head_token_bytes
 
-    def blocks_per_request(self, num_tokens: int) -> int:
+    def blocks_per_request(self, num_tokens: int, num_windows: int = 1) -> int:
         """Blocks of the shared pool that a request of `num_tokens` holds at its peak."""
         full = self.geometry.full_blocks(num_tokens) if self.groups.allocation.num_full else 0
-        return full + self.groups.num_ring_groups * self.geometry.ring_blocks(num_tokens)
+        ring = self.geometry.ring_blocks(num_tokens, num_windows)
+        return full + self.groups.num_ring_groups * ring
 
     def admission_blocks(self, num_tokens: int, steps_in_flight: int = 1) -> int:
-        """Blocks that must be free for it: while chunks are prefilled, the window before each
-        that is in flight and the one at the end are held.
+        """Blocks that must be free to admit it.
 
         Args:
             num_tokens: length of the request.
             steps_in_flight: 2 with asynchronous scheduling.
         """
-        geometry, groups = self.geometry, self.groups
-        window = _blocks(geometry.window - 1, geometry.block_size) + 1
-        ring = min(
-            _blocks(geometry.sink, geometry.block_size) + (1 + steps_in_flight) * window,
-            geometry.full_blocks(num_tokens),
-        )
-        full = geometry.full_blocks(num_tokens) if groups.allocation.num_full else 0
-        return full + groups.num_ring_groups * ring
+        return self.blocks_per_request(num_tokens, 1 + steps_in_flight)
 
     def bytes_per_request(self, num_tokens: int, rank: int) -> int:
-        """What such a request holds on `rank`, padding included."""
+        """Bytes that such a request holds on `rank`, padding included."""
         return self.blocks_per_request(num_tokens) * self.block_bytes(rank)
 
     def stock_bytes_per_request(self, num_tokens: int) -> int:
-        """What it holds on every rank of stock vLLM."""
+        """Bytes that it holds on every rank of stock vLLM."""
         return self.geometry.full_blocks(num_tokens) * self.stock_block_bytes
 
     def ideal_bytes_per_request(self, num_tokens: int, rank: int) -> int:
-        """What it would hold on `rank` if nothing were padded."""
+        """Bytes that it would hold on `rank` without padding."""
         allocation, geometry = self.groups.allocation, self.geometry
         pages = allocation.num_full_on(rank) * geometry.full_blocks(num_tokens)
         pages += allocation.num_streaming_on(rank) * geometry.ring_blocks(num_tokens)
@@ -191,11 +171,20 @@ class Forecast:
         return self.geometry.num_layers * self.groups.allocation.heads_per_rank
 
 
+def block_sizes_for(head_dim: int, *, is_fp8: bool = False) -> tuple[int, ...]:
+    """Block sizes to choose from when the user names none (tokens)."""
+    if is_fp8:
+        return (FP8_BLOCK_SIZE_MULTIPLE,)
+    # vLLM's faster CPU kernel wants whole vectors of 32 elements.
+    return PREFERRED_BLOCK_SIZES if head_dim % 32 == 0 else (BLOCK_SIZE_MULTIPLE,)
+
+
 def forecast_split(
     gates: Sequence[Sequence[float]],
     sparsity: float,
     geometry: CacheGeometry,
     *,
+    block_sizes: Sequence[int] = (),
     tp_size: int = 1,
     max_model_len: int = TARGET_TOKENS,
 ) -> Forecast:
@@ -205,56 +194,25 @@ def forecast_split(
         gates: [layers][KV heads].
         sparsity: share of streaming heads.
         geometry: sizes of the cache.
+        block_sizes: to choose from instead of the geometry's, the fastest first (tokens). The
+            first one that wastes little is taken, else the one that wastes least.
         tp_size: tensor-parallel ranks.
         max_model_len: longest request; a shorter target than `TARGET_TOKENS` if it is smaller.
 
     Raises:
         RlkvError: as `allocate`.
     """
-    target = min(max_model_len, TARGET_TOKENS)
-    groups = pack(
-        allocate(gates, sparsity, tp_size),
-        full_blocks=geometry.full_blocks(target),
-        ring_blocks=geometry.ring_blocks(target),
-    )
-    return Forecast(geometry, groups)
-
-
-def block_sizes_for(head_dim: int, *, is_fp8: bool = False) -> tuple[int, ...]:
-    """Block sizes to choose from when the user names none (tokens)."""
-    if is_fp8:
-        return (FP8_BLOCK_SIZE_MULTIPLE,)
-    # vLLM's faster CPU kernel wants whole vectors of 32 elements.
-    return PREFERRED_BLOCK_SIZES if head_dim % 32 == 0 else (BLOCK_SIZE_MULTIPLE,)
-
-
-def forecast_with_block_size(
-    gates: Sequence[Sequence[float]],
-    sparsity: float,
-    geometry: CacheGeometry,
-    block_sizes: Sequence[int],
-    *,
-    tp_size: int = 1,
-    max_model_len: int = TARGET_TOKENS,
-) -> Forecast:
-    """`forecast_split` with the first block size that wastes little, else the smallest waste.
-
-    Args:
-        gates: [layers][KV heads].
-        sparsity: share of streaming heads.
-        geometry: sizes of the cache; its block size is not looked at.
-        block_sizes: to choose from, the fastest first (tokens).
-        tp_size: tensor-parallel ranks.
-        max_model_len: longest request.
-
-    Raises:
-        RlkvError: as `allocate`.
-    """
+    allocation = allocate(gates, sparsity, tp_size)
     tokens = min(max_model_len, TARGET_TOKENS)
-    ring = min(tokens, geometry.sink + geometry.window)
+
+    def forecast(block_size: int) -> Forecast:
+        sized = replace(geometry, block_size=block_size)
+        full_blocks, ring_blocks = sized.full_blocks(tokens), sized.ring_blocks(tokens)
+        return Forecast(sized, pack(allocation, full_blocks=full_blocks, ring_blocks=ring_blocks))
 
     def waste(forecast: Forecast) -> float:
-        allocation = forecast.groups.allocation
+        """Bytes of a request over those of the tokens that its heads keep."""
+        ring = min(tokens, geometry.sink + geometry.window)
         return max(
             forecast.bytes_per_request(tokens, rank)
             / geometry.head_token_bytes
@@ -262,19 +220,6 @@ def forecast_with_block_size(
             for rank in forecast.ranks
         )
 
-    forecasts = [
-        forecast_split(
-            gates,
-            sparsity,
-            replace(geometry, block_size=block_size),
-            tp_size=tp_size,
-            max_model_len=max_model_len,
-        )
-        for block_size in block_sizes
-    ]
-    small = (forecast for forecast in forecasts if waste(forecast) <= BLOCK_SIZE_WASTE)
+    forecasts = [forecast(block_size) for block_size in block_sizes or (geometry.block_size,)]
+    small = (found for found in forecasts if waste(found) <= BLOCK_SIZE_WASTE)
     return next(small, min(forecasts, key=waste))
-
-
-def _blocks(num_tokens: int, block_size: int) -> int:
-    return -(-num_tokens // block_size)

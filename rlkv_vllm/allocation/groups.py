@@ -143,12 +143,12 @@ class _Rank:
         # full group too, half of them if not.
         self.layer_need = max(
             self.mixed[0][0] if self.mixed else 0,
-            -(-self.heads_per_layer // 2) if self.all_streaming else 0,
+            math.ceil(self.heads_per_layer / 2) if self.all_streaming else 0,
         )
 
     def least_pages(self, num_bins: int) -> int:
         """Lower bound of the pages per block with `num_bins` ring groups."""
-        return max(self.num_full, self.layer_need, -(-self.num_streaming // num_bins))
+        return max(self.num_full, self.layer_need, math.ceil(self.num_streaming / num_bins))
 
     def pack(self, num_bins: int, most_pages: float) -> tuple[int, list[_Bin]] | None:
         """Pages per block, and the filled ring groups, for `num_bins` of them.
@@ -178,7 +178,7 @@ class _Rank:
                 return None
             place(layer, piece, min(fitting, key=lambda index: room[index]))
         for layer in self.all_streaming:
-            pieces = _whole_or_two(room, self.heads_per_layer)
+            pieces = _one_or_two_pieces(room, self.heads_per_layer)
             if pieces is None:
                 return None
             for index, piece in pieces:
@@ -186,11 +186,11 @@ class _Rank:
         return bins
 
 
-def _whole_or_two(room: list[int], size: int) -> list[tuple[int, int]] | None:
-    """Where `size` heads fit as a whole or in two pieces, as (index, piece); None: nowhere.
+def _one_or_two_pieces(room: list[int], size: int) -> list[tuple[int, int]] | None:
+    """Where `size` heads fit in one or two pieces, as (index, piece); None: nowhere.
 
-    The smallest hole is closed first, together with one that the rest closes exactly, else
-    with the largest, so that other holes stay as they are.
+    The smallest hole is filled first, together with one that the rest fills exactly, else with
+    the largest, so that the other holes keep their sizes.
     """
     by_room: dict[int, list[int]] = {}
     for index, free in enumerate(room):

@@ -1,14 +1,13 @@
-"""What a case of the benchmark is."""
+"""A case of the benchmark, its metrics, and what is known before it runs."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlkv_vllm.allocation.forecast import Forecast
-from rlkv_vllm.bench.engine import Engine
+from rlkv_vllm.allocation.ring import num_blocks
 from rlkv_vllm.planning.roofline import Device, HeadCache, ModelSize, Roofline
 
 STOCK, SPLIT, ALL_FULL = "stock", "split", "all-full"
@@ -24,9 +23,9 @@ class Metric:
     Attributes:
         key: its name in the results.
         label: column of the report, unit included.
-        more_is_better: which way a ratio points.
+        more_is_better: whether larger is better.
         scale: from the results' unit to the label's.
-        is_ratio_shown: whether split is compared with stock by it.
+        is_ratio_shown: whether the report compares split with stock by it.
     """
 
     key: str
@@ -43,7 +42,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is known of model, cache and engine before anything is measured.
+    """Model, cache and engine, as known before anything is measured.
 
     Attributes:
         model: sizes of the model.
@@ -52,8 +51,8 @@ class Setup:
         max_model_len: longest request.
         max_num_seqs: most requests at once.
         stock_block_size: tokens per block of stock vLLM.
-        task: whose problems are solved.
-        turn_seconds: how long a turn of endless requests takes.
+        task: whose problems the case `solve` takes.
+        turn_seconds: length of a turn of the case `capacity`.
         has_tokenizer: whether the model has one.
     """
 
@@ -68,23 +67,15 @@ class Setup:
     has_tokenizer: bool
 
     def cache(self, variant: str) -> HeadCache:
-        """What attention of a variant reads."""
-        forecast = self.forecasts[ALL_FULL if variant == STOCK else variant]
-        geometry = forecast.geometry
-        return HeadCache.of(
-            forecast.groups.allocation,
-            self.model,
-            sink=geometry.sink,
-            window=geometry.window,
-            dtype_bytes=geometry.dtype_bytes,
-        )
+        """The keys and values that attention of a variant reads."""
+        return HeadCache.of(self.forecasts[ALL_FULL if variant == STOCK else variant], self.model)
 
     def roofline(self, device: Device, variant: str) -> Roofline:
         """Bounds of a variant's steps."""
         return Roofline(device, self.model, self.cache(variant))
 
     def lacks(self, requests: int, tokens: int) -> str | None:
-        """What is missing for so many requests of `tokens` at once in a full cache, or None."""
+        """Which flag must grow for so many requests of `tokens` in a full cache, or None."""
         if requests > self.max_num_seqs:
             return f"--max-num-seqs {requests}"
         if tokens >= self.max_model_len:
@@ -104,15 +95,16 @@ class Setup:
     def blocks_per_request(self, variant: str, tokens: int) -> int:
         """Blocks that a request of `tokens` holds."""
         if variant == STOCK:
-            return -(-tokens // self.stock_block_size)
+            return num_blocks(tokens, self.stock_block_size)
         return self.forecasts[variant].blocks_per_request(tokens)
 
 
-class Case(ABC):
+class Case:
     """One question, measured at several points.
 
-    In the parent process a case chooses its points and says what the roofline expects; in the
-    engines' processes it is prepared, takes turns, and is finished, for one point at a time.
+    In the parent process a case chooses its points and says which gains the roofline expects. In
+    the engines' processes it is prepared, takes turns, and is finished, one point at a time. What
+    takes turns is an `Engine`, or a `Server` where `runs_servers`.
     """
 
     name: ClassVar[str]
@@ -121,37 +113,33 @@ class Case(ABC):
     note: ClassVar[str] = ""
     variants: ClassVar[tuple[str, str]] = (STOCK, SPLIT)
     metrics: ClassVar[tuple[Metric, ...]]
-    #: Columns of a point, with what they are called.
+    #: Columns of a point, with their names in the report.
     columns: ClassVar[Mapping[str, str]] = {}
     #: Whether each turn starts an engine of its own.
     starts_engines: ClassVar[bool] = False
     #: Whether servers take turns instead of engines.
     runs_servers: ClassVar[bool] = False
 
-    @abstractmethod
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
-        """What to measure, `full` or in a few minutes; those too large for the cache included."""
+        """What to measure, `full` or in a few minutes, including points too large for the cache."""
+        raise NotImplementedError
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
         """Why a point cannot be measured with this memory, or None."""
-        del setup, point
         return None
 
-    @abstractmethod
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
-        """Gains that the roofline expects, by metric."""
+        """Gains that the roofline expects, by metric; none where it says nothing."""
+        return {}
 
-    # ---- in an engine's process
+    def prepare(self, engine: Any, point: Point) -> Any:
+        """Bring the engine to where turns can start; the result is given to each turn."""
+        return None
 
-    def prepare(self, engine: Engine, point: Point) -> Any:
-        """Bring the engine to where turns can start; what it returns is given to each turn."""
-        del engine, point
-
-    @abstractmethod
-    def turn(self, engine: Engine, point: Point, state: Any) -> dict[str, float]:
+    def turn(self, engine: Any, point: Point, state: Any) -> dict[str, float]:
         """Measure once: figures by metric, and others worth keeping."""
+        raise NotImplementedError
 
-    def finish(self, engine: Engine, state: Any) -> None:
+    def finish(self, engine: Any, state: Any) -> None:
         """Leave the engine idle."""
-        del state
         engine.drain()

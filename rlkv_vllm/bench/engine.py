@@ -1,11 +1,19 @@
-"""An engine of vLLM in this process, and what every case does with it."""
+"""What a benchmark does with an engine of vLLM in its own process."""
 
 from __future__ import annotations
 
+import os
+import platform
 import random
-import time
+import re
+import timeit
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from rlkv_vllm.planning.roofline import Device
 
@@ -13,13 +21,43 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
 
+@dataclass(frozen=True)
+class EngineSpec:
+    """How an engine is started.
+
+    Attributes:
+        variant: stock, split or all-full.
+        model: folder or Hub id.
+        options: arguments of ``vllm.LLM``.
+        split: ``additional_config["rlkv"]``; None: stock vLLM, the plugin not loaded.
+        threads: of a CPU engine.
+    """
+
+    variant: str
+    model: str
+    options: dict[str, Any]
+    split: dict[str, Any] | None
+    threads: int
+
+    def environment(self) -> dict[str, str | None]:
+        """Changes to the parent's environment; None removes a variable."""
+        return {
+            "VLLM_CPU_KVCACHE_SPACE": None,  # it would override the size of the cache
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(self.threads),
+            "VLLM_PLUGINS": "none" if self.split is None else "rlkv",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+
+
 class Engine:
-    """What the cases need of a `vllm.LLM` whose core runs in this process.
+    """A `vllm.LLM` whose core runs in this process, so that cases can step it.
 
     Args:
         llm: started with ``VLLM_ENABLE_V1_MULTIPROCESSING=0``.
-        vocab: tokens to draw prompts from.
-        variant: what kind of cache it has.
+        vocab: size of the vocabulary that prompts are sampled from.
+        variant: stock, split or all-full.
     """
 
     def __init__(self, llm: LLM, vocab: int, variant: str) -> None:
@@ -41,7 +79,7 @@ class Engine:
         return [rng.randrange(5, self.vocab) for _ in range(length)]
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request under a name of its own."""
+        """Queue a request."""
         self._names += 1
         request: Any = {"prompt_token_ids": list(prompt)}
         self.llm.llm_engine.add_request(f"bench-{self._names}", request, params)
@@ -58,8 +96,8 @@ class Engine:
     def fill_cache(self) -> None:
         """Write to every page of the KV cache.
 
-        On a CPU, pages that were never written are all one page of zeros, which is read from the
-        processor's own cache.
+        On a CPU, pages that were never written are all mapped to one page of zeros, which the
+        processor reads from its own cache.
         """
         import torch
 
@@ -72,13 +110,13 @@ class Engine:
                 part.copy_(pattern[: len(part)])
 
     def reset_prefix_cache(self) -> None:
-        """Forget all prompts; nothing may be running."""
+        """Empty the prefix cache; no request may be running."""
         assert self.llm.reset_prefix_cache(), "requests are still running"
 
     def enter_into_prefix_cache(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Let the prompts be found in the prefix cache as if they had been computed.
+        """Enter prompts into the prefix cache without computing them.
 
-        The pages hold whatever they hold: the time of a step does not depend on it.
+        The content of the pages stays as it is: the time of a step does not depend on it.
 
         Returns:
             Blocks of the pool that a request with each prompt holds.
@@ -114,7 +152,7 @@ class Engine:
             self.step()
 
     def drain(self) -> None:
-        """Abort whatever runs or waits."""
+        """Abort all requests."""
         self.llm.llm_engine.abort_request(list(self.scheduler.requests), internal=True)
         while self.llm.llm_engine.has_unfinished_requests():
             self.step()
@@ -135,7 +173,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 
 def probe_device(dtype_bytes: int) -> Device:
-    """Copy bandwidth and matrix products of the device that the engine runs on."""
+    """Measure copy bandwidth and matrix products of the device that the engine runs on."""
     import torch
 
     is_cuda = torch.cuda.is_available()
@@ -143,14 +181,12 @@ def probe_device(dtype_bytes: int) -> Device:
     dtype = torch.float32 if dtype_bytes == 4 else torch.bfloat16
 
     def least_seconds(function: Any) -> float:
-        times = []
-        for _ in range(9):
-            start = time.perf_counter()
+        def run() -> None:
             function()
             if is_cuda:
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
+
+        return min(timeit.repeat(run, number=1, repeat=9))
 
     source = torch.ones((1024 if is_cuda else 128) << 20, dtype=torch.uint8, device=kind)
     target = torch.empty_like(source)
@@ -163,21 +199,30 @@ def probe_device(dtype_bytes: int) -> Device:
         properties = torch.cuda.get_device_properties(0)
         name, memory = str(properties.name), int(properties.total_memory)
     else:
-        import psutil
-
         name, memory = cpu_name(), int(psutil.virtual_memory().total)
     return Device(name, memory, 2 * source.numel() / copying, 2 * size**3 / multiplying)
 
 
 def cpu_name() -> str:
     """The processor, as the kernel calls it."""
-    import platform
-    from pathlib import Path
-
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
     return platform.processor() or platform.machine()
+
+
+def has_cuda() -> bool:
+    """Whether engines run on a GPU."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def free_bytes(is_cuda: bool) -> int:
+    """Memory for engines."""
+    if is_cuda:
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)

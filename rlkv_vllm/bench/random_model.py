@@ -1,4 +1,4 @@
-"""Models of real size without weights: the time of a step does not depend on them."""
+"""Models of real size without trained weights, on which the time of a step does not depend."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parse_shape(name: str) -> ModelSize:
 
 
 def write_model(shape: ModelSize, folder: Path, *, sink: int, window: int) -> None:
-    """A configuration without weights, and ``profile.json`` with uneven random gates."""
+    """Write a configuration without weights, and ``profile.json`` with random gates."""
     from transformers import Qwen3Config
 
     Qwen3Config(

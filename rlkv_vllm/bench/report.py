@@ -1,10 +1,13 @@
-"""Markdown and a picture of a benchmark's results."""
+"""Report of a benchmark: Markdown (`report.md.j2`) and a plot."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader
 
 from rlkv_vllm.bench.case import SPLIT, STOCK, Case, Metric
 from rlkv_vllm.bench.cases import CASES
@@ -16,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def gains(case: Case, metric: Metric, result: Result) -> list[float]:
-    """The split's gain over stock, round by round: neighbours in time are compared."""
+    """The split's gain over stock in each round, whose turns are neighbours in time."""
     first, second = (result["samples"].get(variant, []) for variant in case.variants)
     pairs = (metric.gain(a[metric.key], b[metric.key]) for a, b in zip(first, second, strict=False))
     return [gain for gain in pairs if gain is not None]
 
 
 def gain_text(case: Case, result: Result) -> str:
-    """One line on a result."""
+    """A result in one line, for progress messages."""
     parts = []
     for metric in case.metrics:
         values = gains(case, metric, result)
@@ -35,125 +38,50 @@ def gain_text(case: Case, result: Result) -> str:
 
 
 def markdown(content: Mapping[str, Any], picture: str | None = None) -> str:
-    """The whole report.
+    """The report.
 
     Args:
         content: of a `Record`.
         picture: file name of the plot beside it.
     """
     results: list[Result] = content["results"]
-    dates = sorted(result["date"] for result in results)
-    lines = ["# rlkv bench: the split KV cache beside stock vLLM", ""]
-    if dates:
-        days = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
-        lines += [f"{days}:", "", "```bash", *content["settings"]["commands"], "```", ""]
-    lines += _conditions(content)
-    lines += _answer(results)
-    if picture:
-        lines += [f"![Gains over stock vLLM, and decode steps]({picture})", ""]
+    dates = sorted(result["date"][:10] for result in results)
+    cases = []
     for name, kind in CASES.items():
-        found = [r for r in results if r["case"] == name]
-        skipped = content["settings"].get("too_large", {}).get(name, [])
-        if found or skipped:
-            lines += _case(kind(), found, skipped)
-    lines += [
-        "Ratios are medians over the rounds of split and stock measured one after the other, with "
-        "the least and the greatest; above 1 the split is better. *Roofline* is what the bytes to "
-        "read and the operations to do allow on a machine with the bandwidth and speed above, "
-        "nothing else counted. *Reached* is the ratio over it.",
-        "",
-    ]
-    return "\n".join(lines)
+        found = [result for result in results if result["case"] == name]
+        if found or content["too_large"].get(name):
+            attention = _attention(found) if kind is Decode else []
+            cases.append((kind, *_table(kind(), found), attention))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["mib"] = lambda size: f"{size / 2**20:,.0f} MiB"
+    return environment.get_template("report.md.j2").render(
+        content,
+        base_context=BASE_CONTEXT,
+        cases=cases,
+        days=" to ".join(dict.fromkeys([*dates[:1], *dates[-1:]])),
+        medians=lambda result, key: [median(result, variant, key) for variant in (STOCK, SPLIT)],
+        picture=picture,
+    )
 
 
-def _conditions(content: Mapping[str, Any]) -> list[str]:
-    machine, settings = content["machine"], content["settings"]
-    lines = [
-        f"- Machine: {machine['cpu']}, {machine['cores']} core(s) used, {machine['platform']}, "
-        f"Python {machine['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    ]
-    for name, device in content["devices"].items():
-        lines.append(
-            f"- Measured for {name}: copies {device['bytes_per_s'] / 1e9:.1f} GB/s, matrix "
-            f"products {device['flops_per_s'] / 1e9:,.0f} GFLOP/s ({device['name']})"
-        )
-    for target in settings["targets"].values():
-        lines.append(
-            f"- {target['model']}: {target['layers']} layers x {target['kv_heads']} KV heads x "
-            f"{target['head_dim']}, {target['weights_bytes'] / 2**20:,.0f} MiB of weights, "
-            f"{target['engine']['dtype']}, "
-            f"{'eager' if target['engine']['enforce_eager'] else 'compiled'}, "
-            f"{target['threads']} thread(s); profile {target['profile']}, sparsity "
-            f"{target['sparsity']:g} ({target['full_heads']} full, {target['streaming_heads']} "
-            f"streaming heads, sink {target['sink']}, window {target['window']}); KV cache "
-            f"{target['memory_bytes'] / 2**20:,.0f} MiB for each engine"
-        )
-    loads = [result["load"] for result in content["results"]]
-    if loads:
-        lines.append(
-            f"- Load of the machine while measuring: {min(loads):.1f} to {max(loads):.1f}"
-            + (
-                ""
-                if all(result["alternating"] for result in content["results"])
-                else "; some engines did not fit beside each other and did not take turns"
-            )
-        )
-    return [*lines, ""]
-
-
-def _answer(results: Sequence[Result]) -> list[str]:
-    """The question that a user has before deploying."""
-    lines = []
+def _table(case: Case, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a case's results."""
+    stock, split = case.variants
+    header = [*case.columns.values()]
+    for metric in case.metrics:
+        header += [f"{stock}: {metric.label}", split]
+        header += ["ratio", "roofline", "reached"] if metric.is_ratio_shown else []
+    rows = []
     for result in results:
-        if result["case"] == "capacity" and STOCK in result["samples"]:
-            case = CASES["capacity"]()
-            running = {v: median(result, v, "running") for v in case.variants}
-            rates = {v: median(result, v, "tokens_per_s") for v in case.variants}
-            lines.append(
-                f"- **How many more users**: {running[SPLIT]:.1f} requests of up to "
-                f"{result['point']['tokens']:,} tokens at once instead of {running[STOCK]:.1f}, at "
-                f"equal memory: {running[SPLIT] / running[STOCK]:.2f} times as many."
-            )
-            lines.append(
-                f"- **How much faster**: {rates[SPLIT]:,.1f} tok/s instead of {rates[STOCK]:,.1f} "
-                f"with a full cache: {rates[SPLIT] / rates[STOCK]:.2f} times."
-            )
-        if result["case"] == "solve" and STOCK in result["samples"]:
-            solved = {v: median(result, v, "solved") for v in (STOCK, SPLIT)}
-            seconds = {v: median(result, v, "seconds_per_solved") for v in (STOCK, SPLIT)}
-            lines.append(
-                f"- **At what quality** ({result['target']}, {result['point']['n']} problems of "
-                f"{result['point']['task']}): {solved[SPLIT]:.1%} solved instead of "
-                f"{solved[STOCK]:.1%}, {seconds[SPLIT]:.3g} s per solved problem instead of "
-                f"{seconds[STOCK]:.3g} s."
-            )
-    return [*lines, ""] if lines else []
-
-
-def _case(case: Case, results: Sequence[Result], too_large: Sequence[str]) -> list[str]:
-    lines = [f"## {case.title}", ""]
-    if case.note:
-        lines += [case.note, ""]
-    if results:
-        stock, split = case.variants
-        header = [*case.columns.values()]
+        rows.append([_value(result["point"][key]) for key in case.columns])
         for metric in case.metrics:
-            header += [f"{stock}: {metric.label}", f"{split}"]
-            if metric.is_ratio_shown:
-                header += ["ratio", "roofline", "reached"]
-        lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-        for result in results:
-            cells = [_value(result["point"][key]) for key in case.columns]
-            for metric in case.metrics:
-                cells += _metric_cells(case, metric, result)
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    if isinstance(case, Decode):
-        lines += _attention(case, results)
-    if too_large:
-        lines += [f"Not run, would need more: {'; '.join(too_large)}.", ""]
-    return lines
+            rows[-1] += _metric_cells(case, metric, result)
+    return header, rows
 
 
 def _metric_cells(case: Case, metric: Metric, result: Result) -> list[str]:
@@ -162,12 +90,9 @@ def _metric_cells(case: Case, metric: Metric, result: Result) -> list[str]:
         if not result["samples"].get(variant):
             cells.append("-")
             continue
-        low, high = spread(result, variant, metric.key)
-        middle = median(result, variant, metric.key)
-        cells.append(
-            f"{_number(middle * metric.scale)} "
-            f"({_number(low * metric.scale)}-{_number(high * metric.scale)})"
-        )
+        figures = (median(result, variant, metric.key), *spread(result, variant, metric.key))
+        middle, low, high = (_number(value * metric.scale) for value in figures)
+        cells.append(f"{middle} ({low}-{high})")
     if metric.is_ratio_shown:
         values = gains(case, metric, result)
         expected = result["expected"].get(metric.key)
@@ -179,40 +104,25 @@ def _metric_cells(case: Case, metric: Metric, result: Result) -> list[str]:
     return cells
 
 
-def _attention(case: Decode, results: Sequence[Result]) -> list[str]:
-    """What the context adds to a step: attention alone, weights and everything else taken off."""
+def _attention(results: Sequence[Result]) -> list[list[str]]:
+    """What the context adds to a decode step: attention alone, without weights and all else."""
+    measured = [r for r in results if all(r["samples"].get(v) for v in Decode.variants)]
+    bases = {r["point"]["batch"]: r for r in measured if r["point"]["context"] == BASE_CONTEXT}
     rows = []
-    for base in results:
-        if base["point"]["context"] != BASE_CONTEXT:
+    for result in measured:
+        batch, context = result["point"]["batch"], result["point"]["context"]
+        if context == BASE_CONTEXT or batch not in bases:
             continue
-        for result in results:
-            point = result["point"]
-            if point["batch"] != base["point"]["batch"] or point["context"] == BASE_CONTEXT:
-                continue
-            added = {
-                variant: median(result, variant, "seconds") - median(base, variant, "seconds")
-                for variant in case.variants
-                if result["samples"].get(variant) and base["samples"].get(variant)
-            }
-            if len(added) == 2 and min(added.values()) > 0:
-                expected = result["expected"]["attention"]
-                gain = added[STOCK] / added[SPLIT]
-                rows.append(
-                    f"| {point['batch']} | {point['context']:,} | {added[STOCK] * 1e3:.1f} | "
-                    f"{added[SPLIT] * 1e3:.1f} | **{gain:.2f}** | {expected:.2f} | "
-                    f"{gain / expected:.0%} |"
-                )
-    if not rows:
-        return []
-    return [
-        f"What a context adds to the step at {BASE_CONTEXT} tokens, which is attention alone, "
-        "beside the ratio of the bytes that it reads more:",
-        "",
-        "| batch | context | stock: added (ms) | split | ratio | bytes | reached |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-    ]
+        stock, split = (
+            median(result, variant, "seconds") - median(bases[batch], variant, "seconds")
+            for variant in Decode.variants
+        )
+        if min(stock, split) > 0:
+            gain, expected = stock / split, result["expected"]["attention"]
+            added = [f"{1e3 * seconds:.1f}" for seconds in (stock, split)]
+            ratios = [f"**{gain:.2f}**", f"{expected:.2f}", f"{gain / expected:.0%}"]
+            rows.append([str(batch), f"{context:,}", *added, *ratios])
+    return rows
 
 
 def _value(value: Any) -> str:
@@ -238,9 +148,9 @@ def figure(content: Mapping[str, Any]) -> Figure | None:
         return None
     decode = [r for r in content["results"] if r["case"] == Decode.name]
     wide = len(decode) > 1
-    drawing = Figure(figsize=(11 if wide else 7, max(3.2, 0.24 * len(rows) + 1.4)), dpi=150)
-    drawing.set_layout_engine("constrained")
-    axes = drawing.subplots(1, 2 if wide else 1, squeeze=False)[0]
+    plot = Figure(figsize=(11 if wide else 7, max(3.2, 0.24 * len(rows) + 1.4)), dpi=150)
+    plot.set_layout_engine("constrained")
+    axes = plot.subplots(1, 2 if wide else 1, squeeze=False)[0]
     left = axes[0]
     for place, (case, metric, result, values) in enumerate(rows):
         gain = statistics.median(values)
@@ -256,11 +166,11 @@ def figure(content: Mapping[str, Any]) -> Figure | None:
     left.set_xlabel("gain over stock vLLM (diamond: roofline)")
     left.grid(axis="x", color="0.9", linewidth=0.8)
     if wide:
-        _draw_decode(axes[1], decode)
+        _plot_decode(axes[1], decode)
     for one in axes:
         one.set_axisbelow(True)
         one.spines[["top", "right"]].set_visible(False)
-    return drawing
+    return plot
 
 
 def _row_label(case: Case, metric: Metric, result: Result) -> str:
@@ -269,7 +179,7 @@ def _row_label(case: Case, metric: Metric, result: Result) -> str:
     return f"{case.name} {point} {label}".replace("$", r"\$")
 
 
-def _draw_decode(axes: Any, results: Sequence[Result]) -> None:
+def _plot_decode(axes: Any, results: Sequence[Result]) -> None:
     batches = sorted({result["point"]["batch"] for result in results})
     for index, batch in enumerate(batches):
         of_batch = sorted(

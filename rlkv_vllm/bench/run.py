@@ -6,27 +6,24 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rlkv_vllm.bench.cases import CASES
 from rlkv_vllm.bench.cases.solve import Solve
+from rlkv_vllm.bench.engine import free_bytes
 from rlkv_vllm.bench.record import Record
 from rlkv_vllm.bench.report import figure, markdown
 from rlkv_vllm.bench.runner import Job, Runner, describe_point
-from rlkv_vllm.bench.target import (
-    SOLVE_MAX_MODEL_LEN,
-    SOLVE_MEMORY,
-    Options,
-    Target,
-    find_target,
-)
+from rlkv_vllm.bench.target import Options, Target, find_target
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import write_text_atomic
 from rlkv_vllm.models import MODEL_NAME
 from rlkv_vllm.profile.plot import save_figure
 
 MAIN = "model"
-#: The embedded reasoner with a cache for a few answers, whatever model is measured else.
+#: The embedded reasoner with a cache for a few answers, whatever model the other cases measure.
 REASONER = "reasoner"
+REASONER_MEMORY, REASONER_MAX_MODEL_LEN = 8 * 2**20, 1024
 
 
 def run(
@@ -46,7 +43,7 @@ def run(
         cases: names in `CASES`; empty: all.
         rounds: turns of each variant.
         stem: the files are this with .json, .md and .png.
-        fresh: measure all again.
+        fresh: measure everything again.
         command: how to repeat it, for the report.
         say: prints a line of progress.
 
@@ -54,88 +51,64 @@ def run(
         The files written.
 
     Raises:
-        RlkvError: something is wrong with what was given, or an engine failed.
+        RlkvError: an option is wrong, or an engine failed.
     """
     unknown = [name for name in cases if name not in CASES]
     if unknown:
         raise RlkvError(f"--cases {','.join(unknown)}: choose of {', '.join(CASES)}")
-    chosen = [kind() for name, kind in CASES.items() if not cases or name in cases]
-    json_path, text_path, picture_path = (
-        stem.with_name(stem.name + suffix) for suffix in (".json", ".md", ".png")
-    )
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as folder:
         targets: dict[str, Target] = {}
-
-        def target_of(case_name: str) -> Target:
-            solves_embedded = case_name == Solve.name and options.task == MODEL_NAME
-            key = REASONER if solves_embedded else MAIN
-            if key not in targets:
-                chosen_options = _reasoner(options) if solves_embedded else options
-                targets[key] = find_target(key, chosen_options, Path(name))
-            return targets[key]
-
         jobs: list[Job] = []
         too_large: dict[str, list[str]] = {}
-        for case in chosen:
-            target = target_of(case.name)
+        for case in (kind() for name, kind in CASES.items() if not cases or name in cases):
+            solves_embedded = case.name == Solve.name and options.task == MODEL_NAME
+            key = REASONER if solves_embedded else MAIN
+            if key not in targets:
+                own = _reasoner(options) if solves_embedded else options
+                targets[key] = find_target(key, own, Path(folder))
+            setup = targets[key].setup
             points = []
-            for point in case.points(target.setup, full=options.full):
-                reason = case.too_large(target.setup, point)
+            for point in case.points(setup, full=options.full):
+                reason = case.too_large(setup, point)
                 if reason is None:
                     points.append(point)
                 else:
                     words = f"{describe_point(case, point)} ({reason})"
                     too_large.setdefault(case.name, []).append(words)
-            jobs.append(Job(case, target, points))
-        settings = {
-            "commands": [command],
-            "targets": {key: target.describe() for key, target in targets.items()},
-            "too_large": too_large,
-        }
-        record = Record(json_path, settings, fresh=fresh)
+            jobs.append(Job(case, targets[key], points))
+        record = Record(
+            stem.with_name(stem.name + ".json"),
+            {key: target.describe() for key, target in targets.items()},
+            too_large=too_large,
+            command=command,
+            fresh=fresh,
+        )
         stem.parent.mkdir(parents=True, exist_ok=True)
-        runner = Runner(record, rounds, _free_bytes(options.is_cuda), stem.parent, say)
+        runner = Runner(record, rounds, free_bytes(options.is_cuda), stem.parent, say)
         try:
             runner.run(jobs)
         finally:
-            written = _write_report(record, json_path, text_path, picture_path)
+            written = _write_report(record, stem)
     return written
 
 
-def _write_report(record: Record, json_path: Path, text: Path, picture: Path) -> list[Path]:
-    """Of what was measured so far."""
+def _write_report(record: Record, stem: Path) -> list[Path]:
+    """Report the results so far."""
     if not record.results:
         return []
-    drawing = figure(record.content)
-    if drawing is not None:
-        save_figure(drawing, picture)
-    write_text_atomic(text, markdown(record.content, picture.name if drawing else None))
-    return [json_path, text, *([picture] if drawing else [])]
+    json_path, text, picture = (
+        stem.with_name(stem.name + suffix) for suffix in (".json", ".md", ".png")
+    )
+    plot = figure(record.content)
+    if plot is not None:
+        save_figure(plot, picture)
+    write_text_atomic(text, markdown(record.content, picture.name if plot else None))
+    return [json_path, text, *([picture] if plot else [])]
 
 
 def _reasoner(options: Options) -> Options:
-    """The embedded reasoner, served as it is served by default."""
-    own = options.model == MODEL_NAME
-    return replace(
-        options,
-        model=MODEL_NAME,
-        profile=options.profile if own else None,
-        sparsity=options.sparsity if own else None,
-        sink=options.sink if own else None,
-        window=options.window if own else None,
-        dtype=options.dtype if own else None,
-        memory_bytes=SOLVE_MEMORY,
-        max_model_len=SOLVE_MAX_MODEL_LEN,
-    )
-
-
-def _free_bytes(is_cuda: bool) -> int:
-    """Memory that engines can have."""
-    if is_cuda:
-        import torch
-
-        free, _ = torch.cuda.mem_get_info()
-        return int(free)
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    """The embedded reasoner, with its defaults where another model is measured."""
+    if options.model != MODEL_NAME:
+        given: dict[str, Any] = dict.fromkeys(("profile", "sparsity", "sink", "window", "dtype"))
+        options = replace(options, model=MODEL_NAME, **given)
+    return replace(options, memory_bytes=REASONER_MEMORY, max_model_len=REASONER_MAX_MODEL_LEN)

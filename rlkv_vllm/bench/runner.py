@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlkv_vllm.bench.case import Case, Point
 from rlkv_vllm.bench.record import Record, Result
 from rlkv_vllm.bench.report import gain_text
-from rlkv_vllm.bench.server import ServerSession
-from rlkv_vllm.bench.session import Session
+from rlkv_vllm.bench.session import Session, start_engine, start_server
 from rlkv_vllm.bench.target import Target
 from rlkv_vllm.planning.roofline import Device
 
-#: What a process needs beside weights and cache.
+#: Memory of a process beside weights and cache.
 PROCESS_BYTES = 2 * 2**30
-#: For cases that expect nothing of the device.
+#: For cases without a roofline.
 UNKNOWN = Device("", 0, 1.0, 1.0)
 
 
@@ -29,8 +29,8 @@ class Job:
 
     Attributes:
         case: what is measured.
-        target: on what.
-        points: where, those too large left out.
+        target: the model with its engines.
+        points: of the case, without those too large.
     """
 
     case: Case
@@ -38,36 +38,29 @@ class Job:
     points: Sequence[Point]
 
 
+@dataclass
 class Runner:
-    """Measures what the record lacks.
+    """Measures the points that are not in the record.
 
-    Args:
-        record: where results go.
+    Attributes:
+        record: of the results.
         rounds: turns of each variant at each point.
         free_bytes: memory for engines, or of the GPU.
         folder: for the logs of engines that fail.
         say: prints a line of progress.
     """
 
-    def __init__(
-        self,
-        record: Record,
-        rounds: int,
-        free_bytes: int,
-        folder: Path,
-        say: Callable[[str], None],
-    ) -> None:
-        self.record = record
-        self.rounds = rounds
-        self.free_bytes = free_bytes
-        self.folder = folder
-        self.say = say
-        self._sessions: dict[tuple[str, str, bool], Session | ServerSession] = {}
-        self._seconds: dict[str, list[float]] = {}
-        self._left: list[str] = []
+    record: Record
+    rounds: int
+    free_bytes: int
+    folder: Path
+    say: Callable[[str], None]
+    _sessions: dict[tuple[str, str, bool], Session] = field(default_factory=dict)
+    _seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _left: list[str] = field(default_factory=list)
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Measure all points of all jobs that are not in the record."""
+        """Measure all points of the jobs that are not in the record."""
         todo = [
             (job, point) for job in jobs for point in job.points if not self._is_done(job, point)
         ]
@@ -106,36 +99,32 @@ class Runner:
 
     def _engines(
         self, target: Target, variants: Sequence[str], as_servers: bool
-    ) -> dict[str, Session | ServerSession]:
+    ) -> dict[str, Session]:
         """Running engines, or servers, of exactly these variants."""
         keys = {variant: (target.key, variant, as_servers) for variant in variants}
-        for key in list(self._sessions.keys() - set(keys.values())):
+        for key in self._sessions.keys() - set(keys.values()):
             self._sessions.pop(key).close()
         for variant, key in keys.items():
             if key not in self._sessions:
                 self._sessions[key] = self._start(target, variant, as_servers)
         return {variant: self._sessions[key] for variant, key in keys.items()}
 
-    def _start(
-        self, target: Target, variant: str, as_server: bool = False
-    ) -> Session | ServerSession:
-        start = time.monotonic()
-        kind = ServerSession if as_server else Session
-        session = kind(target.specs[variant], self.folder / f"{variant}.log")
+    def _start(self, target: Target, variant: str, as_server: bool = False) -> Session:
+        began = time.monotonic()
+        start_one = start_server if as_server else start_engine
+        session = start_one(target.specs[variant], self.folder / f"{variant}.log")
         what = "server" if as_server else "engine"
-        self.say(f"{target.name}: {variant} {what} started in {time.monotonic() - start:.0f} s")
+        self.say(f"{target.name}: {variant} {what} started in {time.monotonic() - began:.0f} s")
         return session
 
     def _close_all(self) -> None:
         while self._sessions:
             self._sessions.popitem()[1].close()
 
-    def _device(self, job: Job, sessions: Mapping[str, Session | ServerSession]) -> Device:
+    def _device(self, job: Job, session: Session) -> Device:
         device = self.record.device(job.target.key)
         if device is None and not job.case.runs_servers:
-            session = next(iter(sessions.values()))
-            dtype_bytes = job.target.setup.model.dtype_bytes
-            device = Device(**session.ask("probe", dtype_bytes=dtype_bytes))
+            device = session.ask(("probe", job.target.setup.model.dtype_bytes))
             self.record.set_device(job.target.key, device)
         return device or UNKNOWN
 
@@ -143,34 +132,36 @@ class Runner:
 
     def _run_job(self, job: Job, points: Sequence[Point], variants: Sequence[str]) -> None:
         sessions = self._engines(job.target, variants, job.case.runs_servers)
-        device = self._device(job, sessions)
+        device = self._device(job, sessions[variants[0]])
         for point in points:
             with self._measuring(job, point, device) as result:
                 for session in sessions.values():
-                    session.ask("prepare", case=job.case.name, point=point)
-                samples = result["samples"]
-                samples |= {variant: [] for variant in variants}
-                for turn in range(self.rounds):
-                    # Who begins changes: what the first one leaves in caches helps nobody.
-                    order = list(variants) if turn % 2 == 0 else list(reversed(variants))
-                    for variant in order:
-                        samples[variant].append(sessions[variant].ask("turn"))
+                    session.ask(("prepare", job.case.name, point))
+                self._alternate(result, variants, lambda v: sessions[v].ask(("turn",)))
                 for session in sessions.values():
-                    session.ask("finish")
-                result["alternating"] = len(variants) > 1
+                    session.ask(("finish",))
 
     def _run_startup(self, job: Job, points: Sequence[Point]) -> None:
+        def turn(variant: str) -> dict[str, float]:
+            session = self._start(job.target, variant)
+            session.close()
+            return session.started
+
         device = self.record.device(job.target.key) or UNKNOWN
         for point in points:
             with self._measuring(job, point, device) as result:
-                result["samples"] = {variant: [] for variant in job.case.variants}
-                for turn in range(self.rounds):
-                    order = list(job.case.variants)
-                    for variant in order if turn % 2 == 0 else reversed(order):
-                        session = self._start(job.target, variant)
-                        session.close()
-                        result["samples"][variant].append(session.started)
-                result["alternating"] = True
+                self._alternate(result, job.case.variants, turn)
+
+    def _alternate(
+        self, result: Result, variants: Sequence[str], turn: Callable[[str], dict[str, float]]
+    ) -> None:
+        """All rounds; their order swaps, because the first one may warm caches for the second."""
+        samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+        for number in range(self.rounds):
+            for variant in variants if number % 2 == 0 else reversed(variants):
+                samples[variant].append(turn(variant))
+        result["samples"] |= samples
+        result["alternating"] = len(variants) > 1
 
     @contextmanager
     def _measuring(self, job: Job, point: Point, device: Device) -> Iterator[Result]:
@@ -186,7 +177,7 @@ class Runner:
         start = time.monotonic()
         yield result
         seconds = time.monotonic() - start
-        self._seconds.setdefault(job.case.name, []).append(seconds)
+        self._seconds[job.case.name].append(seconds)
         self.record.add(result)
         if all(variant in result["samples"] for variant in job.case.variants):
             self._left.remove(job.case.name)

@@ -3,100 +3,79 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import math
+import os
 import random
 import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.error
-import urllib.request
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.bench.session import ENVIRONMENT
-from rlkv_vllm.bench.worker import EngineSpec
+import psutil
+
+from rlkv_vllm.bench.engine import EngineSpec
 from rlkv_vllm.errors import RlkvError
 
-_NAME = "bench"
+_HOST, _NAME = "127.0.0.1", "bench"
 _START_SECONDS = 900
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, and that no outgoing connection will be given."""
+    """A port of 127.0.0.1 without a listener, which no outgoing connection will be given."""
     while True:
         port = random.SystemRandom().randrange(16_384, 32_768)  # below the ephemeral ports
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((_HOST, port))
             return port
 
 
-class ServerSession:
+class Server:
     """`rlkv serve`, or vLLM's own server.
 
     Args:
-        spec: what its engine is started with.
-        log: file for what it says; it stays only if the server fails.
+        spec: how its engine is started.
+        log: file for what it prints; kept only if the server does not start.
+
+    Attributes:
+        variant: stock, split or all-full.
 
     Raises:
         RlkvError: it does not start.
     """
 
     def __init__(self, spec: EngineSpec, log: Path) -> None:
-        self.spec = spec
-        self._path = log
-        self._log = log.open("w+")
+        self.variant, self._model = spec.variant, spec.model
+        self._path, self._log = log, log.open("w+")
         self._failed = False
-        port = free_port()
-        self._url = f"http://127.0.0.1:{port}"
-        flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", _NAME]
-        for option, value in spec.options.items():
-            flag = "--" + option.replace("_", "-")
-            flags += [flag] if value is True else [] if value is False else [flag, str(value)]
-        command = [sys.executable, "-m"]
+        self._port = free_port()
+        flags = spec.options | {"host": _HOST, "port": self._port, "served_model_name": _NAME}
         if spec.split is None:
-            command += ["vllm.entrypoints.openai.api_server", "--model", spec.model]
+            command = ["vllm.entrypoints.openai.api_server", "--model", spec.model]
         else:
-            command += ["rlkv_vllm", "serve", spec.model]
-            for option, value in spec.split.items():
-                command += ["--" + option, str(value)]
-        environment = spec.environment()
-        del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # as users serve it
+            command = ["rlkv_vllm", "serve", spec.model]
+            flags |= {name: spec.split[name] for name in ("profile", "sparsity", "sink", "window")}
+        for option, value in flags.items():
+            if value is not False:
+                command.append("--" + option.replace("_", "-"))
+                command += [] if value is True else [str(value)]
+        environment = os.environ | spec.environment()
         self._process = subprocess.Popen(
-            [*command, *flags],
-            env=ENVIRONMENT | environment,
+            [sys.executable, "-m", *command],
+            env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
         )
-        start = time.monotonic()
         try:
             self._wait()
         except BaseException:
             self.close()
             raise
-        self.started = {"process_seconds": time.monotonic() - start}
-        self._point: dict[str, Any] = {}
-
-    def ask(self, do: str, **values: Any) -> dict[str, Any]:
-        """Take the same orders as `Session`: prepare, turn, finish."""
-        if do == "prepare":
-            self._point = values["point"]
-            self._load(self._point | {"requests": 2})
-        elif do == "turn":
-            found = self._load(self._point)
-            if found["failed"]:
-                raise RlkvError(
-                    f"the {self.spec.variant} server failed {found['failed']} requests: "
-                    f"{next((e for e in found['errors'] if e), 'no reason given')[:200]}"
-                )
-            return {
-                "ttft_ms": found["median_ttft_ms"],
-                "tpot_ms": found["median_tpot_ms"],
-                "p99_tpot_ms": found["p99_tpot_ms"],
-                "tokens_per_s": found["output_throughput"],
-            }
-        return {}
 
     def close(self) -> None:
         """End the server and its engine."""
@@ -110,8 +89,24 @@ class ServerSession:
         if not self._failed:
             self._path.unlink(missing_ok=True)
 
-    def _load(self, point: dict[str, Any]) -> dict[str, Any]:
-        """Run vLLM's client once."""
+    def load(
+        self, *, requests: int, prompt: int, output: int, rate: float, at_once: int | None = None
+    ) -> dict[str, Any]:
+        """Run vLLM's client once.
+
+        Args:
+            requests: how many.
+            prompt: tokens of each prompt, random but the same in every call.
+            output: tokens of each answer.
+            rate: mean arrivals per second (Poisson); ``inf`` for all at once.
+            at_once: most requests in flight.
+
+        Returns:
+            The client's figures.
+
+        Raises:
+            RlkvError: a request failed.
+        """
         from vllm.benchmarks.serve import add_cli_args, main_async
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -119,36 +114,72 @@ class ServerSession:
         add_cli_args(parser)
         args = parser.parse_args(
             [
-                *("--backend", "openai", "--base-url", self._url),
-                *("--model", _NAME, "--tokenizer", self.spec.model),
+                *("--backend", "openai", "--base-url", f"http://{_HOST}:{self._port}"),
+                *("--model", _NAME, "--tokenizer", self._model),
                 *("--dataset-name", "random", "--seed", "3"),
-                *("--random-input-len", str(point["prompt"])),
-                *("--random-output-len", str(point["output"])),
-                *("--num-prompts", str(point["requests"])),
-                *("--request-rate", str(point["rate"])),
+                *("--random-input-len", str(prompt), "--random-output-len", str(output)),
+                *("--num-prompts", str(requests), "--request-rate", str(rate)),
+                *(("--max-concurrency", str(at_once)) if at_once else ()),
                 *("--ignore-eos", "--disable-tqdm"),
             ]
         )
         with redirect_stdout(self._log), redirect_stderr(self._log):
             found: dict[str, Any] = asyncio.run(main_async(args))
+        if found["failed"]:
+            reason = next((error for error in found["errors"] if error), "no reason given")
+            raise RlkvError(
+                f"the {self.variant} server failed {found['failed']} requests: {reason[:200]}"
+            )
         return found
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all processes of the server so far."""
+        root = psutil.Process(self._process.pid)
+        times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+        return float(sum(time.user + time.system for time in times))
+
+    def scrape(
+        self, path: str, rate: float, *, stop: threading.Event, limit: float = math.inf
+    ) -> int:
+        """Read a page again and again, over one connection.
+
+        Args:
+            path: of the page.
+            rate: most reads per second.
+            stop: ends the reading.
+            limit: most reads.
+
+        Returns:
+            How many times it was read.
+
+        Raises:
+            RlkvError: the server does not answer with the page.
+        """
+        start, count = time.monotonic(), 0
+        with closing(http.client.HTTPConnection(_HOST, self._port, timeout=60)) as connection:
+            while count < limit:
+                if stop.wait(max(0.0, start + count / rate - time.monotonic())):
+                    break
+                connection.request("GET", path)
+                answer = connection.getresponse()
+                answer.read()
+                if answer.status != 200:
+                    raise RlkvError(f"the {self.variant} server: {path}: status {answer.status}")
+                count += 1
+        return count
 
     def _wait(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
-            try:
-                with urllib.request.urlopen(f"{self._url}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError, RlkvError):
+                self.scrape("/health", math.inf, stop=threading.Event(), limit=1)
+                return
+            time.sleep(0.5)
         self._failed = True
         self._log.flush()
         lines = [line for line in self._path.read_text().splitlines() if line.strip()]
         errors = [line for line in lines if "rror" in line]
-        last = (errors or lines or ["it said nothing"])[-1]
+        last = (errors or lines or ["it printed nothing"])[-1]
         raise RlkvError(
-            f"the {self.spec.variant} server did not start: {last[-300:]} (all of it in "
-            f"{self._path})"
+            f"the {self.variant} server did not start: {last[-300:]} (log: {self._path})"
         )

@@ -1,8 +1,8 @@
 """A replica without a model: vLLM's own scheduler and block managers, and a clock.
 
 The scheduler admits, preempts and frees as in the engine, with the split's ring managers where
-the cache is split. Instead of running a model, every step takes the time that the roofline says.
-What `rlkv_vllm/planning/fleet.py` plans is held against it.
+the cache is split. Instead of running a model, every step takes its roofline time. The plans of
+`rlkv_vllm/planning/fleet.py` are tested against it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rlkv_vllm.allocation.ring import num_blocks
 from rlkv_vllm.bench.random_model import write_model
 from rlkv_vllm.planning.fleet import Lengths, Replica
 from rlkv_vllm.planning.roofline import ModelSize
@@ -25,8 +26,8 @@ class Simulated:
     """A replica under simulated traffic.
 
     Attributes:
-        requests_per_s: that it completed.
-        tokens_per_s: that it generated.
+        requests_per_s: completed requests.
+        tokens_per_s: generated tokens.
         running: mean requests at once.
         step_seconds: mean time of a step.
         waiting: requests that wait at the end.
@@ -51,13 +52,13 @@ def simulate(
     requests: int = 400,
     seed: int = 0,
 ) -> Simulated:
-    """Let a replica serve requests, the first half of them not counted.
+    """Let a replica serve requests, and count from the second half of them on.
 
     Args:
         replica: the engine.
-        lengths: of its requests, drawn at random.
-        requests_per_s: they come at random times (Poisson) at this rate; None: they always wait.
-        requests: that it completes.
+        lengths: of its requests, sampled at random.
+        requests_per_s: rate of Poisson arrivals; None: some requests always wait.
+        requests: how many it completes.
         seed: of lengths and times.
     """
     from vllm import SamplingParams
@@ -80,7 +81,7 @@ def simulate(
         nonlocal made
         prompt, output = rng.choice(lengths.pairs)
         if made < at_first:
-            output = rng.randint(1, output)  # of all ages, or they would end together
+            output = rng.randint(1, output)  # otherwise they would all end together
         name = f"r{made}"
         made += 1
         arrived[name] = at
@@ -163,7 +164,7 @@ def simulate(
 
 
 def make_scheduler(replica: Replica, max_model_len: int) -> Any:
-    """vLLM's scheduler over the pool of a replica, or that of the split.
+    """The scheduler of a replica: vLLM's, or that of the split cache.
 
     Args:
         replica: the engine; its forecast says which cache groups there are.
@@ -199,7 +200,7 @@ def make_scheduler(replica: Replica, max_model_len: int) -> Any:
             sliding_window=geometry.window,
             sink=geometry.sink,
             num_groups=groups.num_ring_groups + 1,
-            chunk_blocks=-(-config.max_in_flight_tokens // block_size),
+            chunk_blocks=num_blocks(config.max_in_flight_tokens, block_size),
             steps_in_flight=config.max_concurrent_batches,
         )
         specs += [ring] * groups.num_ring_groups
@@ -218,7 +219,7 @@ def make_scheduler(replica: Replica, max_model_len: int) -> Any:
 
 @lru_cache(maxsize=8)
 def _config(max_model_len: int, max_num_seqs: int) -> Any:
-    """vLLM's configuration: the scheduler needs one, and no more of the model than its length."""
+    """vLLM's configuration; of the model, the scheduler needs only the length."""
     from vllm.engine.arg_utils import EngineArgs
 
     from rlkv_vllm.plugin import register

@@ -14,6 +14,7 @@ from rlkv_vllm.cli.bench import bench
 from rlkv_vllm.cli.doctor import doctor
 from rlkv_vllm.cli.evaluate import evaluate
 from rlkv_vllm.cli.profile import app as profile_app
+from rlkv_vllm.cli.refine import refine
 from rlkv_vllm.cli.score import score
 from rlkv_vllm.cli.serve import serve
 from rlkv_vllm.cli.testbed import app as testbed_app
@@ -53,6 +54,7 @@ app.command(
 app.add_typer(profile_app, name="profile")
 app.add_typer(testbed_app, name="testbed")
 app.command("train")(train)
+app.command("refine")(refine)
 app.command("score")(score)
 app.command("eval")(evaluate)
 app.command("bench")(bench)

@@ -21,16 +21,21 @@ def bench(
         str,
         typer.Argument(
             help="Model folder, Hub id, `embedded`, or random:LAYERSxKV_HEADSxHEAD_DIM for a model "
-            "of that size without weights, such as random:28x8x128."
+            "of that size with random weights, e.g. random:28x8x128."
         ),
     ] = "embedded",
     profile: Annotated[
         str | None,
-        typer.Option(help="Head profile: path, packaged name or Hub repository."),
+        typer.Option(
+            help="Head profile: path, packaged name or Hub repository "
+            "(default: that of the embedded model; random gates for random models)."
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Share of streaming heads [default: the profile's; random models .5]."),
+        typer.Option(
+            help="Share of streaming heads, 0 to 1 (default: the profile's; 0.5 for random models)."
+        ),
     ] = None,
     suite: Annotated[
         Suite, typer.Option(help="quick: some minutes; full: all batches and contexts.")
@@ -39,71 +44,77 @@ def bench(
         str,
         typer.Option(
             help="Comma-separated, of solve, capacity, decode, short, prefill, prefix, overhead, "
-            "serve, startup [default: all]."
+            "serve, monitoring, startup (default: all)."
         ),
     ] = "",
     memory: Annotated[
         str | None,
         typer.Option(
-            help="KV cache of every engine, such as 8GiB [default: 2GiB, of the embedded model "
-            "64MiB]."
+            help="KV cache of every engine, e.g. 8GiB (default: 2GiB; 64MiB for the embedded "
+            "model)."
         ),
     ] = None,
     max_model_len: Annotated[
         int | None,
-        typer.Option(min=512, help="Longest request [default: 8,448; with --suite full 33,024]."),
+        typer.Option(
+            min=512, help="Longest request, in tokens (default: 8448; 33024 with --suite full)."
+        ),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Most requests at once.")] = 128,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Turns of each engine [default: 3; full: 5].")
+        int | None,
+        typer.Option(min=1, help="Turns of each engine (default: 3; 5 with --suite full)."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="Length of a turn of the capacity case.")
+        float, typer.Option(min=0.1, help="Length of a turn of the case `capacity`.")
     ] = 10.0,
     task: Annotated[
         str,
         typer.Option(
-            help="Whose problems are solved: `embedded` by the embedded reasoner, a .jsonl file or "
-            "another task by MODEL."
+            help="Problems of the case `solve`: `embedded` for the embedded reasoner, or a .jsonl "
+            "file or another task for MODEL."
         ),
     ] = "embedded",
-    sink: Annotated[int | None, typer.Option(min=0, help="Instead of the profile's.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Instead of the profile's.")] = None,
+    sink: Annotated[
+        int | None,
+        typer.Option(help="First tokens that streaming heads keep (default: the profile's)."),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Last tokens that streaming heads keep (default: the profile's)."),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, ... [default: vLLM's choice].")
+        str | None, typer.Option(help="float32, bfloat16, ... (default: vLLM's choice).")
     ] = None,
     eager: Annotated[
         bool | None,
-        typer.Option(help="Without compilation and graphs [default: on a CPU]."),
+        typer.Option(help="Without compilation and graphs (default: on a CPU)."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of a CPU engine [default: all cores].")
+        int | None, typer.Option(min=1, help="Threads of a CPU engine (default: all cores).")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Name of the report without suffix: .json, .md and .png are written, and an "
-            "interrupted run goes on from the .json [default: rlkv-bench/DATE-DEVICE].",
+            help="Name of the report without suffix (default: rlkv-bench/DATE-DEVICE). NAME.json, "
+            ".md and .png are written; an interrupted run continues from the .json.",
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
 ) -> None:
-    """How many more users, how much faster, at what quality: measured beside stock vLLM."""
+    """Compare the split cache with stock vLLM on this machine: memory, speed and quality."""
     import os
     import shlex
     import sys
     from datetime import date
 
-    from rlkv_vllm.allocation.heads import check_sparsity
+    from rlkv_vllm.bench.engine import has_cuda
     from rlkv_vllm.bench.run import run
-    from rlkv_vllm.bench.session import has_cuda
     from rlkv_vllm.bench.target import Options
     from rlkv_vllm.cli.sizes import parse_size
 
-    if sparsity is not None:
-        check_sparsity(sparsity)
     is_cuda, is_full = has_cuda(), suite is Suite.full
     options = Options(
         model=model,

@@ -51,7 +51,9 @@ def evaluate(
         str | None, typer.Option(help="Score answers with this function, `package.module:name`.")
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Problems, the same for all rows.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the problems and of the sampling.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Seed of the problems and of the sampling.")
+    ] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length cap of an answer.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of the probability kept.")] = 1.0,
@@ -91,15 +93,20 @@ def evaluate(
 ) -> None:
     """Solve fresh problems with really split caches: accuracy, length and time per sparsity."""
     from rlkv_vllm.allocation.heads import read_sparsities
+    from rlkv_vllm.answers import Sampling
     from rlkv_vllm.cli.sizes import parse_size
     from rlkv_vllm.errors import RlkvError
     from rlkv_vllm.evaluation import sweep
     from rlkv_vllm.evaluation.record import Record, output_format
-    from rlkv_vllm.evaluation.served import Sampling, answer
+    from rlkv_vllm.evaluation.served import answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
-    from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source
+    from rlkv_vllm.models import (
+        MODEL_NAME,
+        load_model_fingerprint,
+        model_source,
+        serving_defaults,
+    )
     from rlkv_vllm.profile.io import check_matches
-    from rlkv_vllm.serving.arguments import EMBEDDED_DEFAULTS
     from rlkv_vllm.serving.progress import quiet_logging
     from rlkv_vllm.tasks import get_task, skip_note
 
@@ -119,7 +126,7 @@ def evaluate(
         _require_folder("--plot", plot)
     model = model or MODEL_NAME
     if model == MODEL_NAME:
-        options |= {key: EMBEDDED_DEFAULTS[key] for key in ("dtype", "enforce_eager")}
+        options |= {key: serving_defaults(model)[key] for key in ("dtype", "enforce_eager")}
     elif not profile:
         raise RlkvError(
             f"--profile: needed for model {model}: give the profiles to evaluate, `rlkv score` "
@@ -151,7 +158,9 @@ def evaluate(
     if note := skip_note(chosen):
         typer.echo(note, err=True)
     problems = chosen.problems(n, seed)
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed)
+    sampling = Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
     changing = {
         "dtype": options.get("dtype"),
         "kv_cache_dtype": kv_cache_dtype,

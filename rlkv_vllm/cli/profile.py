@@ -222,11 +222,11 @@ def plot(
     sparsity: Sparsity = None,
 ) -> None:
     """Draw the gates as a heat map and mark the full heads."""
-    from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
+    from rlkv_vllm.profile.choice import choose_profile
     from rlkv_vllm.profile.plot import plot_profile
 
-    loaded, _ = find_profile(profile)
-    plot_profile(loaded, resolve_sparsity(loaded, sparsity, profile), output)
+    choice = choose_profile(profile, sparsity)
+    plot_profile(choice.profile, choice.sparsity, output)
     print_plain(f"{output}: written")
 
 
@@ -281,9 +281,9 @@ def plan(
     """Forecast the cache memory of a split model against the full cache, or a whole cluster."""
     from rlkv_vllm.models import fingerprint_from_config, load_model_config, model_source
     from rlkv_vllm.planning.roofline import ModelSize
+    from rlkv_vllm.profile.choice import choose_profile
     from rlkv_vllm.profile.forecast import forecast_profile
     from rlkv_vllm.profile.io import check_matches
-    from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
 
     flags = ClusterFlags(
         gpu, rate, prompt_tokens, output_tokens, tpot, load, efficiency, max_num_seqs, simulate
@@ -294,16 +294,15 @@ def plan(
     for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
         if value is not None and value < 1:
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
-    loaded, _ = find_profile(profile)
-    sparsity = resolve_sparsity(loaded, sparsity, profile)
+    choice = choose_profile(profile, sparsity)
     config, commit = load_model_config(model_source(model))
     fingerprint = fingerprint_from_config(config, model, commit)
-    check_matches(loaded, fingerprint)
+    check_matches(choice.profile, fingerprint)
 
     def forecast(dtype_bytes: int) -> Forecast:
         return forecast_profile(
-            loaded,
-            sparsity,
+            choice.profile,
+            choice.sparsity,
             dtype_bytes=dtype_bytes,
             max_model_len=max_model_len,
             block_sizes=(block_size,) if block_size else None,
@@ -313,13 +312,13 @@ def plan(
     if memory is not None:
         memory_bytes = parse_size("--memory", memory)
     if gpu is None:
-        _print_plan(forecast(dtype.num_bytes), sparsity, max_model_len, memory_bytes)
+        _print_plan(forecast(dtype.num_bytes), choice.sparsity, max_model_len, memory_bytes)
         return
     size = ModelSize.from_config(config, dtype.num_bytes)
     device = find_gpu(gpu, efficiency)
     if memory is None:
         memory_bytes = cache_memory(device, size, tp)
-    _print_plan(forecast(dtype.num_bytes), sparsity, max_model_len, memory_bytes)
+    _print_plan(forecast(dtype.num_bytes), choice.sparsity, max_model_len, memory_bytes)
     print_cluster(
         flags,
         device,

@@ -1,14 +1,28 @@
-"""Progress of long work: bars with the time left on a terminal, lines elsewhere."""
+"""What long jobs tell on the command line: progress on stderr, and the result."""
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import typer
+
+from rlkv_vllm.errors import RlkvError
+
+if TYPE_CHECKING:
+    from rlkv_vllm.profile import HeadProfile
 
 
 class StageProgress:
-    """A bar per stage on a terminal, a line per finished stage elsewhere; on stderr."""
+    """A bar per stage with the time left on a terminal, a line per finished stage elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+        threads: CPU threads of the job; None leaves PyTorch's choice.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -19,6 +33,10 @@ class StageProgress:
             TimeRemainingColumn,
         )
 
+        if threads is not None:
+            from rlkv_vllm.hf.loading import set_threads
+
+            set_threads(threads)
         console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description:<12}"),
@@ -32,6 +50,8 @@ class StageProgress:
             disable=not console.is_terminal,
         )
         self.is_plain = not console.is_terminal
+        #: Under `accelerate launch` one process tells.
+        self.is_main = int(os.environ.get("RANK", "0")) == 0
         self._stages: dict[str, int] = {}
 
     def __enter__(self) -> StageProgress:
@@ -58,3 +78,25 @@ class StageProgress:
             typer.echo(text, err=True)
         else:
             self._bars.console.print(text, highlight=False, soft_wrap=True)
+
+
+def require_training_packages(command: str, *names: str) -> None:
+    """Refuse to start without packages of `rlkv-vllm[train]`.
+
+    Raises:
+        RlkvError: naming the missing ones.
+    """
+    missing = [name for name in names if not find_spec(name)]
+    if missing:
+        raise RlkvError(f"{command} needs {', '.join(missing)}: pip install 'rlkv-vllm[train]'")
+
+
+def print_result(profile: HeadProfile | None, output: Path) -> None:
+    """Print the evaluation of a job's profile, and where it lies; nothing without a profile."""
+    if profile is None:
+        return
+    if profile.evaluation:
+        typer.echo("sparsity  accuracy  output tokens")
+    for row in profile.evaluation:
+        typer.echo(f"{row.sparsity:>8g}  {row.accuracy:>8.3f}  {row.mean_output_tokens:>13.1f}")
+    typer.echo(f"wrote {output / 'profile.json'} and {output / 'report.html'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in the output folder.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads [default: PyTorch's choice].")
+        int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")
     ] = None,
 ) -> None:
     """Find the heads that reasoning needs: GRPO on one gate per KV head (arXiv 2510.08525).
@@ -32,17 +31,13 @@ def train(
     the output folder. On several GPUs: accelerate launch -m rlkv_vllm train CONFIG.
     """
     import json
-    import os
     import warnings
 
-    from rlkv_vllm.errors import RlkvError
+    from rlkv_vllm.cli.progress import StageProgress, print_result, require_training_packages
 
-    missing = [name for name in ("trl", "datasets", "accelerate") if not find_spec(name)]
-    if missing:
-        raise RlkvError(f"rlkv train needs {', '.join(missing)}: pip install 'rlkv-vllm[train]'")
+    require_training_packages("rlkv train", "trl", "datasets", "accelerate")
     # Only its own vLLM rollouts would be concerned: ours do not go through them.
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
-    from rlkv_vllm.cli.progress import StageProgress
     from rlkv_vllm.training.config import load_config
 
     changes = list(overrides or [])
@@ -53,14 +48,10 @@ def train(
     job = load_config(config, changes)
 
     from rlkv_vllm.rollouts import open_rollouts
-    from rlkv_vllm.training.job import PROFILE_FILE, Listener, run
+    from rlkv_vllm.training.job import run
+    from rlkv_vllm.training.run import QUIET, Listener
 
-    if threads is not None:
-        from rlkv_vllm.hf.loading import set_threads
-
-        set_threads(threads)
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    with StageProgress() as progress:
+    with StageProgress(threads) as progress:
 
         def on_step(row: dict[str, Any], total: int) -> None:
             state = (
@@ -72,15 +63,10 @@ def train(
                 left = row["elapsed"] / row["step"] * (total - row["step"])
                 progress.say(f"step {row['step']} of {total}: {state}, {left / 60:.1f} min left")
 
-        listener = Listener(progress.report, on_step, progress.say) if is_main else Listener()
+        is_main = progress.is_main
+        listener = Listener(progress.report, on_step, progress.say) if is_main else QUIET
         if job.rollout.engine != "transformers":
             listener.say(f"rollouts by {job.rollout.engine}")
-        with open_rollouts(job) as rollouts:
-            profile = run(job, resume=resume, listener=listener, rollouts=rollouts)
-    if profile is None:
-        return
-    if profile.evaluation:
-        typer.echo("sparsity  accuracy  output tokens")
-    for row in profile.evaluation:
-        typer.echo(f"{row.sparsity:>8g}  {row.accuracy:>8.3f}  {row.mean_output_tokens:>13.1f}")
-    typer.echo(f"wrote {job.output / PROFILE_FILE} and {job.output / 'report.html'}")
+        engine = open_rollouts(job.rollout, job.model, job.revision, job.dtype, job.span)
+        with engine as rollouts:
+            print_result(run(job, resume=resume, listener=listener, rollouts=rollouts), job.output)

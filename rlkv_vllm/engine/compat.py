@@ -1,8 +1,14 @@
-"""Everything that touches an oddity of vLLM, each with why it is here and when it can go."""
+"""Everything that works around an oddity of vLLM 0.32: why it is here and when it can go.
+
+The guards of :mod:`rlkv_vllm.engine.cuda.guard` belong here, too; they have a file of their own
+because vLLM finds them by name.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.errors import RlkvError
 
@@ -16,9 +22,8 @@ SUPPORTED_VLLM = "0.32"
 def check_vllm_version() -> None:
     """Refuse a vLLM whose internals this plugin was not written for.
 
-    The cache specs and managers below are subclasses of vLLM's own; another
-    minor version may change what they override. Goes when vLLM declares these
-    classes stable.
+    The cache specs and managers are subclasses of vLLM's own; another minor version may change what
+    they override. Goes when vLLM declares these classes stable.
     """
     import vllm
 
@@ -33,9 +38,9 @@ def check_vllm_version() -> None:
 def register_builtin_cache_specs() -> None:
     """Make vLLM register its own cache specs before ours.
 
-    ``KVCacheSpecRegistry._ensure_registered`` returns early when *any* spec is
-    registered, so a plugin that registers first would silently drop all
-    built-in specs. Goes when vLLM registers them at import.
+    ``KVCacheSpecRegistry._ensure_registered`` returns early when *any* spec is registered, so a
+    plugin that registers first would remove all built-in specs. Goes when vLLM registers them at
+    import.
     """
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -45,10 +50,9 @@ def register_builtin_cache_specs() -> None:
 def forget_backend_choice() -> None:
     """Let vLLM choose the attention backend of the next layer anew.
 
-    Its choice is cached by what the layer asks for, not by the engine's
-    configuration: an engine without a split, started later in the same process,
-    would be given the split backend. Goes when the cache key holds
-    ``additional_config``.
+    Its choice is cached by what the layer asks for, not by the engine's configuration: an engine
+    without a split, started later in the same process, would be given the split backend. Goes when
+    the cache key holds ``additional_config``.
     """
     from vllm.v1.attention.selector import _cached_get_attn_backend
 
@@ -58,23 +62,41 @@ def forget_backend_choice() -> None:
 def block_size_is_the_users(vllm_config: VllmConfig) -> bool:
     """Whether ``--block-size`` was given.
 
-    The CPU platform overwrites the default (128, meant for whole caches), and
-    the flag that remembers who set it is the only trace.
+    The CPU platform overwrites the default with 128 tokens, too long for rings. Only this flag
+    tells who set it. Goes when the platform leaves the choice to the backend.
     """
     return bool(vllm_config.cache_config.user_specified_block_size)
 
 
-def attention_layer_name(vllm_config: VllmConfig, impl: object) -> str:
-    """Name of the attention layer that owns ``impl``.
+def attention_layer(vllm_config: VllmConfig, impl: object) -> tuple[str, Any]:
+    """Name and object of the attention layer that owns ``impl``.
 
-    vLLM 0.32 does not tell an ``AttentionImpl`` its layer before the KV cache
-    specs are collected. Goes when ``process_weights_after_loading`` gets it.
+    vLLM does not tell an ``AttentionImpl`` its layer before the KV cache specs are collected. Goes
+    when ``process_weights_after_loading`` gets it.
     """
     context = vllm_config.compilation_config.static_forward_context
     for name, layer in context.items():
         if getattr(layer, "impl", None) is impl:
-            return str(name)
+            return name, layer
     raise AssertionError("attention impl is not in the static forward context")
+
+
+@contextmanager
+def generators_of_kept_samples(model_runner: Any) -> Iterator[None]:
+    """Hide the generators of requests whose sample of this step is thrown away.
+
+    Every chunk of a prompt but the last samples a token for nothing. vLLM then sets the request's
+    generator back by an offset, which CPU generators do not have: the engine ends with ``CPU
+    Generator does not use offset``. Goes when vLLM fixes it.
+    """
+    # The sampler reads this very dict, and uses a generator of its own for a missing request.
+    generators = model_runner.input_batch.generators
+    discarded = model_runner.discard_request_mask.np
+    hidden = {i: generators.pop(i) for i in list(generators) if discarded[i]}
+    try:
+        yield
+    finally:
+        generators |= hidden
 
 
 _FIGURE = "rlkv:"
@@ -83,10 +105,10 @@ _FIGURE = "rlkv:"
 def attach_figures(stats: SchedulerStats, figures: dict[str, int]) -> None:
     """Send counts from the engine's process to the stat loggers with a step's statistics.
 
-    ``SchedulerStats`` has no place for the figures of a plugin and drops what it
-    does not know on its way between the processes. ``num_kv_fetch_reqs_by_stage``
-    is a plain dict from which vLLM reads its own keys by name; only KV connectors,
-    which are refused, fill it. Goes when vLLM carries a plugin's figures.
+    ``SchedulerStats`` has no place for the figures of a plugin and drops what it does not know on
+    its way between the processes. ``num_kv_fetch_reqs_by_stage`` is a plain dict from which vLLM
+    reads its own keys by name; only KV connectors, which are refused, fill it. Goes when vLLM
+    carries a plugin's figures.
     """
     stats.num_kv_fetch_reqs_by_stage |= {_FIGURE + name: n for name, n in figures.items()}
 
@@ -106,8 +128,8 @@ def detach_figures(stats: SchedulerStats) -> dict[str, int]:
 def failed_engine(engine_client: object) -> str | None:
     """Name of the engine process that ended by itself, or None.
 
-    vLLM's server stops when its engine dies, but exits as if a user had stopped
-    it. Goes when vLLM's exit status tells the two apart.
+    vLLM's server stops when its engine dies, but exits as if a user had stopped it. Goes when
+    vLLM's exit status tells the two apart.
     """
     resources = getattr(getattr(engine_client, "engine_core", None), "resources", None)
     manager = getattr(resources, "engine_manager", None)

@@ -1,8 +1,8 @@
 """From vLLM's configuration to the plan of the split cache.
 
-The user's options come in ``additional_config["rlkv"]``. Everything that can be
-refused without loading weights is refused here, so that the serve command, the
-Python API and every worker process say the same.
+The user's options come in ``additional_config["rlkv"]``. All that can be refused without loading
+weights is refused here, so that the serve command, the Python API and every worker process give the
+same errors.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from rlkv_vllm.allocation.forecast import (
     BLOCK_SIZE_MULTIPLE,
@@ -21,55 +21,57 @@ from rlkv_vllm.allocation.forecast import (
     Forecast,
 )
 from rlkv_vllm.allocation.groups import CacheGroups
+from rlkv_vllm.allocation.ring import num_blocks
+from rlkv_vllm.allocation.span import TRAINING_SPAN
 from rlkv_vllm.engine.compat import block_size_is_the_users
 from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_gated_supported, check_supported
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.models import fingerprint_from_config
+from rlkv_vllm.options import Positive, Section, validate
+from rlkv_vllm.profile.choice import choose_profile
 from rlkv_vllm.profile.forecast import forecast_profile
 from rlkv_vllm.profile.io import check_matches
-from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
 from rlkv_vllm.profile.schema import HeadProfile
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_Options = TypeVar("_Options", bound=BaseModel)
-
 CONFIG_KEY = "rlkv"
 GATED = "gated"
+_WHERE = f"additional_config['{CONFIG_KEY}']"
 
 #: Prompt tokens between two places at which a different prompt with the same
 #: beginning can resume from the prefix cache.
 DEFAULT_RETENTION_INTERVAL = 256
 
 
-class SplitConfig(BaseModel):
-    """``additional_config["rlkv"]`` of a served head profile."""
+class SplitConfig(Section):
+    """``additional_config["rlkv"]`` of a served head profile; values as of `rlkv_vllm.split`.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+        sha256: of the profile that was checked at start-up.
+    """
 
     mode: Literal["split"] = "split"
     profile: Annotated[str, Field(min_length=1)]
-    sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
-    sink: Annotated[int, Field(ge=0)] | None = None
-    window: Annotated[int, Field(ge=1)] | None = None
+    sparsity: float | None = None
+    sink: int | None = None
+    window: int | None = None
     retention_interval: Annotated[int, Field(ge=0)] = DEFAULT_RETENTION_INTERVAL
     sha256: str | None = None
 
 
-class GatedConfig(BaseModel):
-    """``additional_config["rlkv"]`` of gated mode: whole caches, a gate per KV head.
+class GatedConfig(Section):
+    """``additional_config["rlkv"]`` of gated mode: full caches, a gate per KV head.
 
     Attributes:
         sink: first tokens that local attention sees.
         window: last tokens that local attention sees, the query's own included.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     mode: Literal["gated"]
-    sink: Annotated[int, Field(ge=0)] = 128
-    window: Annotated[int, Field(ge=1)] = 256
+    sink: Annotated[int, Field(ge=0)] = TRAINING_SPAN.sink
+    window: Positive = TRAINING_SPAN.window
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,6 @@ class SplitPlan:
     """What every process needs to know about the split cache of a model.
 
     Attributes:
-        config: the user's options.
         profile: the head profile.
         profile_id: how the user named it.
         sparsity: share of streaming KV heads asked for.
@@ -87,7 +88,6 @@ class SplitPlan:
         steps_in_flight: scheduled steps whose results are not known yet.
     """
 
-    config: SplitConfig
     profile: HeadProfile
     profile_id: str
     sparsity: float
@@ -115,7 +115,9 @@ class SplitPlan:
 def split_config(vllm_config: VllmConfig) -> SplitConfig | None:
     """The options of a split cache, or None when none is asked for."""
     raw = _options(vllm_config)
-    return None if raw is None or raw.get("mode") == GATED else _parse(SplitConfig, raw)
+    if raw is None or raw.get("mode") == GATED:
+        return None
+    return validate(SplitConfig, raw, _WHERE, "help(rlkv_vllm.split)")
 
 
 def gated_config(vllm_config: VllmConfig) -> GatedConfig | None:
@@ -127,33 +129,19 @@ def gated_config(vllm_config: VllmConfig) -> GatedConfig | None:
     raw = _options(vllm_config)
     if raw is None or raw.get("mode") != GATED:
         return None
-    config = _parse(GatedConfig, raw)
+    config = validate(GatedConfig, raw, _WHERE, "`rlkv serve --help`")
     check_gated_supported(vllm_config)
     return config
 
 
 def _options(vllm_config: VllmConfig) -> dict[str, Any] | None:
     raw = (vllm_config.additional_config or {}).get(CONFIG_KEY)
-    if raw is None:
-        return None
-    if not isinstance(raw, dict):
+    if raw is not None and not isinstance(raw, dict):
         raise RlkvError(
-            f"additional_config['{CONFIG_KEY}'] must be an object such as "
-            f'{{"profile": "embedded", "sparsity": 0.4}}, got {type(raw).__name__}'
+            f'{_WHERE} must be an object such as {{"profile": "embedded", "sparsity": 0.4}}, got '
+            f"{type(raw).__name__}"
         )
     return raw
-
-
-def _parse(schema: type[_Options], raw: dict[str, Any]) -> _Options:
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RlkvError(
-            f"additional_config['{CONFIG_KEY}']['{where}']: {first['msg']}, got "
-            f"{first['input']!r}; allowed keys are {', '.join(schema.model_fields)}"
-        ) from None
 
 
 def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
@@ -180,10 +168,13 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
         config,
         str(model.model),
         model.revision,
-        _freeze(text_config),
+        tuple(  # hashable
+            sorted(item for item in text_config.items() if isinstance(item[1], str | int | float))
+        ),
         vllm_config.parallel_config.tensor_parallel_size,
         _block_sizes(vllm_config),
-        _retention_interval(vllm_config, config),
+        # vLLM's flag where given: its default is 0.
+        vllm_config.cache_config.prefix_cache_retention_interval or config.retention_interval,
         kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model).itemsize,
         model.max_model_len,
         vllm_config.max_concurrent_batches,
@@ -197,13 +188,6 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
             f"than the window of the streaming heads, {window} tokens"
         )
     return plan
-
-
-def _freeze(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The hashable scalars of a model configuration."""
-    return tuple(
-        sorted((k, v) for k, v in config.items() if isinstance(v, str | int | float | bool))
-    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -222,41 +206,34 @@ def _plan(
 ) -> SplitPlan:
     # instance_id: every engine reads the profile anew, all layers of one engine the same.
     del instance_id
-    profile, _ = find_profile(config.profile)
+    choice = choose_profile(config.profile, config.sparsity, sink=config.sink, window=config.window)
+    profile, path = choice.profile, Path(config.profile)
     if config.sha256 is not None and profile.sha256() != config.sha256:
         raise RlkvError(
             f"--profile {config.profile}: changed since the server was started (sha256 "
             f"{profile.sha256()[:12]}..., expected {config.sha256[:12]}...): restart the server"
         )
-    fingerprint = fingerprint_from_config(dict(text_config), model_id, revision)
-    check_matches(profile, fingerprint)
-    sparsity = resolve_sparsity(profile, config.sparsity, config.profile)
+    check_matches(profile, fingerprint_from_config(dict(text_config), model_id, revision))
     forecast = forecast_profile(
         profile,
-        sparsity,
+        choice.sparsity,
         dtype_bytes=dtype_bytes,
         max_model_len=max_model_len,
         block_sizes=block_sizes,
-        sink=config.sink,
-        window=config.window,
+        sink=choice.span.sink,
+        window=choice.span.window,
         tp_size=tp_size,
     )
     geometry = forecast.geometry
     return SplitPlan(
-        config=config,
         profile=profile,
-        profile_id=_profile_id(config.profile),
-        sparsity=sparsity,
+        profile_id=path.stem if path.suffix == ".json" else config.profile,
+        sparsity=choice.sparsity,
         forecast=forecast,
         retention_interval=_fit_interval(retention_interval, geometry.window, geometry.block_size),
         max_model_len=max_model_len,
         steps_in_flight=steps_in_flight,
     )
-
-
-def _profile_id(name: str) -> str:
-    path = Path(name)
-    return path.stem if path.suffix == ".json" else name
 
 
 def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...] | None:
@@ -275,14 +252,9 @@ def _block_sizes(vllm_config: VllmConfig) -> tuple[int, ...] | None:
     return (block_size,)
 
 
-def _retention_interval(vllm_config: VllmConfig, config: SplitConfig) -> int:
-    """vLLM's ``--prefix-cache-retention-interval`` where given (its default is 0), else ours."""
-    return vllm_config.cache_config.prefix_cache_retention_interval or config.retention_interval
-
-
 def _fit_interval(interval: int, window: int, block_size: int) -> int:
     """A multiple of the block size that leaves room between two tails, or 0."""
     if interval == 0:
         return 0
-    tail = -(-(window - 1) // block_size)
-    return max(-(-interval // block_size), 2 * tail, 1) * block_size
+    tail = num_blocks(window - 1, block_size)
+    return max(num_blocks(interval, block_size), 2 * tail, 1) * block_size

@@ -1,7 +1,7 @@
 """The one way to make an engine with a split cache, or one in gated mode.
 
 `rlkv serve`, `rlkv eval`, `rlkv bench`, rollouts, tests and the public API take the engine's
-classes from here, and the proof that every worker's cache is really split.
+classes from here, and the check that every worker's cache is split.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.engine.config import CONFIG_KEY, GATED, SplitPlan, split_plan
+from rlkv_vllm.engine.config import CONFIG_KEY, GATED, SplitConfig, SplitPlan, split_plan
+from rlkv_vllm.engine.gated.live import get_gates
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
+from rlkv_vllm.options import validate
 from rlkv_vllm.profile.choice import choose_profile
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vllm import LLM
     from vllm.engine.protocol import EngineClient
 
@@ -32,7 +36,7 @@ _REPORT_TIMEOUT_S = 60.0
 
 
 def split(
-    profile: str,
+    profile: str | Path,
     sparsity: float | None = None,
     *,
     sink: int | None = None,
@@ -47,8 +51,7 @@ def split(
     before weights are loaded.
 
     Args:
-        profile: a file, a packaged name, or ``org/repo[@revision][:file]`` on the Hugging Face
-            hub.
+        profile: a file, a packaged name, or ``org/repo[@revision][:file]`` on the Hugging Face hub.
         sparsity: share of streaming KV heads, 0 to 1; None: what the profile recommends.
         sink: first tokens that streaming heads keep; None: the profile's.
         window: last tokens that streaming heads keep; None: the profile's.
@@ -59,10 +62,10 @@ def split(
     Raises:
         RlkvError: no such profile, it is not valid, or a value is out of range.
     """
-    choice = choose_profile(profile, sparsity, sink=sink, window=window)
-    config = choice.engine_config()
+    config = choose_profile(str(profile), sparsity, sink=sink, window=window).engine_config()
     if retention_interval is not None:
         config["retention_interval"] = retention_interval
+    validate(SplitConfig, config, "split()", "help(rlkv_vllm.split)")
     return engine_options(config, additional_config)
 
 
@@ -74,19 +77,26 @@ def engine_options(
     Args:
         config: ``additional_config["rlkv"]``.
         additional_config: its other entries.
+
+    Raises:
+        RlkvError: the other entries have the same name.
     """
     from vllm.platforms import current_platform
 
-    is_gated = config.get("mode") == GATED
+    others = dict(additional_config or {})
+    if CONFIG_KEY in others:
+        raise RlkvError(
+            f"additional_config has an entry '{CONFIG_KEY}' of its own: remove it, the profile and "
+            "its options make it"
+        )
     options: dict[str, Any] = {
-        "additional_config": {**(additional_config or {}), CONFIG_KEY: dict(config)},
+        "additional_config": others | {CONFIG_KEY: dict(config)},
         "worker_extension_cls": WORKER_EXTENSION,
     }
     if current_platform.is_cpu():
         options["worker_cls"] = CPU_WORKER
-    if not is_gated:
-        options["scheduler_cls"] = SCHEDULER  # counts the blocks of each kind of head
-        return options
+    if config.get("mode") != GATED:
+        return options | {"scheduler_cls": SCHEDULER}  # counts the blocks of each kind of head
     options["logprobs_mode"] = "processed_logprobs"  # as sampled, which trainers need
     if current_platform.is_cpu():
         options["block_size"] = GATED_CPU_BLOCK_SIZE
@@ -94,7 +104,7 @@ def engine_options(
 
 
 def start(model: str, config: Mapping[str, Any] | None, **options: Any) -> LLM:
-    """An engine, its split proven.
+    """An engine, proven to be split or to have gates.
 
     Args:
         model: model folder or Hub id.
@@ -102,19 +112,21 @@ def start(model: str, config: Mapping[str, Any] | None, **options: Any) -> LLM:
         options: more arguments of `vllm.LLM`; they win over those of `engine_options`.
 
     Raises:
-        RlkvError: the cache is not split as configured.
+        RlkvError: the cache is not split as configured, or the engine has no gates.
     """
     from vllm import LLM
 
-    if config is not None:
-        options = engine_options(config) | options
-    llm = LLM(model, **options)
-    if config is not None and config.get("mode") != GATED:
-        try:
+    if config is None:
+        return LLM(model, **options)
+    llm = LLM(model, **(engine_options(config) | options))
+    try:
+        if config.get("mode") == GATED:
+            get_gates(llm)
+        else:
             prove(llm)
-        except BaseException:
-            llm.llm_engine.engine_core.shutdown()
-            raise
+    except BaseException:
+        llm.llm_engine.engine_core.shutdown()
+        raise
     return llm
 
 
@@ -131,7 +143,7 @@ def started(model: str, config: Mapping[str, Any] | None, **options: Any) -> Ite
 def prove(llm: LLM) -> list[SplitReport]:
     """Ask every worker what it built, and compare that with the plan.
 
-    A plugin that fails to load is only logged by vLLM, and the engine would keep full caches.
+    vLLM only logs a plugin that fails to load, and goes on with full caches.
 
     Args:
         llm: an engine made with `split`.
@@ -143,10 +155,12 @@ def prove(llm: LLM) -> list[SplitReport]:
         RlkvError: a worker cannot answer, keeps full caches, or built another split.
     """
     plan = split_plan(llm.llm_engine.vllm_config)
+    if plan is None:
+        raise _not_split(f"additional_config has no entry '{CONFIG_KEY}' with a profile")
     try:
         answers = llm.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
     except Exception as error:  # whatever it is, nothing is proven
-        raise not_split(f"no report from the workers: {one_line(error)}") from error
+        raise _no_report(error) from error
     return check_reports(answers, plan)
 
 
@@ -155,21 +169,19 @@ async def prove_async(engine_client: EngineClient, plan: SplitPlan) -> list[Spli
     try:
         answers = await engine_client.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
     except Exception as error:  # whatever it is, nothing is proven
-        raise not_split(f"no report from the workers: {one_line(error)}") from error
+        raise _no_report(error) from error
     return check_reports(answers, plan)
 
 
-def check_reports(answers: Sequence[dict[str, Any]], plan: SplitPlan | None) -> list[SplitReport]:
-    """Compare what the workers answered with the plan.
+def _no_report(error: Exception) -> RlkvError:
+    return _not_split(f"no report from the workers: {one_line(error) or type(error).__name__}")
 
-    Raises:
-        RlkvError: as `prove`.
-    """
-    if plan is None:
-        raise not_split(f"additional_config has no entry '{CONFIG_KEY}' with a profile")
+
+def check_reports(answers: Sequence[dict[str, Any]], plan: SplitPlan) -> list[SplitReport]:
+    """Compare what the workers answered with the plan; raises as `prove`."""
     tp_size = plan.groups.allocation.tp_size
     if sorted(answer.get("rank", -1) for answer in answers) != list(range(tp_size)):
-        raise not_split(f"{len(answers)} of {tp_size} workers answered")
+        raise _not_split(f"{len(answers)} of {tp_size} workers answered")
     return [_checked(answer, plan) for answer in answers]
 
 
@@ -183,13 +195,13 @@ def _checked(answer: dict[str, Any], plan: SplitPlan) -> SplitReport:
             else f"it has {answer['full_head_caches']} full and "
             f"{answer['streaming_head_caches']} streaming head caches"
         )
-        raise not_split(f"{worker}: {why}")
+        raise _not_split(f"{worker}: {why}")
     report = SplitReport.from_dict(answer)
     expected = SplitReport.of(plan, answer["rank"], report.num_blocks)
     for what in _MUST_AGREE:
         built, planned = getattr(report, what), getattr(expected, what)
         if built != planned:
-            raise not_split(f"{worker} has {what} {built}, expected {planned}")
+            raise _not_split(f"{worker} has {what} {built}, expected {planned}")
     return report
 
 
@@ -204,7 +216,7 @@ _MUST_AGREE = (
 )
 
 
-def not_split(why: str) -> RlkvError:
+def _not_split(why: str) -> RlkvError:
     """The error of an engine whose cache is not split."""
     return RlkvError(
         f"the KV cache is not split ({why}): run `rlkv doctor`, and see that nothing removes "

@@ -1,4 +1,4 @@
-"""What the split of a running engine is worth, in figures."""
+"""Sizes of the split cache of a running engine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class SplitReport:
         profile: how the user named the profile.
         profile_sha256: of the profile's canonical JSON.
         sparsity: share of streaming KV heads.
-        full_heads: KV heads of the model that keep their whole cache.
-        streaming_heads: KV heads that keep sinks and a window.
+        full_heads: KV heads of the model that keep their full cache.
+        streaming_heads: KV heads that keep sink and window.
         sink: first tokens kept by streaming heads.
         window: last tokens kept by streaming heads.
         block_size: tokens per block.

@@ -1,16 +1,14 @@
-"""What the split cache does not support yet: refused at start-up, never silently wrong."""
+"""What the split cache and gated mode do not support: refused at start-up, never silently wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
 
 #: Ampere: bfloat16, and the asynchronous copies that Triton's pipelining needs.
 MIN_CUDA_CAPABILITY = (8, 0)
@@ -22,19 +20,30 @@ CUDA_HEAD_DIMS = (32, 64, 96, 128, 256)
 FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """One unsupported feature.
 
     Attributes:
         what: the feature and its flag.
-        used: whether a configuration uses it.
-        mend: what to do instead.
+        used: whether a configuration uses it, as a truth value.
+        fix: what to do instead.
     """
 
     what: str
-    used: Callable[[VllmConfig], bool]
-    mend: str
+    used: Callable[[VllmConfig], object]
+    fix: str = "remove the flag"
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _is_cuda() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
 
 
 def platform_problem() -> str:
@@ -51,32 +60,17 @@ def platform_problem() -> str:
     return ""
 
 
-def _is_float16_on_the_cpu(config: VllmConfig) -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu()) and str(config.model_config.dtype) == "torch.float16"
-
-
 def _wants_another_layout(_: VllmConfig) -> bool:
     from vllm import envs
-    from vllm.platforms import current_platform
 
     # NHD is vLLM's earlier name.
-    layout = envs.VLLM_KV_CACHE_LAYOUT
-    return bool(current_platform.is_cuda()) and layout not in (None, "LBNHC", "NHD")
-
-
-def _head_dim_is_untested(config: VllmConfig) -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cuda() and config.model_config.get_head_size() not in CUDA_HEAD_DIMS
+    return _is_cuda() and envs.VLLM_KV_CACHE_LAYOUT not in (None, "LBNHC", "NHD")
 
 
 def _uses_another_backend(config: VllmConfig) -> bool:
-    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if not current_platform.is_cuda():
+    if not _is_cuda():
         return False
     attention = config.attention_config
     return bool(attention.backend_per_kind) or attention.backend not in (
@@ -85,7 +79,7 @@ def _uses_another_backend(config: VllmConfig) -> bool:
     )
 
 
-def _cache_is_quantised(config: VllmConfig) -> bool:
+def _cache_is_fp8(config: VllmConfig) -> bool:
     return config.cache_config.cache_dtype in FP8_CACHE_DTYPES
 
 
@@ -94,40 +88,17 @@ def _cache_is_the_models(config: VllmConfig) -> bool:
     return config.cache_config.cache_dtype in ("auto", model_dtype)
 
 
-def _cache_dtype_differs(config: VllmConfig) -> bool:
-    return not (_cache_is_the_models(config) or _cache_is_quantised(config))
-
-
 def _cpu_has_no_fp8_cache(config: VllmConfig) -> bool:
     import torch
-    from vllm.platforms import current_platform
 
     return (
-        _cache_is_quantised(config)
-        and current_platform.is_cpu()
+        _cache_is_fp8(config)
+        and _is_cpu()
         and (
             config.model_config.get_head_size() % 32 != 0
             or not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
         )
     )
-
-
-def _gpu_has_no_fp8_cache(config: VllmConfig) -> bool:
-    from vllm.platforms import current_platform
-
-    return _cache_is_quantised(config) and current_platform.is_cuda()
-
-
-def _speculates_on_a_gpu(config: VllmConfig) -> bool:
-    from vllm.platforms import current_platform
-
-    return config.speculative_config is not None and current_platform.is_cuda()
-
-
-def _runs_v2_on_the_cpu(config: VllmConfig) -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu() and bool(config.use_v2_model_runner)
 
 
 def _has_sliding_window(config: VllmConfig) -> bool:
@@ -139,31 +110,23 @@ def _has_sliding_window(config: VllmConfig) -> bool:
     return bool(uses_it and getattr(text, "sliding_window", None) and not layer_types)
 
 
+_STOCK = "serve the model with plain vLLM"
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "this platform (neither a CPU nor an NVIDIA GPU of compute capability 8.0 or more)",
-        lambda _: bool(platform_problem()),
+        lambda _: platform_problem(),
         "install rlkv_vllm[cpu] and serve on the CPU, or start without --profile",
     ),
-    Refusal(
-        "--attention-backend other than CUSTOM, or one per kind",
-        _uses_another_backend,
-        "remove the flag",
-    ),
+    Refusal("--attention-backend other than CUSTOM, or one per kind", _uses_another_backend),
     Refusal(
         f"head dimensions other than {', '.join(map(str, CUDA_HEAD_DIMS))} on a GPU",
-        _head_dim_is_untested,
-        "serve the model with plain vLLM",
+        lambda c: _is_cuda() and c.model_config.get_head_size() not in CUDA_HEAD_DIMS,
+        _STOCK,
     ),
+    Refusal("--enable-sleep-mode", lambda c: c.model_config.enable_sleep_mode),
     Refusal(
-        "--enable-sleep-mode",
-        lambda c: bool(c.model_config.enable_sleep_mode),
-        "remove the flag",
-    ),
-    Refusal(
-        "--enable-dbo, --ubatch-size (micro-batches)",
-        lambda c: bool(c.parallel_config.use_ubatching),
-        "remove the flag",
+        "--enable-dbo, --ubatch-size (micro-batches)", lambda c: c.parallel_config.use_ubatching
     ),
     Refusal(
         "--pipeline-parallel-size > 1",
@@ -182,7 +145,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "VLLM_USE_V2_MODEL_RUNNER on the CPU",
-        _runs_v2_on_the_cpu,
+        lambda c: _is_cpu() and c.use_v2_model_runner,
         "set it to 0",
     ),
     Refusal(
@@ -191,7 +154,6 @@ REFUSALS: tuple[Refusal, ...] = (
             c.parallel_config.decode_context_parallel_size > 1
             or c.parallel_config.prefill_context_parallel_size > 1
         ),
-        "remove the flag",
     ),
     Refusal(
         "--speculative-config with another method than ngram (drafters with a cache of their own)",
@@ -200,27 +162,18 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--speculative-config on a GPU",
-        _speculates_on_a_gpu,
+        lambda c: c.speculative_config is not None and _is_cuda(),
         "remove the flag: it has been shown to be exact on the CPU only",
     ),
-    Refusal(
-        "--enable-lora",
-        lambda c: c.lora_config is not None,
-        "merge the adapter into the weights",
-    ),
-    Refusal(
-        "--kv-transfer-config (KV connectors and offloading)",
-        lambda c: c.kv_transfer_config is not None,
-        "remove the flag",
-    ),
+    Refusal("--enable-lora", lambda c: c.lora_config, "merge the adapter into the weights"),
+    Refusal("--kv-transfer-config (KV connectors and offloading)", lambda c: c.kv_transfer_config),
     Refusal(
         "--kv-cache-dtype other than the model's own and fp8, fp8_e4m3, fp8_e5m2",
-        _cache_dtype_differs,
-        "remove the flag",
+        lambda c: not (_cache_is_the_models(c) or _cache_is_fp8(c)),
     ),
     Refusal(
         "--kv-cache-dtype fp8 on a GPU",
-        _gpu_has_no_fp8_cache,
+        lambda c: _cache_is_fp8(c) and _is_cuda(),
         "remove the flag: the Triton kernels read no 8-bit caches",
     ),
     Refusal(
@@ -229,61 +182,60 @@ REFUSALS: tuple[Refusal, ...] = (
         _cpu_has_no_fp8_cache,
         "remove the flag: vLLM's kernel does not take it",
     ),
-    Refusal(
-        "--kv-sharing-fast-prefill",
-        lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
-        "remove the flag",
-    ),
+    Refusal("--kv-sharing-fast-prefill", lambda c: c.cache_config.kv_sharing_fast_prefill),
     Refusal(
         "--max-model-len auto (the packing of the heads depends on it)",
         lambda c: c.model_config.original_max_model_len == -1,
         "give a number; `rlkv profile plan` shows what fits",
     ),
     Refusal(
-        "--disable-hybrid-kv-cache-manager (rings would be given whole caches)",
-        lambda c: bool(c.scheduler_config.disable_hybrid_kv_cache_manager),
-        "remove the flag",
+        "--disable-hybrid-kv-cache-manager (rings would be given full caches)",
+        lambda c: c.scheduler_config.disable_hybrid_kv_cache_manager,
     ),
-    Refusal(
-        "encoder-decoder models",
-        lambda c: bool(c.model_config.is_encoder_decoder),
-        "serve the model with plain vLLM",
-    ),
-    Refusal(
-        "multimodal models",
-        lambda c: bool(c.model_config.is_multimodal_model),
-        "serve the model with plain vLLM",
-    ),
+    Refusal("encoder-decoder models", lambda c: c.model_config.is_encoder_decoder, _STOCK),
+    Refusal("multimodal models", lambda c: c.model_config.is_multimodal_model, _STOCK),
     Refusal(
         "models with state-space layers or without attention",
-        lambda c: bool(c.model_config.is_hybrid or c.model_config.is_attention_free),
-        "serve the model with plain vLLM",
+        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+        _STOCK,
     ),
-    Refusal(
-        "multi-head latent attention (MLA) models",
-        lambda c: bool(c.model_config.use_mla),
-        "serve the model with plain vLLM",
-    ),
-    Refusal(
-        "models with their own sliding-window layers",
-        _has_sliding_window,
-        "serve the model with plain vLLM",
-    ),
+    Refusal("diffusion language models", lambda c: c.model_config.is_diffusion, _STOCK),
+    Refusal("multi-head latent attention (MLA) models", lambda c: c.model_config.use_mla, _STOCK),
+    Refusal("models with their own sliding-window layers", _has_sliding_window, _STOCK),
     Refusal(
         "pooling models (embeddings, scoring)",
         lambda c: c.model_config.runner_type != "generate",
-        "serve the model with plain vLLM",
+        _STOCK,
     ),
 )
 
+#: What gated mode refuses beyond :data:`REFUSALS`.
+GATED_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--dtype float16 on the CPU",
+        lambda c: _is_cpu() and str(c.model_config.dtype) == "torch.float16",
+        "use float32 or bfloat16",
+    ),
+    Refusal(
+        "VLLM_KV_CACHE_LAYOUT other than LBNHC on a GPU",
+        _wants_another_layout,
+        "remove the variable",
+    ),
+    Refusal("--kv-cache-dtype other than the model's own", lambda c: not _cache_is_the_models(c)),
+    Refusal(
+        "--speculative-config",
+        lambda c: c.speculative_config is not None,
+        "remove the flag: it has not been shown to be exact",
+    ),
+)
 
-#: Properties of an attention layer, by the argument of :func:`check_layer_supported`.
+#: Properties of an attention layer, by the argument of vLLM's `AttentionImpl`.
 LAYER_REFUSALS: dict[str, str] = {
     "alibi_slopes": "ALiBi slopes",
     "sliding_window": "a sliding window of its own",
     "logits_soft_cap": "a logits soft-cap",
     "sinks": "learned attention sinks",
-    "kv_sharing_target": "a KV cache shared with another layer",
+    "kv_sharing_target_layer_name": "a KV cache shared with another layer",
 }
 
 
@@ -293,114 +245,80 @@ def check_supported(vllm_config: VllmConfig) -> None:
     Raises:
         RlkvError: names the feature and what to do.
     """
-    for refusal in REFUSALS:
-        if refusal.used(vllm_config):
-            raise RlkvError(f"the split KV cache does not support {refusal.what}: {refusal.mend}")
-
-
-#: What gated mode refuses beyond :data:`REFUSALS`.
-GATED_REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "--dtype float16 on the CPU",
-        _is_float16_on_the_cpu,
-        "use float32 or bfloat16",
-    ),
-    Refusal(
-        "VLLM_KV_CACHE_LAYOUT other than LBNHC on a GPU",
-        _wants_another_layout,
-        "remove the variable",
-    ),
-    Refusal(
-        "--kv-cache-dtype other than the model's own",
-        lambda c: not _cache_is_the_models(c),
-        "remove the flag",
-    ),
-    Refusal(
-        "--speculative-config",
-        lambda c: c.speculative_config is not None,
-        "remove the flag: it has not been shown to be exact",
-    ),
-)
+    _check("the split KV cache", REFUSALS, vllm_config)
 
 
 def check_gated_supported(vllm_config: VllmConfig) -> None:
-    """Refuse a configuration in which gates would not act exactly.
+    """Refuse a configuration in which gates would not act exactly; raises as `check_supported`."""
+    _check("gated mode", (*GATED_REFUSALS, *REFUSALS), vllm_config)
 
-    Raises:
-        RlkvError: names the feature and what to do.
-    """
-    for refusal in (*GATED_REFUSALS, *REFUSALS):
+
+def _check(who: str, refusals: tuple[Refusal, ...], vllm_config: VllmConfig) -> None:
+    for refusal in refusals:
         if refusal.used(vllm_config):
-            raise RlkvError(f"gated mode does not support {refusal.what}: {refusal.mend}")
+            raise RlkvError(f"{who} does not support {refusal.what}: {refusal.fix}")
 
 
 def check_layer_supported(
-    *,
-    alibi_slopes: object | None,
-    sliding_window: object | None,
-    logits_soft_cap: float | None,
-    attn_type: str,
-    sinks: object | None,
-    kv_sharing_target: str | None,
-    other: str = "",
+    num_heads: int,
+    head_size: int,
+    scale: float,
+    num_kv_heads: int | None = None,
+    alibi_slopes: object | None = None,
+    sliding_window: object | None = None,
+    kv_cache_dtype: str = "auto",
+    logits_soft_cap: float | None = None,
+    attn_type: str = "decoder",
+    kv_sharing_target_layer_name: str | None = None,
+    sinks: object | None = None,
+    **unknown: object,
 ) -> None:
-    """Refuse an attention layer whose arithmetic the split paths do not have.
+    """Refuse an attention layer whose arithmetic our implementations do not have.
 
-    Args:
-        alibi_slopes: as vLLM hands it to an attention implementation.
-        sliding_window: as ``alibi_slopes``.
-        logits_soft_cap: as ``alibi_slopes``.
-        attn_type: as ``alibi_slopes``.
-        sinks: as ``alibi_slopes``.
-        kv_sharing_target: as ``alibi_slopes``.
-        other: names of further options that the implementation does not know.
+    Takes what vLLM constructs every `AttentionImpl` with.
 
     Raises:
         RlkvError: names the property.
     """
-    problems = {
-        LAYER_REFUSALS["alibi_slopes"]: alibi_slopes is not None,
-        LAYER_REFUSALS["sliding_window"]: sliding_window is not None,
-        LAYER_REFUSALS["logits_soft_cap"]: bool(logits_soft_cap),
-        f"attention type {attn_type}": attn_type != "decoder",
-        LAYER_REFUSALS["sinks"]: sinks is not None,
-        LAYER_REFUSALS["kv_sharing_target"]: kv_sharing_target is not None,
-        f"options of their own ({other})": bool(other),
+    given = {
+        "alibi_slopes": alibi_slopes,
+        "sliding_window": sliding_window,
+        "logits_soft_cap": logits_soft_cap or None,
+        "sinks": sinks,
+        "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
     }
-    for what, present in problems.items():
-        if present:
-            raise RlkvError(
-                f"the split KV cache does not support attention layers with {what}: "
-                "serve the model with plain vLLM"
-            )
+    problems = [LAYER_REFUSALS[name] for name, value in given.items() if value is not None]
+    if attn_type != "decoder":
+        problems.append(f"attention type {attn_type}")
+    other = [name for name, value in unknown.items() if value is not None]
+    if other:
+        problems.append(f"options of their own ({', '.join(other)})")
+    if problems:
+        raise RlkvError(
+            f"the split KV cache does not support attention layers with {problems[0]}: {_STOCK}"
+        )
 
 
-def check_layer_shape(
-    *, layer_class: str, num_kv_heads: int, head_dim: int, expected: tuple[int, int], dtypes: str
-) -> None:
+def check_layer_shape(layer: Any, expected: tuple[int, int], dtypes: str = "") -> None:
     """Refuse an attention layer that is not like all others of the model.
 
     Args:
-        layer_class: class of the layer; subclasses of vLLM's ``Attention`` mask differently.
-        num_kv_heads: KV heads of the layer on this rank.
-        head_dim: head dimension of the layer.
-        expected: KV heads per rank and head dimension that the profile's model has.
+        layer: vLLM's; subclasses of its ``Attention`` mask differently.
+        expected: KV heads per rank and head dimension of the model.
         dtypes: why model and cache differ in type, or empty.
 
     Raises:
         RlkvError: names the difference.
     """
     problem = ""
-    if layer_class != "Attention":
-        problem = f"attention layers of class {layer_class}"
-    elif (num_kv_heads, head_dim) != expected:
+    if type(layer).__name__ != "Attention":
+        problem = f"attention layers of class {type(layer).__name__}"
+    elif (layer.num_kv_heads, layer.head_size) != expected:
         problem = (
-            f"models whose layers differ in shape: one has {num_kv_heads} KV heads of "
-            f"{head_dim}, expected {expected[0]} of {expected[1]}"
+            f"models whose layers differ in shape: one has {layer.num_kv_heads} KV heads of "
+            f"{layer.head_size}, expected {expected[0]} of {expected[1]}"
         )
     elif dtypes:
         problem = f"a cache of another type than the model ({dtypes})"
     if problem:
-        raise RlkvError(
-            f"the split KV cache does not support {problem}: serve the model with plain vLLM"
-        )
+        raise RlkvError(f"the split KV cache does not support {problem}: {_STOCK}")

@@ -11,7 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from rlkv_vllm.engine.cache.head_cache import HeadCacheLayer
+from rlkv_vllm.engine.cache.head_cache import PADDING, HeadCacheLayer
 from rlkv_vllm.engine.cache.specs import RingSpec
 from rlkv_vllm.engine.gated.layer import GatedLayer
 from rlkv_vllm.engine.report import SplitReport
@@ -37,17 +37,15 @@ class RlkvWorkerExtension:
             its own or the head caches are not those of the plan; otherwise
             ``active`` True and the fields of :class:`SplitReport`.
         """
-        rank = get_tensor_model_parallel_rank()
-        base: type[Any] = AttentionLayerBase
-        layers = get_layers_from_vllm_config(self.vllm_config, base)
+        rank, layers = get_tensor_model_parallel_rank(), self._rlkv_layers()
         plans = (getattr(getattr(layer, "impl", None), "plan", None) for layer in layers.values())
         plan = next((plan for plan in plans if plan is not None), None)
-        heads = {
-            name: layer
+        heads = [
+            layer
             for name, layer in layers.items()
-            if isinstance(layer, HeadCacheLayer) and ".kvpad" not in name
-        }
-        rings = sum(isinstance(layer.spec, RingSpec) for layer in heads.values())
+            if isinstance(layer, HeadCacheLayer) and PADDING not in name
+        ]
+        rings = sum(isinstance(layer.spec, RingSpec) for layer in heads)
         unsplit = [
             name
             for name, layer in layers.items()
@@ -66,8 +64,8 @@ class RlkvWorkerExtension:
         expected = (allocation.num_full_on(rank), allocation.num_streaming_on(rank))
         if (len(heads) - rings, rings) != expected:
             return {"active": False, **found}
-        num_blocks = next(iter(heads.values())).kv_cache.shape[0]
-        return {"active": True, **found, **SplitReport.of(plan, rank, num_blocks).to_dict()}
+        report = SplitReport.of(plan, rank, heads[0].kv_cache.shape[0])
+        return {"active": True, **found, **report.to_dict()}
 
     def rlkv_gates(self) -> dict[str, Any]:
         """The gates that this worker attends with, in gated mode.
@@ -94,9 +92,12 @@ class RlkvWorkerExtension:
             impl.gates.copy_(torch.tensor([row[head] for head in impl.kv_heads]))
         self._rlkv_gates_version = version
 
-    def _rlkv_gated_layers(self) -> list[GatedLayer]:
+    def _rlkv_layers(self) -> dict[str, Any]:
+        """All that owns a KV cache or takes part in one, by name."""
         base: type[Any] = AttentionLayerBase
-        layers = get_layers_from_vllm_config(self.vllm_config, base)
-        impls = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
+        return dict(get_layers_from_vllm_config(self.vllm_config, base))
+
+    def _rlkv_gated_layers(self) -> list[GatedLayer]:
+        impls = {name: getattr(layer, "impl", None) for name, layer in self._rlkv_layers().items()}
         gated = {name: impl for name, impl in impls.items() if isinstance(impl, GatedLayer)}
         return [gated[name] for name in sorted(gated, key=extract_layer_index)]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.rows import evaluation_row
 from rlkv_vllm.hf.answers import HeadSplit, solve
@@ -93,7 +94,7 @@ def measure_gates(
             task,
             problems,
             split=split,
-            max_new_tokens=max_new_tokens,
+            sampling=Sampling(max_tokens=max_new_tokens, temperature=0),
             batch_size=batch_size,
             report=count,
         )

@@ -5,46 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.engine.launch import started
+from rlkv_vllm.engine.sampling import vllm_sampling
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.tasks import Problem, Task, is_solved, output_text
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn; the same draws for the same problem, whatever the split.
-
-    Attributes:
-        max_tokens: length cap of an answer.
-        temperature: 0 for greedy decoding.
-        top_p: share of the probability that is kept.
-        top_k: tokens that are kept, 0 for all.
-        seed: of the draws; every problem has one of its own, made from this and its place.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def describe(self) -> str:
-        """In words, for titles."""
-        if self.temperature == 0:
-            return "greedy"
-        limits = [f"temperature {self.temperature:g}"]
-        if self.top_p < 1:
-            limits.append(f"top-p {self.top_p:g}")
-        if self.top_k:
-            limits.append(f"top-k {self.top_k}")
-        return ", ".join(limits)
 
 
 def answer(
@@ -119,17 +90,6 @@ def answer_with(
 
 
 def _sampling_params(sampling: Sampling, n: int) -> list[SamplingParams]:
-    from vllm import SamplingParams
-
-    if sampling.temperature == 0:
-        return [SamplingParams(temperature=0, max_tokens=sampling.max_tokens) for _ in range(n)]
-    return [
-        SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed * 1_000_003 + place,
-        )
-        for place in range(n)
-    ]
+    # Far apart, so that no two evaluations share a seed; the same for a problem at every split.
+    spread = sampling.model_copy(update={"seed": sampling.seed * 1_000_003})
+    return [vllm_sampling(spread, place) for place in range(n)]

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.plot import Point
 from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
-from rlkv_vllm.evaluation.served import Sampling
 from rlkv_vllm.evaluation.splits import Candidate, Split, concerns
 from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.profile.io import load_profile, profile_text

@@ -1,8 +1,8 @@
 """How many replicas a traffic needs, with a full cache and with a split one.
 
-A replica is seen in its steady state under load: as many requests run as its pool, its limits and
-the wanted speed allow, every step takes what the roofline says, and each request that ends makes
-room for the prefill of another. `rlkv_vllm/bench/simulate.py` holds this against vLLM's scheduler.
+The model is a replica in its steady state under load: as many requests run as its pool, its limits
+and the wanted speed allow, every step takes the roofline's time, and each request that ends makes
+room for the prefill of another. `rlkv_vllm/bench/simulate.py` compares this with vLLM's scheduler.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ GPUS = {
         Device("H200", 141 * _GIB, 4.800e12, 989e12),
     )
 }
-#: What vLLM takes of a GPU's memory by default, and what activations and graphs need of that.
+#: vLLM's default share of a GPU's memory, and what activations and graphs need of that.
 VLLM_SHARE, WORK_BYTES = 0.92, 3 * _GIB
-#: Points at which a request's life is looked at.
-_AGES = 64
+#: Ages at which a request is sampled, and lengths that stand for a distribution.
+_AGES, _QUANTILES = 64, 32
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,16 @@ class Lengths:
     def mean_in_flight(self, function: Callable[[float], float]) -> float:
         """Mean of a function of the context, over the requests that are decoding at a moment.
 
-        A request is met the more often the longer its output is.
+        A request counts as often as its output is long: so long it is in flight.
         """
-        total = weight = 0.0
-        for prompt, output in self.pairs:
-            ages = (prompt + output * (i + 0.5) / _AGES for i in range(_AGES))
-            total += output * sum(map(function, ages)) / _AGES
-            weight += output
-        return total / weight
+        ages = [(i + 0.5) / _AGES for i in range(_AGES)]
+        return statistics.fmean(
+            (
+                statistics.fmean(function(prompt + output * age) for age in ages)
+                for prompt, output in self.pairs
+            ),
+            weights=[output for _, output in self.pairs],
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Replica:
         is_split: whether the forecast's streaming heads are used, or the full cache.
         memory_bytes: KV cache of each rank.
         max_num_seqs: most requests at once.
-        note: what a reader must know.
+        note: a caveat for the reader.
     """
 
     name: str
@@ -94,10 +96,9 @@ class Replica:
     @property
     def num_blocks(self) -> int:
         """Blocks of the pool."""
-        forecast = self.forecast
-        return (forecast.num_blocks if self.is_split else forecast.stock_num_blocks)(
-            self.memory_bytes
-        )
+        if self.is_split:
+            return self.forecast.num_blocks(self.memory_bytes)
+        return self.forecast.stock_num_blocks(self.memory_bytes)
 
     def blocks(self, tokens: int) -> int:
         """Blocks that a request of `tokens` holds."""
@@ -112,8 +113,8 @@ class Sustained:
 
     Attributes:
         running: requests at once.
-        limit: what keeps more from running.
-        step_seconds: mean time of a step, which is that between two tokens of a request.
+        limit: what limits them.
+        step_seconds: mean time of a step, so between two tokens of a request.
         requests_per_s: that it completes.
         tokens_per_s: that it generates.
     """
@@ -158,8 +159,8 @@ def sustained(replica: Replica, lengths: Lengths, tpot_seconds: float | None = N
     }
     limit = min(by_limit, key=by_limit.__getitem__)
     running = max(1.0, by_limit[limit])
-    # What a request grows by is taken from the youngest ones, which are preempted and computed
-    # again: as often as a prompt's blocks go into that growth.
+    # Requests that grow preempt the youngest ones, which are computed again: as often as a
+    # prompt's blocks fit into that growth.
     grown = lengths.mean(lambda prompt, output: replica.blocks(prompt + output)) - starting
 
     def step_seconds(count: float) -> float:
@@ -192,10 +193,8 @@ def _mean_step(
     decode = roofline.step_seconds(running, running * read)
     # A prompt fills a step of its own or comes with others: the operations are the same.
     each = max(1.0, starts)
-    chunks = [(0, round(prompt)) for prompt, _ in lengths.pairs]
-    share = each / len(chunks)
-    pairs = share * sum(roofline.cache.pairs(first, last) for first, last in chunks)
-    tokens = share * sum(last for _, last in chunks)
+    pairs = each * lengths.mean(lambda prompt, _: roofline.cache.pairs(0, prompt))
+    tokens = each * lengths.mean(lambda prompt, _: prompt)
     with_prompts = roofline.step_seconds(
         running, running * read, prompt_tokens=tokens, prompt_pairs=pairs, prompts=each
     )
@@ -213,36 +212,27 @@ def read_lengths(flag: str, text: str) -> list[int]:
         RlkvError: it is none of these.
     """
     steps = [(i + 0.5) / _QUANTILES for i in range(_QUANTILES)]
+    separator = next((mark for mark in "~-" if mark in text), None)
     try:
-        if "~" in text:
-            median, p95 = (float(part) for part in text.split("~"))
-            if not 0 < median <= p95:
-                raise ValueError
-            normal = statistics.NormalDist()
-            sigma = math.log(p95 / median) / normal.inv_cdf(0.95)
-            lengths = [median * math.exp(sigma * normal.inv_cdf(step)) for step in steps]
-        elif "-" in text:
-            low, high = (float(part) for part in text.split("-"))
-            if not 0 < low <= high:
-                raise ValueError
-            lengths = [low + (high - low) * step for step in steps]
-        else:
-            lengths = [float(int(text))]
-            if lengths[0] < 1:
-                raise ValueError
+        low, high = map(float, text.split(separator)) if separator else [float(int(text))] * 2
+        if not 0 < low <= high:
+            raise ValueError
     except ValueError:
         raise RlkvError(
             f"{flag} {text}: give tokens as N, as LEAST-MOST (evenly between), or as MEDIAN~P95 "
             "(log-normal), such as 3000 or 1000-4000 or 3000~9000"
         ) from None
+    if separator == "~":
+        normal = statistics.NormalDist()
+        sigma = math.log(high / low) / normal.inv_cdf(0.95)
+        lengths = [low * math.exp(sigma * normal.inv_cdf(step)) for step in steps]
+    else:
+        lengths = [low + (high - low) * step for step in steps[: None if separator else 1]]
     return [max(1, round(length)) for length in lengths]
 
 
-_QUANTILES = 32
-
-
 def pair_lengths(prompts: Sequence[int], outputs: Sequence[int], longest: int) -> Lengths:
-    """Prompts and outputs that have nothing to do with each other, outputs cut at `longest`.
+    """Prompts and outputs that are independent of each other, requests cut at `longest` tokens.
 
     Raises:
         RlkvError: a prompt leaves no room for an output.
@@ -252,18 +242,13 @@ def pair_lengths(prompts: Sequence[int], outputs: Sequence[int], longest: int) -
             f"--prompt-tokens: up to {max(prompts):,} tokens leave no room for an answer in "
             f"--max-model-len {longest:,}"
         )
-    # A step that has no common divisor with the number of outputs meets every pair in turn.
-    count = max(len(prompts), len(outputs))
-    stride = 13
-    return Lengths(
-        tuple(
-            (prompt, min(output, longest - prompt))
-            for i in range(count)
-            for prompt, output in [
-                (prompts[i % len(prompts)], outputs[i * stride % count % len(outputs)])
-            ]
-        )
+    # A stride without a common divisor with the number of outputs reaches all of them.
+    count, stride = max(len(prompts), len(outputs)), 13
+    found = (
+        (prompts[i % len(prompts)], outputs[i * stride % count % len(outputs)])
+        for i in range(count)
     )
+    return Lengths(tuple((prompt, min(output, longest - prompt)) for prompt, output in found))
 
 
 def replicas_of(
@@ -285,33 +270,20 @@ def replicas_of(
         tp_size: ranks.
         memory_bytes: KV cache of each rank.
         max_num_seqs: most requests at once.
-        split_fp8_note: what becomes of the split with an FP8 cache.
+        split_fp8_note: caveat of the split with an FP8 cache.
     """
-    found = []
-    for is_split in (False, True):
-        for dtype_bytes, forecast in forecasts.items():
-            is_fp8 = dtype_bytes == 1
-            geometry = forecast.geometry
-            allocation = forecast.groups.allocation
-            heads = allocation.num_layers * allocation.heads_per_rank
-            cache = HeadCache.of(
-                allocation,
-                model,
-                sink=geometry.sink,
-                window=geometry.window,
-                dtype_bytes=dtype_bytes,
-            )
-            if not is_split:
-                cache = HeadCache(heads, 0, cache.ring, cache.head_dim, cache.q_per_kv, dtype_bytes)
-            found.append(
-                Replica(
-                    name=("split" if is_split else "full cache") + (" + FP8" if is_fp8 else ""),
-                    roofline=Roofline(device, model, cache, tp_size),
-                    forecast=forecast,
-                    is_split=is_split,
-                    memory_bytes=memory_bytes,
-                    max_num_seqs=max_num_seqs,
-                    note=split_fp8_note if is_split and is_fp8 else "",
-                )
-            )
-    return found
+    return [
+        Replica(
+            name=("split" if is_split else "full cache") + (" + FP8" if dtype_bytes == 1 else ""),
+            roofline=Roofline(
+                device, model, HeadCache.of(forecast, model, is_split=is_split), tp_size
+            ),
+            forecast=forecast,
+            is_split=is_split,
+            memory_bytes=memory_bytes,
+            max_num_seqs=max_num_seqs,
+            note=split_fp8_note if is_split and dtype_bytes == 1 else "",
+        )
+        for is_split in (False, True)
+        for dtype_bytes, forecast in forecasts.items()
+    ]

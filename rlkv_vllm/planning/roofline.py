@@ -1,8 +1,8 @@
-"""The least time that a step of the model can take: bytes to read, and operations to do.
+"""The least time of a step of the model: bytes to read, and operations to do.
 
-The roofline model (Williams, Waterman and Patterson 2009): a part of the step takes its bytes at
-the memory's speed or its operations at the processor's, whichever is more. Nothing is added for
-launches, scheduling or sampling, so these are bounds; `rlkv bench` shows how near a machine comes.
+The roofline model (Williams, Waterman and Patterson 2009): each part of a step takes the time of
+its bytes or of its operations, whichever is longer. Launches, scheduling and sampling cost nothing
+here, so these are bounds; `rlkv bench` shows how near a machine comes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlkv_vllm.allocation.heads import Allocation
+from rlkv_vllm.allocation.forecast import Forecast
 from rlkv_vllm.errors import RlkvError
 
 
@@ -53,14 +53,14 @@ class ModelSize:
         experts = [key for key in config if "experts" in key and config[key]]
         if experts:
             raise RlkvError(
-                f"config.json: has {experts[0]}: a model with experts reads another share of its "
-                "weights in every step, which no estimate here covers"
+                f"config.json has {experts[0]}: a model with experts reads only some of its "
+                "weights in a step, which this estimate does not cover"
             )
 
         def size(name: str, default: int | None = None) -> int:
             value = config.get(name, default)
             if not isinstance(value, int) or value < 1:
-                raise RlkvError(f"config.json: {name} {value!r}: must be a number of at least 1")
+                raise RlkvError(f"config.json: {name} {value!r}: must be a whole number from 1 up")
             return value
 
         hidden, q_heads = size("hidden_size"), size("num_attention_heads")
@@ -146,24 +146,24 @@ class HeadCache:
     dtype_bytes: int = 2
 
     @classmethod
-    def of(
-        cls,
-        allocation: Allocation,
-        model: ModelSize,
-        *,
-        sink: int,
-        window: int,
-        dtype_bytes: int = 2,
-    ) -> HeadCache:
-        """The cache of the rank that reads most, the one with the most full heads."""
-        rank = max(range(allocation.tp_size), key=allocation.num_full_on)
+    def of(cls, forecast: Forecast, model: ModelSize, *, is_split: bool = True) -> HeadCache:
+        """The cache of the rank that reads most, the one with the most full heads.
+
+        Args:
+            forecast: of the cache.
+            model: sizes.
+            is_split: whether the forecast's streaming heads are used, or the full cache.
+        """
+        allocation, geometry = forecast.groups.allocation, forecast.geometry
+        num_full = max(map(allocation.num_full_on, forecast.ranks))
+        heads = allocation.num_layers * allocation.heads_per_rank
         return cls(
-            num_full=allocation.num_full_on(rank),
-            num_streaming=allocation.num_streaming_on(rank),
-            ring=sink + window,
+            num_full=num_full if is_split else heads,
+            num_streaming=heads - num_full if is_split else 0,
+            ring=geometry.sink + geometry.window,
             head_dim=model.head_dim,
             q_per_kv=model.q_heads // model.kv_heads,
-            dtype_bytes=dtype_bytes,
+            dtype_bytes=geometry.dtype_bytes,
         )
 
     def head_tokens(self, context: float) -> float:
@@ -241,7 +241,7 @@ class Roofline:
         return self.step_seconds(batch, batch * self.cache.head_tokens(context))
 
     def prefill_seconds(self, tokens: int, cached: int = 0, chunk: int = 2048) -> float:
-        """A prompt of `tokens` of which the first `cached` are in the cache, in chunks."""
+        """A prompt of `tokens`, the first `cached` of them in the cache, in chunks."""
         count = max(1, math.ceil((tokens - cached) / chunk))
         edges = [cached + (tokens - cached) * i // count for i in range(count + 1)]
         return sum(

@@ -50,6 +50,7 @@ def choose_profile(
     sink: int | None = None,
     window: int | None = None,
     default_sparsity: float | None = None,
+    found: tuple[HeadProfile, Path] | None = None,
 ) -> ProfileChoice:
     """Find a profile, and check what it is to be served with.
 
@@ -59,12 +60,13 @@ def choose_profile(
         sink: first tokens that streaming heads keep; None: the profile's.
         window: last tokens that streaming heads keep; None: the profile's.
         default_sparsity: of a profile that recommends none.
+        found: what `find_profile` gave for this name, if it was called before.
 
     Raises:
         RlkvError: no such profile, it is not valid, no sparsity is known, or a value is out of
             range.
     """
-    profile, path = find_profile(name)
+    profile, path = found or find_profile(name)
     if sparsity is None:
         sparsity = profile.recommended_sparsity
     if sparsity is None:

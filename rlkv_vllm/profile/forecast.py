@@ -8,7 +8,7 @@ from rlkv_vllm.allocation.forecast import (
     CacheGeometry,
     Forecast,
     block_sizes_for,
-    forecast_with_block_size,
+    forecast_split,
 )
 from rlkv_vllm.profile.schema import HeadProfile
 
@@ -50,6 +50,11 @@ def forecast_profile(
         sink=profile.sink if sink is None else sink,
         window=profile.window if window is None else window,
     )
-    return forecast_with_block_size(
-        profile.gates, sparsity, geometry, sizes, tp_size=tp_size, max_model_len=max_model_len
+    return forecast_split(
+        profile.gates,
+        sparsity,
+        geometry,
+        block_sizes=sizes,
+        tp_size=tp_size,
+        max_model_len=max_model_len,
     )

@@ -77,26 +77,6 @@ def find_profile(name: str) -> tuple[HeadProfile, Path]:
     return load_profile(path), path
 
 
-def resolve_sparsity(profile: HeadProfile, given: float | None, name: str) -> float:
-    """The sparsity that was given, else the one that the profile recommends.
-
-    Args:
-        profile: the profile.
-        given: the user's.
-        name: what the user called the profile.
-
-    Raises:
-        RlkvError: there is neither.
-    """
-    sparsity = profile.recommended_sparsity if given is None else given
-    if sparsity is None:
-        raise RlkvError(
-            f"--sparsity is missing and profile {one_line(name)} recommends none: give the share "
-            "of KV heads that keep only sink and window, from 0 to 1"
-        )
-    return sparsity
-
-
 def _from_hub(
     name: str, repo: str, revision: str | None, file: str | None, pinned: str | None
 ) -> Path:

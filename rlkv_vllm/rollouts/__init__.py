@@ -1,4 +1,4 @@
-"""Engines in gated mode that write the answers of a profile job."""
+"""Engines in gated mode that write the answers of a training job."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlkv_vllm.rollouts.queue import Rollouts
-    from rlkv_vllm.training.config import TrainConfig
+    from rlkv_vllm.allocation.span import Span
+    from rlkv_vllm.rollouts.config import RolloutConfig
+    from rlkv_vllm.rollouts.protocol import Rollouts
 
 
 @contextmanager
-def open_rollouts(config: TrainConfig) -> Iterator[Rollouts | None]:
+def open_rollouts(
+    config: RolloutConfig, model: str, revision: str | None, dtype: str, span: Span
+) -> Iterator[Rollouts | None]:
     """The engine that a job asks for, ready; None for transformers' generate.
+
+    Args:
+        config: which engine.
+        model: `embedded`, a model folder, or `org/name` on the hub.
+        revision: commit, branch or tag of a model on the hub.
+        dtype: of the weights; "auto" is float32 on the CPU, as the trainer's.
+        span: sink and window of local attention (tokens).
 
     Raises:
         RlkvError: it cannot be started or reached, or does not fit the job.
     """
-    if config.rollout.engine == "transformers":
+    if config.engine == "transformers":
         yield None
-        return
-    if config.rollout.engine == "vllm-server":
+    elif config.engine == "vllm-server":
         from rlkv_vllm.rollouts.server import ServerRollouts
 
-        with ServerRollouts(config.rollout.servers, config.span) as servers:
+        with ServerRollouts(config.servers, span) as servers:
             yield servers
-        return
-    from rlkv_vllm.rollouts.colocated import ColocatedRollouts
+    else:
+        from rlkv_vllm.rollouts.colocated import ColocatedRollouts
 
-    with ColocatedRollouts(config) as engine:
-        yield engine
+        with ColocatedRollouts(model, revision, dtype, span, config.options) as engine:
+            yield engine

@@ -1,8 +1,4 @@
-"""Answers of the gated model from elsewhere than `transformers`' generate.
-
-The trainer asks for them through this protocol; engines live in `rlkv_vllm.rollouts`, so that
-training imports no vLLM.
-"""
+"""Batches of prompts that are answered while the trainer computes."""
 
 from __future__ import annotations
 
@@ -10,46 +6,9 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol
 
-Gates = Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn; names and meaning as in vLLM's SamplingParams."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    stop_token_ids: tuple[int, ...]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One answer.
-
-    Attributes:
-        token_ids: the stop token, if it ended with one, included.
-        logprobs: of every token, as sampled: after temperature and the other settings.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-
-
-class Rollouts(Protocol):
-    """An engine in gated mode."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
-    ) -> list[Rollout]:
-        """One answer per prompt, in their order, all sampled with these gates."""
-        ...
+from rlkv_vllm.answers import Answer, Sampling
+from rlkv_vllm.rollouts.protocol import Gates, Rollouts
 
 
 @dataclass(frozen=True)
@@ -57,18 +16,19 @@ class Batch:
     """Prompts with their answers, and the step whose gates these were sampled with."""
 
     prompts: Sequence[Sequence[int]]
-    answers: list[Rollout]
+    answers: list[Answer]
     step: int
 
 
 class RolloutQueue:
-    """Has batches of prompts answered in a thread, in the order they are put in.
+    """Answers batches of prompts in a thread, in the order in which they are put in.
 
-    A batch is answered with the gates that are the newest when its turn comes. One that shall be
-    ready when its step begins is put in some steps earlier, with so much older gates at worst.
+    A batch is sampled with the gates that are the newest when its turn comes. A batch that has to
+    be ready when its step begins is put in some steps earlier; its gates are at most that many
+    steps old.
 
     Args:
-        rollouts: the engine; nobody else may use it meanwhile.
+        rollouts: the engine; not used by others meanwhile.
     """
 
     def __init__(self, rollouts: Rollouts) -> None:
@@ -81,7 +41,7 @@ class RolloutQueue:
         threading.Thread(target=self._work, name="rollouts", daemon=True).start()
 
     def set_gates(self, gates: Gates, step: int) -> None:
-        """Batches that begin from now on are sampled with these gates."""
+        """Sample batches that begin from now on with these gates."""
         self._newest = (step, gates)
 
     def put(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
@@ -105,15 +65,10 @@ class RolloutQueue:
         self._asked.put(None)  # wakes the thread
 
     def _work(self) -> None:
-        while True:
-            asked = self._asked.get()
-            if asked is None or self._closed:
-                return
-            prompts, sampling = asked
+        while (asked := self._asked.get()) and not self._closed:
             assert self._newest is not None
             step, gates = self._newest
             try:
-                answers = self._rollouts.generate(prompts, sampling, gates)
-                self._done.put(Batch(prompts, answers, step))
+                self._done.put(Batch(asked[0], self._rollouts.generate(*asked, gates), step))
             except BaseException as error:
                 self._done.put(error)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any, Self
 
 import httpx
 
+from rlkv_vllm.allocation.span import Span
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
-from rlkv_vllm.rollouts.queue import Gates, Rollout, Sampling
+from rlkv_vllm.rollouts.protocol import Gates
 
 #: The key of the servers, if they have one.
 API_KEY_VARIABLE = "RLKV_ROLLOUT_API_KEY"
 
 
 class ServerRollouts:
-    """Several servers of one model; follows `rlkv_vllm.rollouts.queue.Rollouts`.
+    """Several servers of one model; follows `rlkv_vllm.rollouts.protocol.Rollouts`.
 
     Args:
         addresses: e.g. `http://127.0.0.1:8000`.
@@ -29,12 +30,12 @@ class ServerRollouts:
         RlkvError: a server cannot be reached, is not in gated mode, or has another sink or window.
     """
 
-    def __init__(self, addresses: Sequence[str], span: tuple[int, int]) -> None:
+    def __init__(self, addresses: Sequence[str], span: Span) -> None:
         if not addresses:
             raise RlkvError("rollout.servers: is empty: give the address of a server")
         key = os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # An answer takes as long as it takes.
+        # No limit on the time of an answer.
         timeout = httpx.Timeout(30, read=None)
         # The server drops idle connections after 5 seconds, which a step may take.
         limits = httpx.Limits(max_keepalive_connections=0)
@@ -50,26 +51,31 @@ class ServerRollouts:
             if (now["sink"], now["window"]) != span:
                 raise RlkvError(
                     f"rollout.servers: {client.base_url} has sink {now['sink']} and window "
-                    f"{now['window']}, the job {span[0]} and {span[1]}: start it with "
-                    f"--sink {span[0]} --window {span[1]}"
+                    f"{now['window']}, the job {span.sink} and {span.window}: start it "
+                    f"with --sink {span.sink} --window {span.window}"
                 )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
-    ) -> list[Rollout]:
-        """One answer per prompt, in their order; prompts are dealt out to the servers."""
+    ) -> list[Answer]:
+        """One answer per prompt, in their order; prompts are shared among the servers."""
         count = len(self._clients)
         values = [list(row) for row in gates]
 
-        def ask(turn: int) -> list[Rollout]:
+        def ask(turn: int) -> list[Answer]:
             mine = [list(prompt) for prompt in prompts[turn::count]]
             if not mine:
                 return []
             # Every server counts prompts from 0.
-            options = asdict(sampling) | {"seed": (sampling.seed + turn * len(prompts)) % 2**31}
+            options = sampling.model_dump(mode="json") | {
+                "seed": (sampling.seed + turn * len(prompts)) % 2**31
+            }
             body = {"prompts": mine, "sampling": options, "gates": values}
             answer = self._ask(self._clients[turn], "POST", "/v1/rlkv/rollouts", body)
-            return [Rollout(found["token_ids"], found["logprobs"]) for found in answer["answers"]]
+            return [
+                Answer(found["token_ids"], logprobs=found["logprobs"])
+                for found in answer["answers"]
+            ]
 
         parts = list(self._pool.map(ask, range(count)))
         return [parts[i % count][i // count] for i in range(len(prompts))]

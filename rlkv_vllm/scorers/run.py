@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.allocation.heads import check_sparsity
 from rlkv_vllm.allocation.span import SERVING_SPAN, resolve_span
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
 from rlkv_vllm.evaluation.rows import recommended_sparsity
@@ -183,12 +184,12 @@ def own_correct_answers(
         tokenizer,
         task,
         problems,
-        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(max_tokens=config.max_new_tokens, temperature=0),
         batch_size=config.batch_size,
         report=count,
     )
     solved = [
-        (problem, Sample(answer.prompt_ids, answer.output_ids))
+        (problem, Sample(answer.prompt_ids, answer.token_ids))
         for problem, answer in zip(problems, result.answers, strict=True)
         if answer.is_correct
     ]

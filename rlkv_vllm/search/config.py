@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.options import Positive, Section, Share
+from rlkv_vllm.training.config import JobConfig
 
 
-class RefineConfig(Section):
-    """Search for full heads by the answers of really split heads, after the training."""
+class SearchConfig(Section):
+    """Search for full heads by the answers of really split heads."""
 
-    enabled: bool = Field(default=False, description="Whether to refine the gates.")
-    start: Path | None = Field(
-        default=None,
-        description="Head profile to refine, in place of training; null: the trained gates.",
-    )
     sparsities: Annotated[list[Share], Field(min_length=1)] = Field(
         default=[0.4, 0.5], description="Sparsities that count, all alike."
     )
-    reach: Positive = Field(
-        default=10, description="Heads in question on either side of a sparsity's line."
+    margin: Positive = Field(
+        default=10,
+        description="Heads in question on either side of a sparsity's number of streaming heads; "
+        "as many as the model has: all of them, and the given ranking does not matter.",
     )
     candidates: Positive = Field(
         default=64, description="Allocations per sparsity in the first round of a race."
@@ -30,12 +28,35 @@ class RefineConfig(Section):
     problems: Positive = Field(
         default=256,
         description="Problems that finalists solve; as many others test the winner. At most half "
-        "of the curriculum.",
+        "of those that the model solves with its full cache.",
     )
     level: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.1, description="p-value up to which the winner's gain counts as real."
     )
-    max_new_tokens: Positive | None = Field(
-        default=None, description="Where an answer is cut off; null: as in training."
+
+
+def _with_defaults(value: Any) -> Any:
+    return {"max_tokens": 512, "temperature": 0} | value if isinstance(value, dict) else value
+
+
+class RefineConfig(JobConfig):
+    """A refinement: profile, model, problems, search, evaluation."""
+
+    profile: str = Field(description="Head profile to start from: a file, a name, or org/name.")
+    sink: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="First tokens that streaming heads keep; null: the profile's."
+    )
+    window: Positive | None = Field(
+        default=None, description="Last tokens that streaming heads keep; null: the profile's."
+    )
+    tried: Positive = Field(
+        default=3000,
+        description="Problems that the model tries with its full cache, at most: it stops when it "
+        "has solved twice `search.problems`.",
+    )
+    sampling: Annotated[Sampling, BeforeValidator(_with_defaults)] = Field(
+        default=Sampling(max_tokens=512, temperature=0),
+        description="Of all answers but those of the evaluation, which are greedy.",
     )
     batch_size: Positive = Field(default=128, description="Answers written together.")
+    search: SearchConfig = Field(default=SearchConfig())

@@ -1,139 +1,50 @@
 """Search for the full heads that serve best, at several sparsities that share one ranking.
 
-An allocation is judged by answers that the model writes with it, and by nothing else. There are
-too many allocations to try; what makes the search work is that the cost of streaming a set of
-heads can be told from its pairs. One head at a time does not show that two heads do the same
-work, of which one is needed; their pair does.
+Only the answers that the model writes with an allocation count. There are too many allocations to
+try; the search works because the cost of a set of streaming heads can be estimated from its pairs.
+One head at a time does not show that two heads do the same work, of which one is needed; their
+pair does.
 
-1. Every head in question streams alone. A head that costs more than `NEEDED` that way is in no
-   pair: its pairs count as the sum of both heads.
+1. Every head in question streams alone. A head that costs more than `NEEDED` is in no pair: the
+   cost of its pairs counts as the sum of both heads.
 2. Every pair of the others streams.
-3. Allocations of a chain are nested, as one ranking makes them: one per sparsity, lowest first.
-   The chains whose pairs lose least (`_Pairs.loss`) race: all solve a sixteenth of the problems,
-   the best ones a quarter, the best of those all (successive halving, Jamieson and Talwalkar 2016,
+3. The allocations of the sparsities are nested, as one ranking makes them. The nested allocations
+   whose pairs lose least (`_Pairs.loss`) race: all solve a sixteenth of the problems, the best
+   ones a quarter, the best of those all of them (successive halving, Jamieson and Talwalkar 2016,
    https://arxiv.org/abs/1502.07943).
-4. So do the chains around the best one, in which two heads have changed places, needed or not;
+4. Then those around the best one race, in which two heads have changed places, needed or not;
    again around the next best one, `EXCHANGES` times at most.
 
-What a round of a race may cost is counted in allocations, not in chains: chains share them, and all
-chains of the allocations that were paid for take part. Heads in question are those within `reach`
-of a sparsity's place in the ranking; others stay on their side. Everything is judged on top of
-those that always stream.
+The budget of a round is a number of allocations per sparsity. Nested allocations share them, and
+all that need no further allocation take part. Heads in question are those within `margin` of the
+number of streaming heads of a sparsity in the ranking; others stay on their side. The heads that
+stream at all sparsities do so in every question.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.files import read_json_object, write_text_atomic
+from rlkv_vllm.search.answers import Answers, Head, Streaming
 
-Head = tuple[int, int]
-#: The streaming heads of an allocation, sorted.
-Streaming = tuple[Head, ...]
-#: Allocations for one sparsity after the other, the lowest first; each holds those before it.
-Chain = tuple[Streaming, ...]
-#: Gets problems, the streaming heads for each, and a seed; says which are solved.
-Judge = Callable[[Sequence[int], Sequence[Streaming], int], Sequence[bool]]
+#: Allocations of ascending sparsities, each with the streaming heads of those before it.
+Nested = tuple[Streaming, ...]
 
-#: What a head may cost that is tried in pairs.
+#: Loss of accuracy up to which a head is tried in pairs.
 NEEDED = 0.1
-#: Of the problems: what a head alone and a pair are tried on, and the rounds of a race.
-SINGLE, PAIR, RUNGS = 8, 16, (16, 4, 1)
-#: Of the allocations of a round one in so many is in the next.
+#: One in so many problems: for a head alone, for a pair, and in the rounds of a race.
+SINGLE, PAIR, ROUNDS = 8, 16, (16, 4, 1)
+#: One in so many allocations of a round is in the next, and how many at least.
 SURVIVORS, FEWEST = 6, 4
-#: How often the chains around the best one race, at most.
+#: How often exchanges around the best allocations race, at most.
 EXCHANGES = 4
-#: Sets of heads kept while chains are made from pairs, per candidate.
+#: Sets of heads kept while nested allocations are made from pairs, per candidate.
 BEAM = 32
-
-
-class Answers:
-    """Who solved which problems: the first ones of a list, as many as were asked for so far.
-
-    Answers are asked for in an order that nothing but the questions decides, so that a killed
-    search goes on as it would have without.
-
-    Args:
-        judge: answers.
-        path: keeps the answers.
-        chunk: how many are asked for before they are written.
-        made_with: what decides the answers; a file with other ones is refused.
-        seed: of the judge.
-        writes: whether this process keeps the file.
-        report: called with the number of answers so far.
-
-    Attributes:
-        count: how many there are.
-    """
-
-    def __init__(
-        self,
-        judge: Judge,
-        path: Path,
-        chunk: int,
-        made_with: dict[str, Any],
-        *,
-        seed: int = 0,
-        writes: bool = True,
-        report: Callable[[int], None] = lambda answers: None,
-    ) -> None:
-        self._judge, self._path, self._chunk, self._seed = judge, path, chunk, seed
-        self._writes, self._report = writes, report
-        self._made_with = json.loads(json.dumps(made_with))
-        found = {"made_with": self._made_with, "solved": {}}
-        if path.exists():
-            found = read_json_object(path)
-        if found.get("made_with") != self._made_with:
-            raise RlkvError(
-                f"{path}: answers of another model, with other settings, another seed or another "
-                "start: delete it to begin the search again, or choose another --output"
-            )
-        self._solved: dict[str, str] = found["solved"]
-        self.count = sum(map(len, self._solved.values()))
-
-    def ask(self, wanted: Iterable[Streaming], problems: int) -> dict[Streaming, float]:
-        """The share of the first `problems` problems that is solved with each allocation."""
-        every = sorted(set(wanted))
-        asked = [
-            (streaming, problem)
-            for streaming in every
-            for problem in range(len(self._solved.get(_name(streaming), "")), problems)
-        ]
-        for start in range(0, len(asked), self._chunk):
-            part = asked[start : start + self._chunk]
-            solved = self._judge(
-                [problem for _, problem in part],
-                [streaming for streaming, _ in part],
-                self._seed + self.count,
-            )
-            for (streaming, _), right in zip(part, solved, strict=True):
-                name = _name(streaming)
-                self._solved[name] = self._solved.get(name, "") + "01"[right]
-            self.count += len(part)
-            self.keep()
-            self._report(self.count)
-        return {one: fmean(self.solved(one, 0, problems)) for one in every}
-
-    def solved(self, streaming: Streaming, first: int, last: int) -> list[bool]:
-        """Which of the problems ``first:last``, all asked for before, are solved."""
-        return [bit == "1" for bit in self._solved[_name(streaming)][first:last]]
-
-    def keep(self, result: dict[str, Any] | None = None) -> None:
-        """Write the file, with what came out if that is known."""
-        if self._writes:
-            kept = {"made_with": self._made_with, "solved": self._solved}
-            if result is not None:
-                kept = {"result": result, **kept}
-            write_text_atomic(self._path, json.dumps(kept, indent=0) + "\n")
 
 
 @dataclass(frozen=True)
@@ -142,49 +53,50 @@ class Found:
 
     Attributes:
         needed: heads that cost too much alone.
-        finalists: chains with their share of all problems, a mean over the sparsities; best first.
+        finalists: nested allocations with the share of all problems that they solve, a mean over
+            the sparsities; best first.
     """
 
     needed: list[Head]
-    finalists: dict[Chain, float]
+    finalists: dict[Nested, float]
 
     @property
-    def best(self) -> Chain:
-        """The best chain; of equal ones the known one."""
+    def best(self) -> Nested:
+        """The best nested allocations; of equal ones the known ones."""
         return next(iter(self.finalists))
 
 
 def search(
     answers: Answers,
     ranking: Sequence[Head],
-    lines: Sequence[int],
+    counts: Sequence[int],
     *,
-    reach: int,
+    margin: int,
     candidates: int,
     problems: int,
-    known: Sequence[Chain] = (),
+    known: Sequence[Nested] = (),
 ) -> Found:
-    """The best chain.
+    """Find the nested allocations that solve most.
 
     Args:
         answers: of the model.
-        ranking: all heads, the one that becomes a streaming head first at the front; decides
-            which heads are in question, and among equal allocations.
-        lines: numbers of streaming heads, ascending, above 0 and below all heads.
-        reach: heads in question on either side of each line, at least 1.
-        candidates: allocations per line in the first round of a race.
+        ranking: all heads, the first one to stream in front; decides which heads are in
+            question, and among equal allocations.
+        counts: numbers of streaming heads, ascending, above 0 and below all heads.
+        margin: heads in question on either side of each count, at least 1.
+        candidates: allocations per sparsity in the first round of a race.
         problems: that the finalists solve.
-        known: chains that take part in every round of the first race.
+        known: take part in every round of the first race.
     """
-    asked = _in_question(ranking, lines, reach)
-    always = [tuple(head for head in ranking[:line] if head not in set(asked)) for line in lines]
+    asked = heads_in_question(ranking, counts, margin)
+    always = [tuple(head for head in ranking[:count] if head not in {*asked}) for count in counts]
     pairs = _Pairs(answers, asked, always[0], problems)
-    sizes = [line - len(heads) for line, heads in zip(lines, always, strict=True)]
-    chains = [
-        tuple(tuple(sorted({*heads, *more})) for heads, more in zip(always, chain, strict=True))
-        for chain in pairs.chains(sizes, BEAM * candidates)
+    sizes = [count - len(heads) for count, heads in zip(counts, always, strict=True)]
+    made = [
+        tuple(tuple(sorted({*heads, *more})) for heads, more in zip(always, nested, strict=True))
+        for nested in pairs.least_loss(sizes, BEAM * candidates)
     ]
-    best = _race(answers, chains, candidates, problems, known)
+    best = _race(answers, made, candidates, problems, known)
     for _ in range(EXCHANGES):
         leader = next(iter(best))
         near = sorted(_exchanged(leader, asked), key=pairs.loss)
@@ -195,35 +107,41 @@ def search(
     return Found(pairs.needed, best)
 
 
-def most_answers(heads: int, lines: int, candidates: int, problems: int) -> int:
-    """How many answers `search` asks for, at most, with so many heads and one known chain."""
+def most_answers(heads: int, counts: int, candidates: int, problems: int) -> int:
+    """How many answers `search` asks for at most.
+
+    Args:
+        heads: in question.
+        counts: sparsities.
+        candidates: as in `search`.
+        problems: as in `search`, with one known nested allocation.
+    """
     race = asked = 0
-    for rung, part in enumerate(RUNGS):
+    for number, part in enumerate(ROUNDS):
         now = _of(problems, part)
-        race += lines * _left(candidates, rung) * (now - asked)
+        race += counts * _left(candidates, number) * (now - asked)
         asked = now
     pairs = heads * (heads - 1) // 2
     alone = (heads + 1) * _of(problems, SINGLE) + pairs * _of(problems, PAIR)
-    return alone + (1 + EXCHANGES) * race + lines * problems
+    return alone + (1 + EXCHANGES) * race + counts * problems
 
 
-def num_in_question(heads: int, lines: Sequence[int], reach: int) -> int:
-    """How many heads are within `reach` of one of `lines`."""
-    return len(_in_question([(0, head) for head in range(heads)], lines, reach))
-
-
-def chain_of(ranking: Sequence[Head], lines: Sequence[int]) -> Chain:
+def nested_of(ranking: Sequence[Head], counts: Sequence[int]) -> Nested:
     """The allocations that a ranking makes."""
-    return tuple(tuple(sorted(ranking[:line])) for line in lines)
+    return tuple(tuple(sorted(ranking[:count])) for count in counts)
 
 
-def full_heads(streaming: Streaming, layers: int, kv_heads: int) -> list[list[int]]:
-    """Full heads per layer."""
-    return [[j for j in range(kv_heads) if (i, j) not in streaming] for i in range(layers)]
+def heads_in_question(ranking: Sequence[Head], counts: Sequence[int], margin: int) -> list[Head]:
+    """The heads within `margin` of one of `counts` in the ranking."""
+    return [
+        head
+        for place, head in enumerate(ranking)
+        if any(count - margin <= place < count + margin for count in counts)
+    ]
 
 
 class _Pairs:
-    """What streaming costs, as far as heads alone and pairs of heads tell.
+    """What streaming costs, estimated from heads alone and pairs of heads.
 
     Attributes:
         needed: heads that cost too much alone.
@@ -251,17 +169,17 @@ class _Pairs:
             loss = lost[first] + lost[second] - none if share is None else _loss(share, shared)
             self._loss[first][second] = self._loss[second][first] = loss
 
-    def loss(self, chain: Chain) -> float:
+    def loss(self, nested: Nested) -> float:
         """Sum over the allocations of the loss of all pairs; each head counts once in it."""
         total = 0.0
-        for streaming in chain:
+        for streaming in nested:
             heads = [head for head in streaming if head in self._loss]
             pairs = sum(self._loss[first][second] for first, second in combinations(heads, 2))
             total += pairs / max(1, len(heads) - 1)
         return total
 
-    def chains(self, sizes: Sequence[int], width: int) -> list[Chain]:
-        """Chains with so many of the heads, those of least loss first: a beam search.
+    def least_loss(self, sizes: Sequence[int], width: int) -> list[Nested]:
+        """Nested allocations of these sizes, those of least loss first: a beam search.
 
         Of equal ones those come first whose heads stand further in front.
         """
@@ -269,12 +187,11 @@ class _Pairs:
         # of the finished ones, that of all pairs of the growing one.
         beam: list[tuple[tuple[tuple[int, ...], ...], tuple[int, ...], float, float]]
         beam = [((), (), 0.0, 0.0)]
-        places = range(len(self._heads))
         loss = [[self._loss[a].get(b, 0.0) for b in self._heads] for a in self._heads]
         for size in range(1, sizes[-1] + 1):
             grown = {}
             for done, heads, before, pairs in beam:
-                for new in places:
+                for new in range(len(self._heads)):
                     key = (done, tuple(sorted((*heads, new))))
                     if new not in heads and key not in grown:
                         grown[key] = (before, pairs + sum(loss[new][head] for head in heads))
@@ -300,71 +217,61 @@ class _Pairs:
 
 def _race(
     answers: Answers,
-    chains: Sequence[Chain],
+    contenders: Sequence[Nested],
     candidates: int,
     problems: int,
-    known: Sequence[Chain],
-) -> dict[Chain, float]:
+    known: Sequence[Nested],
+) -> dict[Nested, float]:
     """The finalists, best first, with their share of all problems; of equal ones the earlier."""
-    left, shares = list(chains), dict.fromkeys(known, 0.0)
-    for rung, part in enumerate(RUNGS):
-        left = _paid_for(left, known, _left(candidates, rung))
-        solved = answers.ask({one for chain in left for one in chain}, _of(problems, part))
-        shares = {chain: fmean(solved[one] for one in chain) for chain in left}
-        left.sort(key=lambda chain: -shares[chain])
-    return {chain: shares[chain] for chain in left}
+    left, shares = list(contenders), dict.fromkeys(known, 0.0)
+    for number, part in enumerate(ROUNDS):
+        left = _within_budget(left, known, _left(candidates, number))
+        solved = answers.ask({one for nested in left for one in nested}, _of(problems, part))
+        shares = {nested: fmean(solved[one] for one in nested) for nested in left}
+        left.sort(key=lambda nested: -shares[nested])
+    return {nested: shares[nested] for nested in left}
 
 
-def _paid_for(chains: Sequence[Chain], known: Sequence[Chain], per_line: int) -> list[Chain]:
-    """`known`, and those of `chains` that do with so many more allocations per line, in order.
+def _within_budget(
+    contenders: Sequence[Nested], known: Sequence[Nested], budget: int
+) -> list[Nested]:
+    """`known`, and the `contenders` that need at most `budget` more allocations per sparsity.
 
-    Later ones that need no further allocation are among them.
+    They are taken in order; later ones that need no further allocation are among them.
     """
-    free = {one for chain in known for one in chain}
-    paid: list[set[Streaming]] = [set() for _ in chains[0]] if chains else []
+    free = {one for nested in known for one in nested}
+    taken: list[set[Streaming]] = [set() for _ in contenders[0]] if contenders else []
     kept = dict.fromkeys(known)
-    for chain in chains:
-        more = [have | ({one} - free) for have, one in zip(paid, chain, strict=True)]
-        if all(len(have) <= per_line for have in more):
-            paid = more
-            kept[chain] = None
+    for nested in contenders:
+        more = [have | ({one} - free) for have, one in zip(taken, nested, strict=True)]
+        if all(len(have) <= budget for have in more):
+            taken = more
+            kept[nested] = None
     return list(kept)
 
 
-def _exchanged(chain: Chain, heads: Sequence[Head]) -> list[Chain]:
-    """All chains in which two of `heads` have changed places."""
+def _exchanged(nested: Nested, heads: Sequence[Head]) -> list[Nested]:
+    """All nested allocations in which two of `heads` have changed places."""
     found = []
     for pair in combinations(heads, 2):
         other = tuple(
             tuple(sorted({*one} ^ {*pair})) if (pair[0] in one) != (pair[1] in one) else one
-            for one in chain
+            for one in nested
         )
-        if other != chain:
+        if other != nested:
             found.append(other)
     return found
 
 
-def _in_question(ranking: Sequence[Head], lines: Sequence[int], reach: int) -> list[Head]:
-    return [
-        head
-        for place, head in enumerate(ranking)
-        if any(line - reach <= place < line + reach for line in lines)
-    ]
-
-
 def _of(problems: int, part: int) -> int:
-    """That part of the problems, one at least."""
+    """One in `part` of the problems, one at least."""
     return max(1, problems // part)
 
 
-def _left(candidates: int, rung: int) -> int:
-    """Allocations per line in a round of a race."""
-    return min(candidates, max(FEWEST, candidates // SURVIVORS**rung))
+def _left(candidates: int, number: int) -> int:
+    """Allocations per sparsity in a round of a race."""
+    return min(candidates, max(FEWEST, candidates // SURVIVORS**number))
 
 
 def _loss(share: float, problems: int) -> float:
     return -math.log(max(share, 0.5 / problems))  # none is impossible
-
-
-def _name(streaming: Streaming) -> str:
-    return " ".join(f"{layer}.{head}" for layer, head in streaming)

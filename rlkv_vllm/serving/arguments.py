@@ -13,17 +13,6 @@ from rlkv_vllm.errors import RlkvError
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-#: How the embedded reasoner is served where the user says nothing: in the
-#: precision it was measured in (vLLM's "auto" makes bfloat16 of float32), and
-#: without compilation, from which it is too small to gain.
-EMBEDDED_DEFAULTS: dict[str, Any] = {
-    "profile": models.MODEL_NAME,
-    "served_model_name": [models.MODEL_NAME],
-    "reasoning_parser": models.REASONING_PARSER,
-    "dtype": "float32",
-    "enforce_eager": True,
-}
-
 #: How long running requests may finish after Ctrl-C or SIGTERM. vLLM's 0 kills
 #: the engine, which then complains.
 SHUTDOWN_TIMEOUT_S = 10
@@ -130,17 +119,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise
     except (ValueError, OSError, IndexError) as error:  # --config FILE, dotted flags
         raise RlkvError(f"{' '.join(str(error).split())}: see `rlkv serve --help`") from error
-    args.model = args.model_tag or args.model or models.MODEL_NAME
-    is_embedded = args.model == models.MODEL_NAME
-    if is_embedded:
-        args.model = str(models.model_dir())
-        for name, value in EMBEDDED_DEFAULTS.items():
-            if name == "profile" and args.mode == "gated":
-                continue
-            if not getattr(args, name) and getattr(args, name) is not False:
-                setattr(args, name, value)
-    args.model_tag = args.model
-    args.is_embedded = is_embedded
+    args.model_name = args.model_tag or args.model or models.MODEL_NAME
+    args.model = args.model_tag = models.model_source(args.model_name)
+    for name, value in models.serving_defaults(args.model_name).items():
+        if name == "profile" and args.mode == "gated":
+            continue
+        if not getattr(args, name) and getattr(args, name) is not False:
+            setattr(args, name, value)
     args.dtype = args.dtype or "auto"
     args.enforce_eager = bool(args.enforce_eager)
     return args

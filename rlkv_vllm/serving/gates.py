@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.engine.gated.live import (
     GET_METHOD,
     GatesUpdater,
     LiveGates,
-    RolloutSampling,
     rolled_out,
+    sampling_params,
 )
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving.status import Refusal, Unauthorized, Unreadable
@@ -70,7 +71,7 @@ class RolloutRequest(BaseModel):
     prompts: list[Annotated[list[int], Field(min_length=1)]] = Field(
         min_length=1, description="Token ids."
     )
-    sampling: RolloutSampling
+    sampling: Sampling
     gates: list[list[float]] | None = Field(
         default=None, description="Sample with these gates, set before; null: with the present."
     )
@@ -104,12 +105,12 @@ class Rollouts:
         self.config = config
         self.updater = GatesUpdater(engine_client, now)
 
-    async def answer(self, prompt: list[int], sampling: RolloutSampling, index: int) -> RolledOut:
+    async def answer(self, prompt: list[int], sampling: Sampling, index: int) -> RolledOut:
         """Answer the prompt of this index."""
         request_id = f"rollout-{uuid.uuid4()}"
         given: Any = {"prompt_token_ids": prompt}
         # One output: the finished answer.
-        outputs = self.engine.generate(given, sampling.params(index), request_id)
+        outputs = self.engine.generate(given, sampling_params(sampling, index), request_id)
         finished = [output async for output in outputs][-1]
         return RolledOut(**rolled_out(finished.outputs[0]))
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm import models
+from rlkv_vllm.allocation.span import TRAINING_SPAN, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.models import load_model_fingerprint
+from rlkv_vllm.profile.choice import choose_profile
 from rlkv_vllm.profile.io import check_matches
-from rlkv_vllm.profile.lookup import find_profile, resolve_sparsity
+from rlkv_vllm.profile.lookup import find_profile
+from rlkv_vllm.profile.schema import HeadProfile
 
 if TYPE_CHECKING:
     from rlkv_vllm.engine.config import SplitPlan
@@ -33,11 +36,14 @@ _OTHER_PLUGIN_GROUPS = (
 )
 
 
-def split_options(args: argparse.Namespace) -> dict[str, Any]:
+def split_options(
+    args: argparse.Namespace, found: tuple[HeadProfile, Path] | None = None
+) -> dict[str, Any]:
     """Check profile, model and split options against each other.
 
     Args:
         args: parsed flags of ``rlkv serve``.
+        found: the profile of ``--profile``, if it was read before.
 
     Returns:
         ``additional_config["rlkv"]``: the profile as an absolute path with its
@@ -51,23 +57,12 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
             f"--profile is missing: name the head profile of {one_line(args.model)}, see "
             "`rlkv profile list`"
         )
-    profile, path = find_profile(args.profile)
-    fingerprint = load_model_fingerprint(args.model, args.revision)
-    check_matches(profile, fingerprint)
-    sparsity = resolve_sparsity(profile, args.sparsity, args.profile)
-    if not 0 <= sparsity <= 1:
-        raise RlkvError(
-            f"--sparsity {sparsity:g}: must be from 0 (every head keeps its whole cache) to 1 "
-            "(every head keeps only sink and window)"
-        )
-    _check_span(args)
-    return {
-        "profile": str(path.resolve()),
-        "sparsity": sparsity,
-        "sink": profile.sink if args.sink is None else args.sink,
-        "window": profile.window if args.window is None else args.window,
-        "sha256": profile.sha256(),
-    }
+    found = found or find_profile(args.profile)
+    check_matches(found[0], load_model_fingerprint(args.model, args.revision))
+    choice = choose_profile(
+        args.profile, args.sparsity, sink=args.sink, window=args.window, found=found
+    )
+    return choice.engine_config()
 
 
 def gated_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,25 +83,9 @@ def gated_options(args: argparse.Namespace) -> dict[str, Any]:
             raise RlkvError(f"{flag}: a server in gated mode has no head profile: remove the flag")
     if (args.api_server_count or 1) > 1:
         raise RlkvError("--api-server-count: a server in gated mode has one: remove the flag")
-    _check_span(args)
-    from rlkv_vllm.engine.config import GatedConfig
-
-    default = GatedConfig(mode="gated")
-    sink, window = default.sink, default.window
-    if args.is_embedded:
-        sink, window = models.EMBEDDED_SPAN
-    return {
-        "mode": "gated",
-        "sink": sink if args.sink is None else args.sink,
-        "window": window if args.window is None else args.window,
-    }
-
-
-def _check_span(args: argparse.Namespace) -> None:
-    if args.sink is not None and args.sink < 0:
-        raise RlkvError(f"--sink {args.sink}: must be 0 or more tokens")
-    if args.window is not None and args.window < 1:
-        raise RlkvError(f"--window {args.window}: must be 1 or more tokens")
+    default = models.default_span(args.model_name, TRAINING_SPAN)
+    sink, window = resolve_span(args.sink, args.window, default)
+    return {"mode": "gated", "sink": sink, "window": window}
 
 
 def _uses_rust_frontend(_: argparse.Namespace) -> bool:

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rlkv_vllm import models
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
-from rlkv_vllm.models import EMBEDDED_CACHE_BYTES
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving import preflight, progress
 from rlkv_vllm.serving.arguments import (
@@ -43,14 +43,18 @@ def serve(arguments: Sequence[str]) -> int:
     progress.quiet_logging(arguments)
     progress.say("checking profile, model and flags", must=True)
     own = own_options(arguments)
-    if own.profile is not None:
-        find_profile(own.profile)  # the commonest mistake, told before vLLM's long import
+    # The commonest mistake, told before vLLM's long import.
+    found = None if own.profile is None else find_profile(own.profile)
     preflight.check_plugin()
     preflight.select_plugins()
     _require_vllm()
     args = parse(arguments)
-    is_gated = args.mode == "gated"
-    add_split(args, preflight.gated_options(args) if is_gated else preflight.split_options(args))
+    if args.mode == "gated":
+        add_split(args, preflight.gated_options(args))
+    else:
+        add_split(
+            args, preflight.split_options(args, found if args.profile == own.profile else None)
+        )
     preflight.check_server_mode(args)
     preflight.check_address(args)
     _check_engine_config(args)
@@ -109,7 +113,7 @@ def _check_engine_config(args: argparse.Namespace) -> None:
     from rlkv_vllm.engine.config import split_plan
 
     if current_platform.is_cpu():
-        note = preflight.choose_cpu_memory(args, EMBEDDED_CACHE_BYTES if args.is_embedded else None)
+        note = preflight.choose_cpu_memory(args, models.default_cache_bytes(args.model_name))
         if note:
             progress.say(note)
     try:

@@ -2,46 +2,58 @@
 
 math-verify and the scorers of reasoning-gym compute with what a model wrote: `9^9^9^9` would
 never end, or fill the memory. math-verify's own time limit is a signal, which works in the main
-thread only and does not reach long arithmetic. The process below ends itself when a check takes
-too long, and the next check starts a new one.
+thread only and does not reach long arithmetic. The worker process dies when a check exceeds its
+limit, and the next check starts a new one.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
+from rlkv_vllm.tasks import worker
 
-#: A check may take this long (seconds of CPU time, so that a busy machine decides nothing).
+#: Limit of a check (seconds of CPU time: the load of the machine must not change a score).
 CPU_SECONDS = 5.0
+
+_ENVIRONMENT = {
+    # Some of reasoning-gym's generators iterate over sets of words.
+    "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 class Checker:
     """A process that checks one answer after the other; safe to use from several threads.
 
     Args:
-        cpu_seconds: what an answer may cost.
+        cpu_seconds: limit of a check (seconds of CPU time).
     """
 
     def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
         self._cpu_seconds = cpu_seconds
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._pool: ProcessPoolExecutor | None = None
+        self._inherited: list[ProcessPoolExecutor | None] = []
+        self._worker_pid = 0
         self._owner = 0
 
     def score(self, request: dict[str, Any]) -> float:
-        """What an answer is worth: 0 if checking it fails or takes too long.
+        """The score of an answer: 0 if the check fails or exceeds its limit.
 
         Args:
-            request: as `rlkv_vllm.tasks.worker` takes it.
+            request: as `rlkv_vllm.tasks.worker.reply` takes it.
 
         Raises:
             RlkvError: if the check cannot be run at all.
@@ -53,41 +65,25 @@ class Checker:
         """The reply to a request.
 
         Args:
-            request: as `rlkv_vllm.tasks.worker` takes it.
-            cpu_seconds: what it may cost, 0 for any amount.
+            request: as `rlkv_vllm.tasks.worker.reply` takes it.
+            cpu_seconds: limit of CPU time, 0 for none.
 
         Returns:
-            None if the process was killed over it: too long, or out of memory.
+            None if the process died over it: out of time or memory.
 
         Raises:
             RlkvError: if the process cannot be started or refuses the request.
         """
-        line = json.dumps({**request, "cpu_seconds": cpu_seconds})
         with self._lock:
-            process = self._running()
-            assert process.stdin is not None
-            assert process.stdout is not None
+            pool = self._running()
             try:
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
-            except BaseException:
-                # Interrupted between request and reply: the next one would read this reply.
-                process.kill()
-                self._forget()
+                reply = pool.submit(worker.reply, request, cpu_seconds).result()
+            except BrokenProcessPool:
+                self._stop()
+                return None
+            except BaseException:  # Ctrl-C: the check may still be running
+                self._stop()
                 raise
-            if not answer.endswith("\n"):
-                status = process.wait()
-                self._forget()
-                if status < 0:
-                    return None
-                raise RlkvError(
-                    f"the process that checks answers ended with status {status}: install "
-                    "'rlkv-vllm[train]' again, and look at what it printed"
-                )
-        reply: dict[str, Any] = json.loads(answer)
         if "error" in reply:
             raise RlkvError(one_line(reply["error"], 400))
         return reply
@@ -95,50 +91,58 @@ class Checker:
     def close(self) -> None:
         """End the process, if there is one; the next request starts a new one."""
         with self._lock:
-            if self._process is not None and self._owner == os.getpid():
-                self._process.kill()
-                self._process.wait()
-                self._forget()
+            if self._owner == os.getpid():
+                self._stop()
 
-    def _running(self) -> subprocess.Popen[str]:
-        # After a fork the pipes belong to the parent.
-        if self._process is not None and self._owner == os.getpid():
-            if self._process.poll() is None:
-                return self._process
-            self._forget()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            # Some of reasoning-gym's generators go through sets of words.
-            "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
+    def _running(self) -> ProcessPoolExecutor:
+        if self._owner != os.getpid():
+            # After a fork the pool belongs to the parent. Kept: its finalizer would wake it.
+            self._inherited.append(self._pool)
+            self._pool, self._owner = None, os.getpid()
+        if self._pool is not None:
+            if any(child.pid == self._worker_pid for child in multiprocessing.active_children()):
+                return self._pool
+            self._stop()
+        self._pool = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=worker.prepare
+        )
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", "-m", "rlkv_vllm.tasks.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                encoding="utf-8",
-                # Ctrl-C is for the parent, at whose end this one reads the end of its input.
-                start_new_session=True,
-            )
-        except OSError as error:
+            with _environment():
+                started = self._pool.submit(os.getpid)
+            self._worker_pid = started.result()
+        except (OSError, BrokenProcessPool) as error:
+            self._stop()
             raise RlkvError(
-                f"{sys.executable}: the process that checks answers cannot be started "
-                f"({one_line(error)}): free memory or processes"
+                f"the process that checks answers cannot be started ({one_line(error)}): free "
+                "memory, or install 'rlkv-vllm[train]' again; the process may have printed why"
             ) from error
-        self._owner = os.getpid()
-        return self._process
+        except BaseException:
+            self._stop()
+            raise
+        return self._pool
 
-    def _forget(self) -> None:
-        if self._process is not None:
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
-        self._process = None
+    def _stop(self) -> None:
+        if self._worker_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._worker_pid, signal.SIGKILL)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool, self._worker_pid = None, 0
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """What the worker inherits: hash seed and threads are read when Python starts."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 #: The one that all tasks share.

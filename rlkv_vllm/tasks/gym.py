@@ -40,7 +40,7 @@ class GymTask:
             )
         self._gym_name = name
         self.name = PREFIX + name
-        self._draw(1, 0)
+        self._entries(1, 0)
 
     def problems(self, n: int, seed: int) -> list[Problem]:
         """`n` problems; `extra` holds the entry that the scorer needs."""
@@ -50,7 +50,7 @@ class GymTask:
                 "" if entry["answer"] is None else str(entry["answer"]),
                 {"entry": entry},
             )
-            for entry in (self._draw(n, seed) if n else [])
+            for entry in (self._entries(n, seed) if n else [])
         ]
 
     def score(self, text: str, problem: Problem) -> float:
@@ -68,18 +68,18 @@ class GymTask:
                 break
         return score
 
-    def _draw(self, n: int, seed: int) -> list[dict[str, Any]]:
+    def _entries(self, n: int, seed: int) -> list[dict[str, Any]]:
         # reasoning-gym makes problem i of seed s from s + i: neighbouring seeds would share
         # all problems but one.
         digest = hashlib.sha256(f"{self._gym_name}-{seed}".encode()).digest()
         spread = int.from_bytes(digest[:4], "big") // 2
-        request = {"check": "gym-draw", "name": self._gym_name, "n": n, "seed": spread}
+        request = {"check": "gym-problems", "name": self._gym_name, "n": n, "seed": spread}
         reply = CHECKER.ask(request)
         if reply is None:
-            raise RlkvError(f"task {self.name}: its problems do not fit into memory: draw fewer")
+            raise RlkvError(f"task {self.name}: its problems do not fit into memory: ask for fewer")
         if "unknown" in reply:
             alike = ", ".join(PREFIX + name for name in reply["unknown"])
-            mend = f"did you mean {alike}?" if alike else "see reasoning-gym's gallery for names"
-            raise RlkvError(f"task {one_line(self.name)}: unknown to reasoning-gym: {mend}")
+            fix = f"did you mean {alike}?" if alike else "see reasoning-gym's gallery for names"
+            raise RlkvError(f"task {one_line(self.name)}: unknown to reasoning-gym: {fix}")
         entries: list[dict[str, Any]] = reply["entries"]
         return entries

@@ -1,12 +1,12 @@
-"""The process of `rlkv_vllm.tasks.checker`: one JSON request per line, one JSON reply.
+"""What runs in the process of `rlkv_vllm.tasks.checker`.
 
-Requests hold `cpu_seconds` (0: no limit) and, by `check`:
+Requests hold, by `check`:
 
 - `math`: `gold`, `said`: does what was said end in a formula equal to the right one?
 - `gym`: `name`, `entry`, `answer`: the score of reasoning-gym's own scorer.
-- `gym-draw`: `name`, `n`, `seed`: `entries` of reasoning-gym, or `unknown` names like `name`.
+- `gym-problems`: `name`, `n`, `seed`: `entries` of reasoning-gym, or `unknown` names like `name`.
 
-A reply with `error` is one that no answer can mend.
+A reply with `error` is one that no other answer would change.
 """
 
 from __future__ import annotations
@@ -18,36 +18,51 @@ import os
 import random
 import resource
 import signal
-import sys
+import threading
+import warnings
 from functools import cache
+from multiprocessing import connection, parent_process
 from typing import Any
 
+#: What checks may add to the memory of the process.
 MAX_MEMORY_BYTES = 4 * 2**30
 
 
-def main() -> None:
-    """Reply until the input ends."""
-    # Libraries print; what they say must not be taken for a reply.
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def prepare() -> None:
+    """Prepare the process: no output, no Ctrl-C, a limit of memory."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
+    warnings.simplefilter("ignore")
+    os.setsid()  # Ctrl-C is for the parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Not handled, SIGPROF ends the process wherever it is, arithmetic in C included.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     try:
+        with open("/proc/self/statm") as stream:
+            used = int(stream.read().split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (used + MAX_MEMORY_BYTES, hard))
     except (ValueError, OSError):
         pass  # some systems have no such limit
-    for line in sys.stdin:
-        request = json.loads(line)
-        reply = _reply(request)
-        print(json.dumps(reply), file=replies, flush=True)
 
 
-def _reply(request: dict[str, Any]) -> dict[str, Any]:
-    checks = {"math": _math, "gym": _gym, "gym-draw": _gym_draw}
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(0)
+
+
+def reply(request: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
+    """The reply to a request.
+
+    Args:
+        request: see above.
+        cpu_seconds: CPU time after which SIGPROF ends the process; 0 for no limit.
+    """
+    checks = {"math": _math, "gym": _gym, "gym-problems": _gym_problems}
     check = checks[request["check"]]
     try:
-        # Not on the answer's account: imports and data files take seconds.
+        # Imports and data files take seconds; they are not part of the answer's time.
         if check is _math:
             _prepare_math()
         else:
@@ -56,16 +71,16 @@ def _reply(request: dict[str, Any]) -> dict[str, Any]:
             _gym_scorer(request["name"])
     except Exception as error:
         return {"error": f"{request['check']} cannot be imported ({error!r}): install it again"}
-    signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     try:
         return check(request)
     except Exception as error:
-        if check is _gym_draw:
+        if check is _gym_problems:
             return {
                 "error": f"task gym:{request['name']}: reasoning-gym cannot make it in its default "
                 f"form ({error!r}): choose another one"
             }
-        return {"score": 0.0}  # the scorer stumbled over the answer
+        return {"score": 0.0}  # the scorer failed on the answer
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -120,7 +135,7 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def _gym_draw(request: dict[str, Any]) -> dict[str, Any]:
+def _gym_problems(request: dict[str, Any]) -> dict[str, Any]:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -129,8 +144,4 @@ def _gym_draw(request: dict[str, Any]) -> dict[str, Any]:
         return {"unknown": difflib.get_close_matches(name, DATASETS, n=5, cutoff=0.4)}
     random.seed(request["seed"])  # not all of its generators have a stream of their own
     dataset = reasoning_gym.create_dataset(name, size=n, seed=request["seed"])
-    return {"entries": [dataset[i] for i in range(n)]}
-
-
-if __name__ == "__main__":
-    main()
+    return {"entries": json.loads(json.dumps([dataset[i] for i in range(n)]))}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.files import write_bytes_atomic
 from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.models import EMBEDDED_SPAN, MODEL_NAME
@@ -63,7 +64,7 @@ def measure(
         task,
         task.problems(n, seed),
         split=none_full if streaming else None,
-        max_new_tokens=MAX_COMPLETION[task.name],
+        sampling=Sampling(max_tokens=MAX_COMPLETION[task.name], temperature=0),
         batch_size=32,
     )
     marks = defaultdict(list)

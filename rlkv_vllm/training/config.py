@@ -1,25 +1,23 @@
-"""Configuration of a profile job: one schema for YAML file, command line and `run.yaml`."""
+"""Options of a training job: one schema for YAML file, command line and `run.yaml`."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue
 
 from rlkv_vllm.allocation.span import SERVING_SPAN, TRAINING_SPAN, Span, resolve_span
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.files import one_line, write_text_atomic
+from rlkv_vllm.files import one_line
 from rlkv_vllm.models import default_span
-from rlkv_vllm.search.config import RefineConfig
+from rlkv_vllm.options import Positive, Section, Share, override, read_options, validate
+from rlkv_vllm.rollouts.config import RolloutConfig
+from rlkv_vllm.tasks import Task, get_task
 
-RUN_FILE = "run.yaml"
+DOCS = "docs/training.md"
 #: What `trainer` may not set: the job decides it.
 _RESERVED = (
     "output_dir",
@@ -40,19 +38,7 @@ _RESERVED = (
 )
 
 
-def _engine_alone(value: Any) -> Any:
-    return {"engine": value} if isinstance(value, str) else value
-
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """Where the problems come from and what counts as solving one."""
 
     name: str = Field(
@@ -68,8 +54,16 @@ class TaskConfig(_Section):
         description="Own reward, `package.module:function`; null: 1 if the answer is right.",
     )
 
+    def load(self) -> Task:
+        """The task.
 
-class CurriculumConfig(_Section):
+        Raises:
+            RlkvError: there is none of that name, or it cannot be read.
+        """
+        return get_task(self.name, **self.model_dump(exclude={"name"}))
+
+
+class CurriculumConfig(Section):
     """Self-distillation sampling: only problems that the ungated model solves are trained on."""
 
     problems: Positive = Field(default=3000, description="Problems that the ungated model tries.")
@@ -85,7 +79,7 @@ class CurriculumConfig(_Section):
     batch_size: Positive = Field(default=64, description="Problems answered together.")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Accuracy against sparsity of the finished gates, by mask, on fresh problems."""
 
     problems: Annotated[int, Field(ge=0)] = Field(
@@ -100,32 +94,8 @@ class EvaluationConfig(_Section):
     batch_size: Positive = Field(default=64, description="Problems answered together.")
 
 
-class RolloutConfig(_Section):
-    """Who writes the answers that are trained on."""
-
-    engine: Literal["transformers", "vllm-colocate", "vllm-server"] = Field(
-        default="transformers",
-        description="`transformers`: generate of the model that is trained. `vllm-colocate`: vLLM "
-        "in gated mode, a process beside it. `vllm-server`: `rlkv serve --mode gated` elsewhere.",
-    )
-    servers: list[str] = Field(
-        default=["http://127.0.0.1:8000"],
-        description="Addresses for `vllm-server`; answers are shared among them.",
-    )
-    staleness: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="By how many steps the gates that sampled an answer may be older than the "
-        "step that trains on it; above 0 the engine writes the next answers meanwhile.",
-    )
-    options: dict[str, JsonValue] = Field(
-        default={},
-        description="Engine arguments of vLLM for `vllm-colocate`, e.g. max_model_len, "
-        "kv_cache_memory_bytes.",
-    )
-
-
-class TrainConfig(_Section):
-    """A profile job: model, problems, gate training, evaluation."""
+class JobConfig(Section):
+    """What all jobs have: model, task, evaluation, and the folder of the run."""
 
     model: str = Field(default="embedded", description="`embedded`, a folder, or org/name.")
     revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
@@ -133,7 +103,16 @@ class TrainConfig(_Section):
         default="auto", description="Of the frozen weights; auto: float32 on CPU, else as stored."
     )
     output: Path = Field(description="Folder of the run.")
-    seed: int = Field(default=0, description="Of problems, rollouts and data order.")
+    seed: Annotated[int, Field(ge=0, lt=2**31 - 1)] = Field(
+        default=0, description="Of problems, answers and data order; the evaluation has the next."
+    )
+    task: TaskConfig = Field(default=TaskConfig())
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig())
+
+
+class TrainConfig(JobConfig):
+    """A training job: model, problems, gate training, evaluation."""
+
     sink: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="First tokens of local attention in training; null: 128, embedded 4.",
@@ -148,11 +127,8 @@ class TrainConfig(_Section):
     serve_window: Positive | None = Field(
         default=None, description="Window the profile asks for; null: 64, embedded 16."
     )
-    task: TaskConfig = Field(default=TaskConfig())
     curriculum: CurriculumConfig = Field(default=CurriculumConfig())
-    refine: RefineConfig = Field(default=RefineConfig())
-    evaluation: EvaluationConfig = Field(default=EvaluationConfig())
-    rollout: Annotated[RolloutConfig, BeforeValidator(_engine_alone)] = Field(
+    rollout: RolloutConfig = Field(
         default=RolloutConfig(), description="A section, or the name of the engine alone."
     )
     trainer: dict[str, JsonValue] = Field(
@@ -174,121 +150,56 @@ class TrainConfig(_Section):
         )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply command-line overrides.
+def load_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply the changes of the command line.
 
     Args:
         path: the file.
-        overrides: `key=value` with dots between sections, e.g. `trainer.learning_rate=0.01`;
-            values are YAML.
+        changes: as of `rlkv_vllm.options.override`.
 
     Raises:
-        RlkvError: naming file or override, the key and what is allowed.
+        RlkvError: naming file or change, the key and what is allowed.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RlkvError(
-            f"{path}: no such file: give the YAML file of a profile job (docs/training.md)"
-        ) from error
-    except OSError as error:
-        raise RlkvError(f"{path}: cannot be read ({error.strerror}): check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RlkvError(f"{path}: not valid YAML ({one_line(error)}): mend it") from error
-    if not isinstance(content, dict):
-        raise RlkvError(f"{path}: holds no mapping: give `key: value` lines (docs/training.md)")
-    for override in overrides:
-        _apply(content, override)
-    return make_config(content, str(path))
+    content = read_options(path, f"the YAML file of a training job ({DOCS})")
+    return make_config(override(content, changes), one_line(path))
 
 
 def make_config(content: Mapping[str, Any], where: str) -> TrainConfig:
-    """Check the values of a job.
+    """Check the options of a job.
 
     Raises:
         RlkvError: naming `where`, the key and what is allowed.
     """
-    try:
-        config = TrainConfig.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+    content = dict(content)
+    refine = content.get("refine")
+    if isinstance(refine, dict) and refine.get("enabled"):
         raise RlkvError(
-            f"{where}: {key}: {first['msg']} (given {one_line(repr(first['input']), 60)}): "
-            "see docs/training.md for every option"
-        ) from error
+            f"{where}: refine: refinement is a command of its own: leave the section out, and run "
+            "`rlkv refine OUTPUT/profile.json` after the training"
+        )
+    if isinstance(refine, dict) and "enabled" in refine:  # every run.yaml of before has it
+        del content["refine"]
+    config = validate(TrainConfig, content, where, DOCS)
     _check_trainer(config.trainer, where)
-    if config.refine.start is not None and not config.refine.enabled:
-        raise RlkvError(f"{where}: refine.start needs refine.enabled: give both")
     if config.rollout.staleness and config.rollout.engine == "transformers":
         raise RlkvError(
             f"{where}: rollout.staleness {config.rollout.staleness}: the model that is trained "
             "cannot write answers meanwhile: choose another rollout.engine, or 0"
         )
-    return config.model_copy(update={"trainer": _numbers(config.trainer, where)})
-
-
-def save_run(config: TrainConfig, path: Path) -> None:
-    """Write `run.yaml`: `rlkv train` of it makes the same run again."""
-    versions = ", ".join(f"{name} {version}" for name, version in job_versions().items())
-    header = (
-        f"# Written by: {shlex.join(['rlkv', *sys.argv[1:]])}\n"
-        f"# Versions: {versions}\n"
-        "# The configuration as used; `rlkv train` takes it as it is.\n"
-    )
-    body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
-    write_text_atomic(path, header + body)
-
-
-def job_versions() -> dict[str, str]:
-    """Package name to version, of what decides a run."""
-    names = ("rlkv-vllm", "torch", "transformers", "trl", "accelerate")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RlkvError(f"--set {override}: give key=value, e.g. --set trainer.learning_rate=0.01")
-    *sections, last = key.split(".")
-    for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
-            raise RlkvError(f"--set {override}: {section} is no section of the configuration")
-    try:
-        content[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RlkvError(f"--set {override}: value is not YAML ({one_line(error)})") from error
-
-
-def _numbers(options: Mapping[str, JsonValue], where: str) -> dict[str, JsonValue]:
-    """`options` with numbers where numbers belong: YAML takes `1e-2` for a text."""
-    from rlkv_vllm.training.trainer import RlkvConfig
-
-    defaults = {field.name: field.default for field in dataclasses.fields(RlkvConfig)}
-    found: dict[str, JsonValue] = {}
-    for key, value in options.items():
-        kind = type(defaults[key])
-        if isinstance(value, str) and kind in (int, float):
-            try:
-                value = kind(value)
-            except ValueError as error:
-                raise RlkvError(
-                    f"{where}: trainer.{key} {one_line(value, 60)}: must be a number"
-                ) from error
-        found[key] = value
-    return found
+    return config
 
 
 def _check_trainer(options: Mapping[str, JsonValue], where: str) -> None:
     from rlkv_vllm.training.trainer import RlkvConfig
 
-    known = {field.name for field in dataclasses.fields(RlkvConfig) if field.init}
-    for key in options:
+    known = {field.name: field.default for field in dataclasses.fields(RlkvConfig) if field.init}
+    for key, value in options.items():
         if key in _RESERVED:
             raise RlkvError(f"{where}: trainer.{key} is set by the job: leave it out")
         if key not in known:
             raise RlkvError(
-                f"{where}: trainer.{key} is no option of RlkvConfig: see docs/training.md, and "
+                f"{where}: trainer.{one_line(key, 60)} is no option of RlkvConfig: see {DOCS}, and "
                 "TRL's GRPOConfig for all others"
             )
+        if type(known[key]) in (int, float) and isinstance(value, str):
+            raise RlkvError(f"{where}: trainer.{key} {one_line(value, 60)}: must be a number")

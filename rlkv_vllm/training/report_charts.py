@@ -1,4 +1,4 @@
-"""The pictures of a run's report."""
+"""The figures of a run's report."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Steps that a picture shows at most: enough for the eye, small enough for a page.
+#: Steps that a figure shows at most, so that the page stays small.
 MAX_STEPS_SHOWN = 250
 #: Up to so many heads, gates are drawn as lines, from then on as a heat map.
 MAX_GATE_LINES = 32
@@ -100,8 +99,8 @@ def gates_figure(gates: Sequence[tuple[int, list[list[float]]]]) -> Figure:
     return _grid(1, lines)
 
 
-def image(figure: Figure, description: str) -> str:
-    """`figure` as an SVG in an img element: its ids cannot clash with those of others."""
+def data_uri(figure: Figure) -> str:
+    """`figure` as SVG in a data URI: in an img element, its ids cannot clash with others."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -112,8 +111,7 @@ def image(figure: Figure, description: str) -> str:
     svg = re.sub(
         r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), buffer.getvalue()
     )
-    data = base64.b64encode(svg.encode()).decode()
-    return f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
 def number(value: object) -> float | None:
@@ -133,11 +131,11 @@ def _curves(
         key: [number(row.get(key)) for row in rows] for _, lines in panels for _, key in lines
     }
     known = {key for key, values in columns.items() if any(v is not None for v in values)}
-    drawn = [(label, [line for line in lines if line[1] in known]) for label, lines in panels]
-    drawn = [(label, lines) for label, lines in drawn if lines]
+    shown = [(label, [line for line in lines if line[1] in known]) for label, lines in panels]
+    shown = [(label, lines) for label, lines in shown if lines]
 
-    def draw(axes: Axes, index: int) -> None:
-        label, lines = drawn[index]
+    def plot(axes: Axes, index: int) -> None:
+        label, lines = shown[index]
         for name, key in lines:
             values = [math.nan if value is None else value for value in columns[key]]  # a gap
             axes.plot(steps, values, label=name, linewidth=1.3, **_dots(steps))
@@ -146,11 +144,11 @@ def _curves(
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize="small")
 
-    return _grid(len(drawn), draw) if drawn else None
+    return _grid(len(shown), plot) if shown else None
 
 
-def _grid(panels: int, draw: Callable[[Axes, int], None], height: float = 3.0) -> Figure:
-    """Axes over the steps, two in a row, each filled by `draw(axes, index)`."""
+def _grid(panels: int, plot: Callable[[Axes, int], None], height: float = 3.0) -> Figure:
+    """Axes over the steps, two in a row, each filled by `plot(axes, index)`."""
     from matplotlib.figure import Figure  # a Figure of its own: no display, no global state
     from matplotlib.ticker import MaxNLocator
 
@@ -164,7 +162,7 @@ def _grid(panels: int, draw: Callable[[Axes, int], None], height: float = 3.0) -
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        draw(axes, index)
+        plot(axes, index)
     return figure
 
 

@@ -15,9 +15,8 @@ from transformers import TrainerCallback
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import write_text_atomic
 from rlkv_vllm.hf.gated_attention import GatedAttention
-from rlkv_vllm.training.run_folder import step_rows
+from rlkv_vllm.training.run_folder import GATES_LOG_FILE, METRICS_FILE, step_rows
 
-METRICS_FILE, GATES_LOG_FILE = "metrics.jsonl", "gates.jsonl"
 #: Steps over which the reward is averaged before it is compared with tau.
 SMOOTHING = 5
 
@@ -133,9 +132,9 @@ def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[
             "folder and start again"
         )
     rewards = [row["reward"] for row in metrics]
-    reach = SMOOTHING // 2
+    side = SMOOTHING // 2
     good = [
-        i for i in range(len(rewards)) if fmean(rewards[max(0, i - reach) : i + reach + 1]) >= tau
+        i for i in range(len(rewards)) if fmean(rewards[max(0, i - side) : i + side + 1]) >= tau
     ]
     if not good:
         raise RlkvError(

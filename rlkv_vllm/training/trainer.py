@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import write_bytes_atomic, write_text_atomic
 from rlkv_vllm.hf.gated_attention import GatedAttention
-from rlkv_vllm.rollouts.queue import RolloutQueue, Rollouts, Sampling
+from rlkv_vllm.rollouts.protocol import Rollouts
+from rlkv_vllm.rollouts.queue import RolloutQueue
 from rlkv_vllm.tasks import Problem, Task, output_text
 from rlkv_vllm.training.penalty import penalty_weight
 

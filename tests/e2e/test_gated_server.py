@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.rollouts import open_rollouts
+from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.tasks import get_task
-from rlkv_vllm.training.config import make_config
+from rlkv_vllm.training.config import TrainConfig, make_config
 from rlkv_vllm.training.job import run
 from tests.e2e.test_schema import operations_of, statuses
 from tests.support.server import (
@@ -53,6 +55,10 @@ def http(gated: Server) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {KEY}", "Connection": "close"}
     with httpx.Client(base_url=gated.url, headers=headers, timeout=2 * ANSWER_TIMEOUT_S) as client:
         yield client
+
+
+def opened(config: TrainConfig) -> AbstractContextManager[Rollouts | None]:
+    return open_rollouts(config.rollout, config.model, config.revision, config.dtype, config.span)
 
 
 def job(output: Path, **rollout: Any) -> dict[str, Any]:
@@ -164,14 +170,14 @@ def on_server(gated: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job that rolls out on the server."""
     output = tmp_path_factory.mktemp("jobs") / "run"
     config = make_config(job(output, engine="vllm-server", servers=[gated.url]), "test")
-    with pytest.raises(RlkvError, match="answered 401"), open_rollouts(config):
+    with pytest.raises(RlkvError, match="answered 401"), opened(config):
         pass
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RLKV_ROLLOUT_API_KEY", KEY)
         other = config.model_copy(update={"window": 8})
-        with pytest.raises(RlkvError, match="--sink 4 --window 8"), open_rollouts(other):
+        with pytest.raises(RlkvError, match="--sink 4 --window 8"), opened(other):
             pass
-        with open_rollouts(config) as rollouts:
+        with opened(config) as rollouts:
             run(config, rollouts=rollouts)
     return output
 
@@ -194,7 +200,7 @@ def test_an_engine_of_another_model_stops_the_job(
 ) -> None:
     monkeypatch.setenv("RLKV_ROLLOUT_API_KEY", KEY)
     config = make_config(job(tmp_path / "run", engine="vllm-server", servers=[gated.url]), "test")
-    with open_rollouts(config) as rollouts:
+    with opened(config) as rollouts:
         assert rollouts is not None
         plain, closed = rollouts.generate, [[0.0] * 4] * 5
         monkeypatch.setattr(rollouts, "generate", lambda *asked: plain(*asked[:2], closed))

@@ -64,10 +64,7 @@ def results(model: Path, profile_of: Callable[..., Path]) -> list[Result]:
         str(profile_of(model, full_heads, sink=SINK, window=WINDOW))
         for full_heads in (UNEVEN, ALL_FULL)
     )
-    gated = {
-        "num_gpu_blocks_override": 13,
-        **engine_options(GATED["rlkv"]),
-    }
+    gated = engine_options(GATED) | {"num_gpu_blocks_override": 13, "block_size": BLOCK}
     return run_scenarios(
         [
             Scenario(

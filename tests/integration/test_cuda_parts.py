@@ -34,10 +34,16 @@ from vllm.v1.worker.gpu.attn_utils import (
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.utils import clear_layer_kv_caches
 
-from rlkv_vllm.engine import cuda_backend, gated_layer, split_layer
+from rlkv_vllm.engine.cache import split_layer
 from rlkv_vllm.engine.cache.specs import RingSpec
 from rlkv_vllm.engine.config import gated_config, split_plan
-from rlkv_vllm.engine.cuda.backend import GatedCUDAImpl, SplitCUDABackend, SplitCUDAImpl
+from rlkv_vllm.engine.cuda import layer as cuda_layer
+from rlkv_vllm.engine.cuda import metadata as cuda_metadata
+from rlkv_vllm.engine.cuda.backend import SplitCUDABackend
+from rlkv_vllm.engine.cuda.layer import SplitCUDAImpl
+from rlkv_vllm.engine.gated import cuda as gated_cuda
+from rlkv_vllm.engine.gated import layer as gated_layer
+from rlkv_vllm.engine.gated.cuda import GatedCUDAImpl
 from rlkv_vllm.engine.support import check_supported
 from rlkv_vllm.engine.worker_extension import RlkvWorkerExtension
 from rlkv_vllm.errors import RlkvError
@@ -132,9 +138,9 @@ class Model:
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_workspace = cuda_backend._shared_workspace
+    make_workspace = cuda_metadata._shared_workspace
     monkeypatch.setattr(
-        cuda_backend,
+        cuda_metadata,
         "_shared_workspace",
         lambda **sizes: make_workspace(**sizes, target_programs=8, capability=90),
     )
@@ -227,8 +233,8 @@ def test_every_head_is_served_once_by_its_own_table(
         calls[-1] |= {"output": output, **rest}
         output.fill_(1)
 
-    monkeypatch.setattr(cuda_backend, "write_cache", write)
-    monkeypatch.setattr(cuda_backend, "split_attention", attend)
+    monkeypatch.setattr(cuda_layer, "write_cache", write)
+    monkeypatch.setattr(cuda_layer, "split_attention", attend)
     # Five tokens of two requests in a batch padded to eight.
     metadata, tables, _ = make_metadata(split, 2, 5, max_query_len=3, capture=False)
     group_of = {
@@ -288,8 +294,8 @@ def test_gated_layers_attend_over_vllms_own_caches(
 ) -> None:
     """With gates that stay where they are, so that a CUDA graph reads those of the day."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(cuda_backend, "write_cache", lambda *args: calls.append(args))
-    monkeypatch.setattr(cuda_backend, "split_attention", lambda *args, **rest: calls.append(rest))
+    monkeypatch.setattr(gated_cuda, "write_cache", lambda *args: calls.append(args))
+    monkeypatch.setattr(gated_cuda, "split_attention", lambda *args, **rest: calls.append(rest))
     assert gated.support.min_cg_support is AttentionCGSupport.ALWAYS
     metadata, (table,), slots = make_metadata(gated, 2, 5, max_query_len=3, capture=True)
     worker = RlkvWorkerExtension()
@@ -338,7 +344,7 @@ def test_a_gated_layer_unlike_the_others_is_refused(model: Path, one_rank: None)
 
 
 class TestChoiceOfBackend:
-    """vLLM's own choice on CUDA never leads a split model to whole caches."""
+    """vLLM's own choice on CUDA never leads a split model to full caches."""
 
     @pytest.fixture(autouse=True)
     def cuda(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -423,7 +429,7 @@ class TestChoiceOfBackend:
     ) -> None:
         assert self.choose(configured)[1] is SplitCUDAImpl
         assert self.choose(stock)[1].__module__.startswith("vllm.")
-        # vLLM remembers the stock choice: refused, not served whole.
+        # vLLM remembers the stock choice: refused, not served with full caches.
         with pytest.raises(RlkvError, match="--attention-backend CUSTOM"):
             self.choose(configured)
         assert self.choose(configured, "CUSTOM")[1] is SplitCUDAImpl

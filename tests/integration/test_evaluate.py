@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlkv_vllm.evaluation.served import Sampling, answer
+from rlkv_vllm.answers import Sampling
+from rlkv_vllm.evaluation.served import answer
 from rlkv_vllm.evaluation.splits import find_candidates, plan
 from rlkv_vllm.hf import answers
 from rlkv_vllm.models import model_dir
 from rlkv_vllm.tasks import get_task
 from tests.support.engines import EngineCache
 
-N, CAP = 12, 120
+N = 12
+SAMPLING = Sampling(max_tokens=120, temperature=0)
 
 
 def test_served_answers_are_those_of_the_masked_model(engines: EngineCache) -> None:
@@ -28,7 +30,7 @@ def test_served_answers_are_those_of_the_masked_model(engines: EngineCache) -> N
             split,
             task,
             problems,
-            Sampling(CAP),
+            SAMPLING,
             {
                 "dtype": "float32",
                 "enforce_eager": True,
@@ -43,7 +45,7 @@ def test_served_answers_are_those_of_the_masked_model(engines: EngineCache) -> N
         task,
         problems,
         split=answers.HeadSplit(split.full_heads, split.sink, split.window),
-        max_new_tokens=CAP,
+        sampling=SAMPLING,
     )
     assert list(served.correct) == expected.correct
     assert served.mean_output_tokens == expected.mean_output_tokens

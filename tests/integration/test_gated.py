@@ -23,18 +23,14 @@ from tests.support.engines import EngineCache, generate, pool_is_restored, run_s
 from tests.support.oracle import count_differences
 
 SINK, WINDOW = 5, 33
-GATED = {"rlkv": {"mode": "gated", "sink": SINK, "window": WINDOW}}
+GATED = {"mode": "gated", "sink": SINK, "window": WINDOW}
 LENGTHS = (1, 17, 40, 64, 200, 700)
 
 
 @pytest.fixture
 def gated(engines: EngineCache) -> Callable[..., Any]:
     """Engines in gated mode, the last one shared."""
-    return partial(
-        engines.get,
-        max_model_len=1024,
-        **engine_options(GATED["rlkv"]),
-    )
+    return partial(engines.get, max_model_len=1024, **engine_options(GATED))
 
 
 def random_gates(seed: int) -> list[list[float]]:
@@ -155,6 +151,7 @@ import asyncio, json, sys
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from rlkv_vllm.engine.gated.live import GET_METHOD, GatesUpdater, LiveGates, gates_version
+from rlkv_vllm.engine.launch import engine_options
 
 async def ask(engine, prompt, i):
     params = SamplingParams(
@@ -170,8 +167,7 @@ async def main():
     model, config, prompts, versions = json.loads(sys.stdin.read())
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
         model, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=1024,
-        tensor_parallel_size=2, kv_cache_memory_bytes=32 << 20, additional_config=config,
-        worker_extension_cls="rlkv_vllm.engine.worker_extension.RlkvWorkerExtension",
+        tensor_parallel_size=2, kv_cache_memory_bytes=32 << 20, **engine_options(config),
     ))
     updater = GatesUpdater(engine, LiveGates.of(await engine.collective_rpc(GET_METHOD)))
     tasks = []

@@ -120,6 +120,7 @@ def test_drafters_with_a_cache_of_their_own(model: Path, profile: Path) -> None:
         "encoder-decoder",
         "multimodal",
         "state-space",
+        "diffusion",
         "MLA",
         "pooling",
         "kv-transfer",
@@ -141,6 +142,7 @@ def test_unsupported_models_and_modes(what: str, model: Path, profile: Path) -> 
         "is_multimodal_model": what == "multimodal",
         "is_hybrid": what == "state-space",
         "is_attention_free": False,
+        "is_diffusion": what == "diffusion",
         "use_mla": what == "MLA",
         "enable_sleep_mode": False,
         "original_max_model_len": -1 if what == "--max-model-len auto" else 1024,
@@ -192,8 +194,8 @@ def test_vllms_retention_interval_wins(model: Path, profile: Path) -> None:
         assert plan.retention_interval == expected
 
 
-def test_every_refusal_names_the_mend() -> None:
-    assert all(refusal.what and refusal.mend for refusal in REFUSALS)
+def test_every_refusal_says_what_to_do() -> None:
+    assert all(refusal.what and refusal.fix for refusal in REFUSALS)
 
 
 @pytest.mark.parametrize(
@@ -204,21 +206,15 @@ def test_every_refusal_names_the_mend() -> None:
         ({"logits_soft_cap": 30.0}, "soft-cap"),
         ({"attn_type": "encoder_only"}, "encoder_only"),
         ({"sinks": object()}, "attention sinks"),
-        ({"kv_sharing_target": "model.layers.0.attn"}, "shared"),
+        ({"kv_sharing_target_layer_name": "model.layers.0.attn"}, "shared"),
+        ({"block_n": 64}, r"options of their own \(block_n\)"),
     ],
 )
 def test_unsupported_layers(change: dict[str, Any], words: str) -> None:
-    plain: dict[str, Any] = {
-        "alibi_slopes": None,
-        "sliding_window": None,
-        "logits_soft_cap": None,
-        "attn_type": "decoder",
-        "sinks": None,
-        "kv_sharing_target": None,
-    }
-    check_layer_supported(**plain)
+    plain: dict[str, Any] = {"alibi_slopes": None, "kv_cache_dtype": "auto", "block_n": None}
+    check_layer_supported(8, 64, 0.125, 4, **plain)
     with pytest.raises(RlkvError, match=words):
-        check_layer_supported(**(plain | change))
+        check_layer_supported(8, 64, 0.125, 4, **(plain | change))
 
 
 @pytest.mark.parametrize(
@@ -226,21 +222,18 @@ def test_unsupported_layers(change: dict[str, Any], words: str) -> None:
     [
         ({"layer_class": "ChunkedLocalAttention"}, "ChunkedLocalAttention"),
         ({"num_kv_heads": 2}, "differ in shape"),
-        ({"head_dim": 64}, "differ in shape"),
+        ({"head_size": 64}, "differ in shape"),
         ({"dtypes": "torch.float32, cache torch.bfloat16"}, "another type"),
     ],
 )
 def test_layers_unlike_the_others(change: dict[str, Any], words: str) -> None:
-    plain: dict[str, Any] = {
-        "layer_class": "Attention",
-        "num_kv_heads": 4,
-        "head_dim": 32,
-        "expected": (4, 32),
-        "dtypes": "",
-    }
-    check_layer_shape(**plain)
+    def check(layer_class: str = "Attention", dtypes: str = "", **shape: int) -> None:
+        layer = type(layer_class, (), {"num_kv_heads": 4, "head_size": 32} | shape)()
+        check_layer_shape(layer, (4, 32), dtypes)
+
+    check()
     with pytest.raises(RlkvError, match=words):
-        check_layer_shape(**(plain | change))
+        check(**change)
 
 
 @pytest.mark.parametrize(
@@ -248,13 +241,17 @@ def test_layers_unlike_the_others(change: dict[str, Any], words: str) -> None:
     [
         ("embedded", "must be an object"),
         ({}, "profile"),
-        ({"profile": "x", "sparsity": 1.5}, "sparsity"),
-        ({"profile": "x", "window": 0}, "window"),
+        ({"profile": "{profile}", "sparsity": 1.5}, "sparsity 1.5"),
+        ({"profile": "{profile}", "sink": -1}, "sink -1"),
+        ({"profile": "{profile}", "window": 0}, "window 0"),
+        ({"profile": "x", "window": "wide"}, "window"),
         ({"profile": "x", "sinks": 3}, "sinks"),
         ({"profile": "/nowhere/profile.json"}, "/nowhere/profile.json"),
     ],
 )
-def test_bad_additional_config(split: object, words: str, model: Path) -> None:
+def test_bad_additional_config(split: Any, words: str, model: Path, profile: Path) -> None:
+    if isinstance(split, dict) and split.get("profile") == "{profile}":
+        split |= {"profile": str(profile)}
     vllm_config = config(model, split)
     with pytest.raises(RlkvError, match=words) as error:
         split_plan(vllm_config)
@@ -287,8 +284,8 @@ def test_no_known_sparsity(model: Path, profile: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "rlkv", "words"),
     [
-        ({}, {"sink": -1}, "'sink'"),
-        ({}, {"profile": "embedded"}, "'profile'"),
+        ({}, {"sink": -1}, "sink: Input should be"),
+        ({}, {"profile": "embedded"}, "profile: Extra inputs"),
         ({"dtype": "float16"}, {}, "--dtype float16"),
         ({"kv_cache_dtype": "fp8"}, {}, "--kv-cache-dtype"),
         ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size"),

@@ -1,6 +1,6 @@
 """What a request may ask for, on one split engine with a tokenizer; compared with the oracle.
 
-Sampled tokens are judged by their log-probabilities, which vLLM reports before temperature,
+Sampled tokens are checked by their log-probabilities, which vLLM reports before temperature,
 masks and penalties: the oracle's at every position of every completion.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from rlkv_vllm.engine.cache.scheduler import BlockUse
+from rlkv_vllm.engine.cache.scheduler import BlockUse, SplitScheduler
 from tests.integration.conftest import random_prompt
 from tests.integration.test_parity import ALL_STREAMING, PROMPT_LENGTHS, UNEVEN
 from tests.support.engines import (
     EngineCache,
+    counted_steps,
     generate,
     greedy,
     pool_is_restored,
@@ -39,10 +41,10 @@ def profile(model: Path, profile_of: Callable[..., Path]) -> Path:
     return profile_of(model, UNEVEN, sink=SINK, window=WINDOW)
 
 
-def assert_exact(model: Path, prompts: list[list[int]], outputs: list[object]) -> None:
+def assert_exact(model: Path, prompts: list[list[int]], outputs: list[Any]) -> None:
     wrong, worst = zip(
         *(
-            count_differences(model, p, o.outputs[0], UNEVEN, SINK, WINDOW)  # type: ignore[attr-defined]
+            count_differences(model, p, o.outputs[0], UNEVEN, SINK, WINDOW)
             for p, o in zip(prompts, outputs, strict=True)
         ),
         strict=True,
@@ -62,7 +64,7 @@ def test_chunked_prefill(chunk: int, model: Path, profile: Path, engines: Engine
 
 
 def test_a_seed_survives_a_chunked_prompt(model: Path, profile: Path, engines: EngineCache) -> None:
-    """Drawn from the oracle's logits by vLLM's sampler, with the first draws of the seed."""
+    """Sampled from the oracle's logits by vLLM's sampler, with the first numbers of the seed."""
     llm = engines.get(
         model, profile, block_size=BLOCK, max_num_batched_tokens=100, enable_chunked_prefill=True
     )
@@ -75,8 +77,8 @@ def test_a_seed_survives_a_chunked_prompt(model: Path, profile: Path, engines: E
         tokens = list(output.outputs[0].token_ids)
         rows = logprobs(model, [*prompt, *tokens[:-1]], UNEVEN, SINK, WINDOW)[len(prompt) - 1 :]
         generator = torch.Generator().manual_seed(seed)
-        draws = [torch.randint(0, 2**31, (1,), generator=generator) for _ in tokens]
-        expected = torch.ops._C.fused_gumbel_argmax(rows.contiguous(), torch.cat(draws))
+        numbers = [torch.randint(0, 2**31, (1,), generator=generator) for _ in tokens]
+        expected = torch.ops._C.fused_gumbel_argmax(rows.contiguous(), torch.cat(numbers))
         assert tokens == expected.tolist()
     assert pool_is_restored(llm)
 
@@ -184,9 +186,8 @@ def test_aborts_in_flight_give_all_blocks_back(
     assert pool_is_restored(llm)
 
 
-def test_two_steps_in_flight(
-    model: Path, profile: Path, engines: EngineCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch, engines: EngineCache) -> Iterator[None]:
     """Asynchronous scheduling: CUDA's default, which vLLM turns off on the CPU platform."""
     update = CpuPlatform.check_and_update_config
 
@@ -197,6 +198,14 @@ def test_two_steps_in_flight(
     monkeypatch.setattr(
         CpuPlatform, "check_and_update_config", classmethod(update_but_stay_asynchronous)
     )
+    engines.close()  # not the engine of another test with the same options
+    yield
+    engines.close()
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_two_steps_in_flight(model: Path, profile: Path, engines: EngineCache) -> None:
+    """Exact in a small pool, although blocks come back a step later."""
     llm = engines.get(
         model,
         profile,
@@ -205,21 +214,42 @@ def test_two_steps_in_flight(
         enable_prefix_caching=True,
         max_model_len=512,
         max_num_batched_tokens=100,
-        seed=1,  # not the engine of another test with the same options
     )
     assert llm.llm_engine.vllm_config.max_concurrent_batches == 2
     shared = random_prompt(300, 9)
     prompts = [random_prompt(40 + 13 * n, 8) for n in range(12)]
     prompts += [shared + random_prompt(20 + n, n) for n in range(3)]
-    try:
-        with preemptions(llm) as preempted:
-            outputs = generate(llm, prompts, 60)
-        assert pool_is_restored(llm)
-    finally:
-        engines.close()
+    with preemptions(llm) as preempted, counted_steps(llm) as steps:
+        outputs = generate(llm, prompts, 60)
+    assert pool_is_restored(llm)
+    assert steps.overlapping > steps.calls / 2
     assert preempted
     assert sum(output.num_cached_tokens or 0 for output in outputs) >= 256
     assert_exact(model, prompts, outputs)
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_asynchronous_steps_are_those_of_stock_vllm(
+    model: Path, profile: Path, engines: EngineCache
+) -> None:
+    """With a plain `Scheduler` every second step would be empty, or hold half of the requests."""
+    together = [random_prompt(17 + n, 8) for n in range(4)]
+    in_chunks = [random_prompt(40 + 13 * n, 8) for n in range(8)]
+    taken = []
+    for served in (None, profile):
+        llm = engines.get(model, served, block_size=32, max_num_batched_tokens=100)
+        assert isinstance(scheduler(llm), AsyncScheduler)
+        assert isinstance(scheduler(llm), SplitScheduler) == (served is profile)
+        with counted_steps(llm) as few:
+            outputs = generate(llm, together, 40)
+        with counted_steps(llm) as many:
+            outputs += generate(llm, in_chunks, 60)
+        assert pool_is_restored(llm)
+        taken.append((few, many))
+    assert taken[1] == taken[0]
+    assert few.empty <= 1
+    assert few.overlapping >= 38  # all steps but the first and the last
+    assert_exact(model, together + in_chunks, outputs)
 
 
 def test_all_heads_streaming_holds_a_constant_number_of_blocks(

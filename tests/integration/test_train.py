@@ -3,9 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.training import job
 from rlkv_vllm.training.config import TrainConfig, make_config
-from rlkv_vllm.training.job import Listener, run
+from rlkv_vllm.training.job import run
+from rlkv_vllm.training.run import Listener
 from rlkv_vllm.training.trainer import RlkvTrainer, last_checkpoint
 
 
@@ -44,10 +45,6 @@ def config(output: Path, **trainer: Any) -> TrainConfig:
         },
         "test",
     )
-
-
-#: A refinement of a few answers.
-REFINE = {"enabled": True, "problems": 2, "reach": 1, "candidates": 2, "sparsities": [0.5]}
 
 
 def rows(output: Path, name: str) -> list[dict[str, Any]]:
@@ -82,41 +79,6 @@ def test_a_finished_run_is_only_evaluated_again(whole: Path) -> None:
     run(config(whole), resume=True, listener=Listener(say=said.append))
     assert "training is finished" in said
     assert (whole / "gates.jsonl").read_bytes() == before
-
-
-def test_a_profile_is_refined_and_a_killed_refinement_resumes(whole: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    refine = {**REFINE, "reach": 2}
-    start = str(whole / "profile.json")
-    asked = config(output).model_dump(mode="json") | {"refine": {**refine, "start": start}}
-    job = make_config(asked, "test")
-
-    def die(stage: str, done: int, total: int) -> None:
-        if stage == "refinement":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(job, listener=Listener(report=die))
-    with pytest.raises(RlkvError, match="holds an earlier run"):
-        run(job)
-    before = json.loads((output / "refine.json").read_text())
-    assert before["solved"]
-    assert "result" not in before
-    other = job.model_copy(update={"refine": job.refine.model_copy(update={"problems": 1})})
-    with pytest.raises(RlkvError, match=r"refine\.json: answers .* with other settings"):
-        run(other, resume=True)
-    said: list[str] = []
-    run(job, resume=True, listener=Listener(say=said.append))
-    after = json.loads((output / "refine.json").read_text())
-    assert all(after["solved"][name].startswith(bits) for name, bits in before["solved"].items())
-    assert any(f"refinement: {after['result']['answers']} answers, the" in line for line in said)
-    assert after["result"]["answers"] == sum(map(len, after["solved"].values()))
-    assert not (output / "metrics.jsonl").exists(), "no gates are trained"
-    profile, given = load_profile(output / "profile.json"), load_profile(start)
-    assert profile.provenance.method == "rlkv+refine"
-    assert profile.provenance.config["refine"]["start"] == "profile.json"
-    assert sorted(chain(*profile.gates)) == pytest.approx(sorted(chain(*given.gates)), abs=1e-4)
-    assert "Refinement" in (output / "report.html").read_text()
 
 
 def test_resuming_with_another_window_is_refused(whole: Path) -> None:
@@ -217,9 +179,7 @@ def test_a_full_disk_stops_a_run_that_resumes(
 def test_two_processes_share_a_run(tmp_path: Path) -> None:
     job_file = tmp_path / "job.yaml"
     options = config(tmp_path / "run", max_steps=2, per_device_train_batch_size=2)
-    content = options.model_dump(mode="json") | {"refine": {**REFINE, "batch_size": 2}}
-    asked = make_config(content, "test")
-    job_file.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    job_file.write_text(yaml.safe_dump(options.model_dump(mode="json")))
     subprocess.run(
         [
             sys.executable,
@@ -242,12 +202,25 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(output, "metrics.jsonl")] == [1, 2]
     assert len(list((output / "checkpoint-2").glob("rng_state_*.pth"))) == 2
     profile = load_profile(output / "profile.json")
-    assert profile.provenance.method == "rlkv+refine"
-    refined = (output / "refine.json").read_bytes()
-    (output / "refine.json").unlink()
-    run(asked, resume=True)  # on one process
-    assert (output / "refine.json").read_bytes() == refined
-    assert load_profile(output / "profile.json").gates == profile.gates
+    assert profile.gates == rows(output, "gates.jsonl")[-1]["gates"]
+
+
+def test_a_run_of_before_rlkv_refine_resumes(whole: Path, tmp_path: Path) -> None:
+    """Its run.yaml has a section `refine`, its curriculum no format."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    run_file, summary = output / "run.yaml", output / "curriculum.json"
+    content = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump({**content, "refine": {"enabled": False, "reach": 10}}))
+    figures = json.loads(summary.read_text())
+    del figures["format"]
+    summary.write_text(json.dumps(figures))
+    said: list[str] = []
+    run(config(output), resume=True, listener=Listener(say=said.append))
+    assert "training is finished" in said
+    run_file.write_text(yaml.safe_dump({**content, "refine": {"enabled": True}}))
+    with pytest.raises(RlkvError, match=r"`rlkv refine OUTPUT/profile\.json`"):
+        run(config(output), resume=True)
 
 
 def test_a_collapsed_run_stops_and_keeps_the_last_good_gates(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ import pytest
 
 pytest.importorskip("trl")
 
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.rollouts.queue import Gates, Rollout, Sampling
+from rlkv_vllm.rollouts.protocol import Gates
 from rlkv_vllm.training.config import TrainConfig
-from rlkv_vllm.training.job import Listener, run
+from rlkv_vllm.training.job import run
+from rlkv_vllm.training.run import Listener
 from tests.integration.test_train import config, rows
 
 STEPS = 6
@@ -30,12 +32,12 @@ class Canned:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
-    ) -> list[Rollout]:
+    ) -> list[Answer]:
         if len(self.asked) == self._fails_at:
             raise RlkvError("the engine is gone")
         self.asked.append((prompts, sampling.seed))
         self.gates.append(gates)
-        return [Rollout([5, 6, *sampling.stop_token_ids[:1]], [-1.0] * 3) for _ in prompts]
+        return [Answer([5, 6, *sampling.stop_token_ids[:1]], logprobs=[-1.0] * 3) for _ in prompts]
 
 
 def job(output: Path, staleness: int) -> TrainConfig:

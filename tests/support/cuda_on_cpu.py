@@ -1,9 +1,12 @@
-"""Engines on the CPU whose attention is the CUDA backend under Triton's interpreter.
+"""Engines in a process of their own that answer scenarios.
 
-A program of its own: kernels are interpreted or compiled as decided when they are imported. All
-that is exchanged is the registered backend, which is told what device to plan launches for; engine,
-scheduler, block managers, cache layers and metadata are those of any other engine. Reads a JSON
-list of :class:`Scenario` fields, prints one JSON list of results.
+By default they run on the CPU with the CUDA backend under Triton's interpreter. It needs its own
+process: kernels are interpreted or compiled as decided when they are imported. All that is
+exchanged is the registered backend, which is told what device to plan launches for; engine,
+scheduler, block managers, cache layers and metadata are those of any other engine. With
+``interpret=False`` they are the engines of the machine, which tests/gpu runs on a GPU.
+
+The program reads a JSON list of :class:`Scenario` fields and prints one JSON list of results.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class Result:
         preemptions: requests that lost their blocks.
         chunks: steps that prefilled a part of a prompt.
         mixed: steps with one-token requests beside longer ones.
-        restored: whether the pool was whole again.
+        restored: whether all blocks were free again.
     """
 
     implementation: str
@@ -68,12 +71,19 @@ class Result:
     restored: bool = False
 
 
-def run_scenarios(scenarios: Sequence[Scenario]) -> list[Result]:
-    """Run the scenarios one after the other in a process whose Triton interprets."""
+def run_scenarios(scenarios: Sequence[Scenario], *, interpret: bool = True) -> list[Result]:
+    """Run the scenarios one after the other in a process.
+
+    Args:
+        interpret: replace the CPU backend by the CUDA one under Triton's interpreter.
+    """
+    env = os.environ | {"PYTHONWARNINGS": "ignore"}
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.cuda_on_cpu"],
         input=json.dumps([asdict(scenario) for scenario in scenarios]),
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
+        env=env,
         text=True,
         capture_output=True,
         timeout=600,
@@ -86,10 +96,13 @@ def run_scenarios(scenarios: Sequence[Scenario]) -> list[Result]:
 
 def _run(scenario: Scenario) -> Result:
     from rlkv_vllm.engine.gated.live import set_gates
+    from rlkv_vllm.engine.launch import prove
     from tests.support.engines import engine, generate, pool_is_restored, scheduler
 
     profile = Path(scenario.profile) if scenario.profile else None
     with engine(Path(scenario.model), profile, **scenario.options) as llm:
+        if profile is not None:
+            prove(llm)
         core = llm.llm_engine.engine_core.engine_core
         worker = core.model_executor.driver_worker.worker
         context = worker.vllm_config.compilation_config.static_forward_context
@@ -130,7 +143,7 @@ def _run(scenario: Scenario) -> Result:
     return result
 
 
-def _main() -> None:
+def _serve_cuda_backend_on_cpu() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()  # registers the CPU backend, once per process
@@ -139,12 +152,17 @@ def _main() -> None:
     register_backend(
         AttentionBackendEnum.CPU_ATTN, "rlkv_vllm.engine.cuda.backend.SplitCUDABackend"
     )
-    from rlkv_vllm.engine import cuda_backend
+    from rlkv_vllm.engine.cuda import metadata
     from rlkv_vllm.kernels.triton.decode import INTERPRETER
 
-    cuda_backend._shared_workspace = functools.partial(
-        cuda_backend._shared_workspace, target_programs=8, capability=INTERPRETER
+    metadata._shared_workspace = functools.partial(
+        metadata._shared_workspace, target_programs=8, capability=INTERPRETER
     )
+
+
+def _main() -> None:
+    if os.environ.get("TRITON_INTERPRET"):
+        _serve_cuda_backend_on_cpu()
     results = [_run(Scenario(**fields)) for fields in json.loads(sys.stdin.read())]
     print("RESULT", json.dumps([asdict(result) for result in results]), flush=True)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,6 +167,51 @@ def preemptions(llm: LLM) -> Iterator[list[Request]]:
         yield preempted
     finally:
         del scheduler(llm)._preempt_request
+
+
+@dataclass
+class Steps:
+    """What the scheduler did.
+
+    Attributes:
+        calls: of `schedule`.
+        empty: calls that scheduled no token.
+        overlapping: calls that scheduled tokens while the results of an earlier step were not
+            known yet: two steps in flight.
+    """
+
+    calls: int = 0
+    empty: int = 0
+    overlapping: int = 0
+
+
+@contextmanager
+def counted_steps(llm: LLM) -> Iterator[Steps]:
+    """Counts the steps of an in-process engine meanwhile."""
+    steps, in_flight = Steps(), 0
+    schedule, update = scheduler(llm).schedule, scheduler(llm).update_from_output
+
+    def counting_schedule(*args: Any, **kwargs: Any) -> Any:
+        nonlocal in_flight
+        output = schedule(*args, **kwargs)
+        steps.calls += 1
+        is_empty = output.total_num_scheduled_tokens == 0
+        steps.empty += is_empty
+        steps.overlapping += not is_empty and in_flight > 0
+        in_flight += not is_empty
+        return output
+
+    def counting_update(output: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal in_flight
+        in_flight -= output.total_num_scheduled_tokens > 0
+        return update(output, *args, **kwargs)
+
+    scheduler(llm).schedule = counting_schedule
+    scheduler(llm).update_from_output = counting_update
+    try:
+        yield steps
+    finally:
+        del scheduler(llm).schedule, scheduler(llm).update_from_output
 
 
 def run_script(text: str, folder: Path, given: Any, *, timeout: float) -> Any:

@@ -56,10 +56,8 @@ _MODE = (f"{_REFUSALS}::test_unsupported_models_and_modes",)
 _LAYER = (f"{_REFUSALS}::test_unsupported_layers",)
 
 
-_CUDA_ONLY = (
-    "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::"
-    "test_what_only_the_cpu_has_shown_is_refused",
-)
+_CHOICE = "tests/integration/test_cuda_parts.py::TestChoiceOfBackend"
+_CUDA_ONLY = (f"{_CHOICE}::test_what_only_the_cpu_has_shown_is_refused",)
 
 
 def _works(name: str, meaning: str, *tests: str) -> Feature:
@@ -79,7 +77,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "Prefix caching": (
         _works(
             "the same prompt again",
-            "all of its whole blocks but the last token's are hit",
+            "all of its full blocks but that of the last token are hit",
             f"{_PREFIX}::test_identical_prompt",
         ),
         _works(
@@ -145,8 +143,10 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         ),
         _works(
             "asynchronous scheduling, on and off",
-            "two steps in flight; vLLM has it on for CUDA and off for the CPU",
+            "two steps in flight, as many and as full as with stock vLLM, which has it on for CUDA "
+            "and off for the CPU",
             f"{_SERVING}::test_two_steps_in_flight",
+            f"{_SERVING}::test_asynchronous_steps_are_those_of_stock_vllm",
             f"{_RING}::test_admission_covers_the_peak",
         ),
         _works(
@@ -162,9 +162,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _refused(
             "head dimensions other than 32, 64, 96, 128, 256 on a GPU",
             "head dimensions other than 32, 64, 96, 128, 256 on a GPU",
-            (
-                "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::test_the_configuration_is_refused_before_weights_load",
-            ),
+            (f"{_CHOICE}::test_the_configuration_is_refused_before_weights_load",),
         ),
         _refused(
             "`--enable-dbo`, `--ubatch-size`", "--enable-dbo, --ubatch-size (micro-batches)", _MODE
@@ -172,7 +170,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _refused("`--kv-sharing-fast-prefill`", "--kv-sharing-fast-prefill", _FLAG),
         _refused(
             "`--disable-hybrid-kv-cache-manager`",
-            "--disable-hybrid-kv-cache-manager (rings would be given whole caches)",
+            "--disable-hybrid-kv-cache-manager (rings would be given full caches)",
             _FLAG,
         ),
         _refused(
@@ -219,9 +217,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _refused(
             "`--attention-backend`",
             "--attention-backend other than CUSTOM, or one per kind",
-            (
-                "tests/integration/test_cuda_parts.py::TestChoiceOfBackend::test_another_backend_is_refused",
-            ),
+            (f"{_CHOICE}::test_another_backend_is_refused",),
             "the split cache brings its own",
         ),
         _refused(
@@ -295,9 +291,9 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         ),
         _works(
             "`seed`",
-            "on the CPU with `--worker-cls rlkv_vllm.engine.cpu.worker.SplitCPUWorker`, which "
-            "`rlkv serve` sets: a seed and a chunked prefill end stock vLLM 0.32 with `CPU "
-            "Generator does not use offset`",
+            "also with a chunked prefill on the CPU, where stock vLLM 0.32 ends with `CPU "
+            "Generator does not use offset`: `rlkv serve` and `split()` bring a worker that does "
+            "not",
             f"{_SAMPLING}::test_a_seed_repeats_its_answer",
             f"{_SERVING}::test_a_seed_survives_a_chunked_prompt",
         ),
@@ -426,6 +422,12 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "models with state-space layers or without attention",
             _MODE,
         ),
+        _refused(
+            "diffusion language models",
+            "diffusion language models",
+            _MODE,
+            "they need a scheduler of their own and see later tokens",
+        ),
         _refused("pooling models", "pooling models (embeddings, scoring)", _MODE),
         _refused("ALiBi", "ALiBi slopes", _LAYER),
         _refused("logits soft-cap", "a logits soft-cap", _LAYER),
@@ -444,13 +446,15 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
 _HEAD = """\
 # Features of vLLM
 
-What becomes of each with a split cache. Made by `make docs` from `tests/support/features.py`; a
-test fails when a row names a test or a refusal that does not exist.
+Which vLLM features work with a split cache.
 
 - **works**: the named test compares tokens or log-probabilities with the oracle (a plain forward
-  with the same mask per head), or counts blocks.
-- **refused**: the engine or `rlkv serve` does not start, and says why and what to do instead.
-- not measured: nothing refuses it and no test shows it. Do not rely on it.
+  pass with the same mask per head), or counts blocks.
+- **refused**: the engine or `rlkv serve` does not start. The error says why and what to do instead.
+- not measured: no test shows that it works, and nothing refuses it. Do not rely on it.
+
+`make docs` writes this page from `tests/support/features.py`. A test fails when a row names a test
+or a refusal that does not exist.
 
 All tests run on the CPU.
 """

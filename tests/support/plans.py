@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlkv_vllm.allocation import CacheGeometry, Forecast, allocate, pack, ring_blocks
-from rlkv_vllm.engine.config import SplitConfig, SplitPlan
+from rlkv_vllm.engine.config import SplitPlan
 from tests.support.profiles import make_profile
 
 BLOCK, LENGTH, BLOCKS = 16, 512, 200
@@ -28,7 +28,6 @@ def make_plan(tp_size: int = 1) -> SplitPlan:
         ring_blocks=ring_blocks(LENGTH, profile.sink, profile.window, BLOCK),
     )
     return SplitPlan(
-        config=SplitConfig(profile="p.json", sparsity=0.5),
         profile=profile,
         profile_id="p",
         sparsity=0.5,

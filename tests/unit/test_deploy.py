@@ -170,10 +170,10 @@ def test_configurations_are_taken_by_rlkv_serve(
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     written = yaml.safe_load(file.read_text())
     args = parse(["--config", str(file)])
-    assert args.is_embedded == (written["model"] == "embedded")
+    assert args.model_name == written["model"]
     assert args.profile == written["profile"]
     assert args.sparsity == written["sparsity"]
-    if not args.is_embedded:
+    if args.model_name != "embedded":
         assert args.model == written["model"]
         assert args.max_model_len == written["max-model-len"]
         assert args.reasoning_parser == written["reasoning-parser"]

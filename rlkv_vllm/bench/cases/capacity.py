@@ -1,4 +1,4 @@
-"""Equal memory, long outputs: requests at once and tokens per second when the cache is full."""
+"""Equal memory, long outputs: requests at once and tokens per second with a full pool."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rlkv_vllm.bench.case import SPLIT, STOCK, Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine, params
@@ -16,26 +16,26 @@ PROMPT = 64
 
 
 class Endless:
-    """Users without end: as many as the pool holds when their requests are of all ages.
+    """Endless requests: as many as the pool holds when they are of all ages.
 
-    A pool that is filled with new requests takes thousands of steps until ages are mixed. So the
-    requests of a moment in the steady state are drawn, entered into the prefix cache, and as many
-    of them are started as vLLM's block managers have room for. One comes for each that ends.
+    A pool filled with new requests takes thousands of steps until ages are mixed. So requests of
+    a moment in the steady state are sampled and entered into the prefix cache, and as many of
+    them are started as vLLM's block managers have room for. A new one replaces each that ends.
 
     Args:
         engine: idle.
         shortest: total length of the shortest request (tokens).
-        longest: of the longest; lengths are drawn evenly between the two.
+        longest: of the longest; lengths are sampled evenly between the two.
     """
 
     def __init__(self, engine: Engine, shortest: int, longest: int) -> None:
         self.engine, self.shortest, self.longest = engine, shortest, longest
         self.rng = random.Random(7)
         most = engine.config.scheduler_config.max_num_seqs
-        drawn = [self._drawn() for _ in range(most)]
-        prompts = [prompt for prompt, _ in drawn]
+        sampled = [self._sample() for _ in range(most)]
+        prompts = [prompt for prompt, _ in sampled]
         engine.reset_prefix_cache()
-        # The first and the later ones push each other out of the cache: this is only to count.
+        # Only to count: they evict each other from the cache.
         needs = engine.enter_into_prefix_cache(prompts)
         left = engine.num_blocks - 1
         self.users = 0
@@ -45,17 +45,17 @@ class Endless:
         self.is_full = self.users < most
         engine.reset_prefix_cache()
         engine.enter_into_prefix_cache(prompts[: self.users])
-        for prompt, rest in drawn[: self.users]:
+        for prompt, rest in sampled[: self.users]:
             engine.add(prompt, params(rest))
 
-    def _drawn(self) -> tuple[list[int], int]:
-        """A request in flight: what it has so far, and how many tokens are to come."""
-        # The longer a request is, the likelier it is to be met.
+    def _sample(self) -> tuple[list[int], int]:
+        """A request in flight: its tokens so far, and how many are to come."""
+        # A longer request is in flight for longer, so it is more likely.
         while True:
             length = self.rng.randint(self.shortest, self.longest)
             if self.rng.random() * self.longest < length:
                 break
-        # Whole multiples of the largest block size: all but the last token is cached.
+        # Full blocks of every variant, so that all but the last token is cached.
         age = PROMPT + 64 * (self.rng.randrange(length - PROMPT) // 64)
         return self.engine.prompt(age + 1, self.rng), max(1, length - age - 1)
 
@@ -65,11 +65,11 @@ class Endless:
             length = self.rng.randint(self.shortest, self.longest)
             self.engine.add(self.engine.prompt(PROMPT, self.rng), params(length - PROMPT))
 
-    def settle(self) -> None:
-        """Step until nobody in flight computes a prompt.
+    def finish_prefill(self) -> None:
+        """Step until all requests in flight decode.
 
-        A pool that is full to the last block has pushed some of the prompts out again: the
-        streaming heads' retained tails need blocks beside those that requests hold.
+        A pool that is full to the last block has evicted some of the prompts: the streaming
+        heads' retained tails need blocks beside those that requests hold.
         """
         scheduler = self.engine.scheduler
         quiet = 0
@@ -110,14 +110,14 @@ class Endless:
 
 
 class Capacity(Case):
-    """Two pools of as many bytes, always full."""
+    """Two pools of equal size, always full."""
 
     name = "capacity"
     title = "Equal memory: long outputs, cache-bound"
     note = (
-        "As many bytes of KV cache for both, filled with requests of all ages; one comes for each "
-        "that ends. A request is prompt (64 tokens) and answer; lengths are drawn evenly from half "
-        "to the whole of the length shown."
+        "Equal bytes of KV cache for both, filled with requests of all ages; a new one replaces "
+        "each that ends. A request is prompt (64 tokens) and answer; lengths are sampled evenly "
+        "from half the length shown to all of it."
     )
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("running", "requests at once", more_is_better=True),
@@ -151,7 +151,7 @@ class Capacity(Case):
         }
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
-        """Two requests must fit, and the cache must be what limits."""
+        """Two requests must fit, and the cache must be the limit."""
         lacks = setup.lacks(2, point["tokens"] - 1)
         if lacks is not None:
             return lacks
@@ -174,19 +174,17 @@ class Capacity(Case):
     def prepare(self, engine: Engine, point: Point) -> Endless:
         """Fill the pool, and let a few steps pass."""
         load = Endless(engine, point["tokens"] // 2, point["tokens"])
-        load.settle()
+        load.finish_prefill()
         load.run(point["seconds"] / 2)
         return load
 
-    def turn(self, engine: Engine, point: Point, state: Any) -> dict[str, float]:
+    def turn(self, engine: Engine, point: Point, state: Endless) -> dict[str, float]:
         """Some seconds of it."""
-        del engine
-        load: Endless = state
-        return load.run(point["seconds"])
+        return state.run(point["seconds"])
 
 
 def mean_context(shortest: int, longest: int) -> int:
-    """Mean length, so far, of the requests in flight: longer ones are there for longer."""
+    """Mean current length of the requests in flight: longer ones are in flight for longer."""
     lengths = range(shortest, longest + 1)
     decoded = [length - PROMPT for length in lengths]
     weighted = sum(d * (PROMPT + d / 2) for d in decoded)

@@ -11,10 +11,10 @@ from rlkv_vllm.bench.case import SPLIT, STOCK, Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine, params
 from rlkv_vllm.planning.roofline import Device
 
-#: Contexts are entered into the prefix cache, not computed: whole blocks of every variant.
+#: Contexts are entered into the prefix cache, not computed: full blocks of every variant.
 BASE_CONTEXT = 128
 STEPS = 4
-#: Steps that one point may take, turns and the first ones together.
+#: Most steps of one point, first ones and turns together.
 STEP_BUDGET = 192
 
 
@@ -25,13 +25,13 @@ class Decode(Case):
     title = "Fixed batch: decode step"
     note = (
         "All requests have the same context, entered into the prefix cache without being computed. "
-        "The roofline is that of the whole step, weights included, on this machine."
+        "The roofline is that of the step with its weights, on this machine."
     )
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("seconds", "step (ms)", scale=1e3),)
     columns: ClassVar[Mapping[str, str]] = {"batch": "batch", "context": "context"}
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
-        """Batches and contexts; the shortest context of each batch is what attention adds to."""
+        """Batches and contexts; longer contexts are compared with the shortest of their batch."""
         batches = (1, 4, 8, 16, 32, 64) if full else (1, 8)
         contexts = (1024, 2048, 4096, 8192, 16384, 32768) if full else (1024, 4096, 8192)
         return [
@@ -42,11 +42,11 @@ class Decode(Case):
         ]
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
-        """Stock vLLM's cache must hold the whole batch, or its requests would be preempted."""
+        """Stock vLLM's cache must hold the batch, or its requests would be preempted."""
         return setup.lacks(point["batch"], point["context"] + STEP_BUDGET)
 
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
-        """The whole step, weights included, and what a longer context adds to it."""
+        """The step with its weights, and what a longer context adds to it."""
         stock, split = (setup.roofline(device, variant) for variant in (STOCK, SPLIT))
         batch, context = point["batch"], point["context"]
         expected = {
@@ -63,7 +63,7 @@ class Decode(Case):
         """Start the batch and let it take a few steps."""
         engine.reset_prefix_cache()
         rng = random.Random(point["context"])
-        # One token more than is cached: a context of whole blocks leaves nothing to prefill.
+        # One token more than is cached: a context of full blocks leaves nothing to prefill.
         prompts = [engine.prompt(point["context"] + 1, rng) for _ in range(point["batch"])]
         sampling = params(STEP_BUDGET)
         engine.enter_into_prefix_cache(prompts)
@@ -75,7 +75,6 @@ class Decode(Case):
 
     def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
         """Mean time of a few steps."""
-        del state
         start = time.perf_counter()
         for _ in range(point["steps"]):
             engine.step()

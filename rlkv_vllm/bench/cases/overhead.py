@@ -1,4 +1,4 @@
-"""The all-full profile: what the plugin costs where it saves nothing."""
+"""All heads full: what the plugin costs where it saves nothing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,5 @@ class Overhead(Short):
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
         """Short and longer contexts."""
-        del full
         prompts = [n for n in (64, 1024) if n + 64 < setup.max_model_len]
         return [{"batch": 4, "prompt": prompt, "output": 64} for prompt in prompts]

@@ -17,7 +17,7 @@ class Prefill(Case):
 
     name = "prefill"
     title = "Prefill: time to the first token"
-    note = "One fresh prompt at a time, one token of answer. The roofline counts operations."
+    note = "One new prompt at a time, one output token. The roofline counts operations."
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("seconds", "TTFT (s)"),)
     columns: ClassVar[Mapping[str, str]] = {"tokens": "prompt"}
 
@@ -31,7 +31,7 @@ class Prefill(Case):
         return setup.lacks(1, point["tokens"] + 1)
 
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
-        """Operations of the whole prompt."""
+        """Operations of the prompt."""
         stock, split = (
             setup.roofline(device, variant).prefill_seconds(point["tokens"])
             for variant in (STOCK, SPLIT)
@@ -39,12 +39,11 @@ class Prefill(Case):
         return {"seconds": stock / split}
 
     def prepare(self, engine: Engine, point: Point) -> None:
-        """What is done once, for the first prompt."""
+        """A first prompt, which is not timed."""
         engine.generate([[5] * min(512, point["tokens"])], 1)
 
     def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
-        """One fresh prompt."""
-        del state
+        """One new prompt."""
         engine.reset_prefix_cache()
         prompt = engine.prompt(point["tokens"], random.Random(point["tokens"]))
         start = time.perf_counter()

@@ -18,9 +18,9 @@ class Prefix(Case):
     name = "prefix"
     title = "Prefix caching: shared beginnings and several turns"
     note = (
-        "`shared`: one request brings the beginning into the cache, then all others, which differ "
-        "at the end, come at once. `turns`: conversations that resend all that was said, one turn "
-        "of all conversations after the other. Hit: share of the prompt tokens found in the cache."
+        "`shared`: one request brings the beginning into the cache, then all others arrive at "
+        "once, with different ends. `turns`: conversations that resend their history, one turn of "
+        "all conversations after the other. Hit: share of the prompt tokens found in the cache."
     )
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("seconds", "seconds"),
@@ -37,8 +37,7 @@ class Prefix(Case):
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
         """A system prompt with many questions, and a chat."""
-        prefix = 2048 if full else 1024
-        prefix = min(prefix, setup.max_model_len // 2)
+        prefix = min(2048 if full else 1024, setup.max_model_len // 2)
         count = 16 if full else 4
         return [
             {
@@ -53,12 +52,12 @@ class Prefix(Case):
         ]
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
-        """Every request's whole length must fit."""
+        """Every request must fit with its final length."""
         length = point["prefix"] + point["turns"] * (point["question"] + point["output"])
         return setup.lacks(point["requests"], length)
 
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
-        """All that was computed before is hit; only new tokens are computed."""
+        """Only new tokens are computed; all others are found in the cache."""
         seconds = []
         for variant in (STOCK, SPLIT):
             roofline = setup.roofline(device, variant)
@@ -74,7 +73,6 @@ class Prefix(Case):
 
     def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
         """All requests once, or all turns of all conversations."""
-        del state
         engine.reset_prefix_cache()
         rng = random.Random(5)
         count = point["requests"]
@@ -83,7 +81,7 @@ class Prefix(Case):
             histories = [shared for _ in range(count)]
         else:
             histories = [engine.prompt(point["prefix"], rng) for _ in range(count)]
-        # Not timed: what is in the cache when the users come.
+        # Not timed: what is in the cache before the requests arrive.
         engine.generate([shared] if point["kind"] == "shared" else histories, 1)
         cached = tokens = 0
         start = time.perf_counter()

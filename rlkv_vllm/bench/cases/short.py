@@ -1,4 +1,4 @@
-"""Memory-ample, short context: where a split cache has nothing to save, and must not lose."""
+"""Short context with memory to spare: a split cache saves nothing here, and must not lose."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlkv_vllm.planning.roofline import Device
 
 
 class Short(Case):
-    """Whole answers to short prompts, with room for all of them."""
+    """Complete answers to short prompts, with room for all of them."""
 
     name = "short"
     title = "Memory-ample, short context"
-    note = "Fresh prompts, all at once; the time is that of the whole batch, prefill included."
+    note = "New prompts, all at once; the time is that of the batch, prefill included."
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("tokens_per_s", "tok/s", more_is_better=True),)
     columns: ClassVar[Mapping[str, str]] = {
         "batch": "batch",
@@ -27,7 +27,6 @@ class Short(Case):
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
         """Answers of 256 tokens."""
-        del setup
         batches = (1, 8, 32) if full else (4,)
         return [{"batch": batch, "prompt": 64, "output": 256} for batch in batches]
 
@@ -47,12 +46,11 @@ class Short(Case):
         return {"tokens_per_s": seconds[0] / seconds[1]}
 
     def prepare(self, engine: Engine, point: Point) -> None:
-        """What is done once for a batch of this size."""
+        """A first batch of this size, which is not timed."""
         engine.generate([[5 + i] * point["prompt"] for i in range(point["batch"])], 4)
 
     def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
-        """One batch of fresh prompts."""
-        del state
+        """One batch of new prompts."""
         engine.reset_prefix_cache()
         rng = random.Random(11)
         prompts = [engine.prompt(point["prompt"], rng) for _ in range(point["batch"])]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.bench.case import Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine
-from rlkv_vllm.evaluation.served import Sampling, answer_with
-from rlkv_vllm.planning.roofline import Device
+from rlkv_vllm.evaluation.served import answer_with
 from rlkv_vllm.tasks import get_task
 
 
@@ -18,8 +18,8 @@ class Solve(Case):
     name = "solve"
     title = "Time per solved problem"
     note = (
-        "Tokens per second say nothing of answers that got longer or wrong, so problems are solved "
-        "and checked. All are in flight together; the roofline has no say in how many are solved."
+        "Tokens per second do not show whether answers got longer or wrong, so problems are solved "
+        "and checked. All are in flight together. There is no roofline for solved problems."
     )
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("seconds_per_solved", "s / solved"),
@@ -27,29 +27,25 @@ class Solve(Case):
         Metric("solved", "solved (%)", more_is_better=True, scale=100, is_ratio_shown=False),
         Metric("mean_tokens", "mean tokens", is_ratio_shown=False),
     )
-    columns: ClassVar[Mapping[str, str]] = {"task": "task", "n": "problems"}
+    columns: ClassVar[dict[str, str]] = {"task": "task", "n": "problems"}
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
         """Problems of one seed."""
         return [{"task": setup.task, "n": 256 if full else 64, "max_tokens": 1024, "seed": 1}]
 
-    def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
-        """Nothing: how many are solved decides."""
-        del setup, device, point
-        return {}
-
     def prepare(self, engine: Engine, point: Point) -> Any:
         """The problems, and a first request that is not timed."""
         task = get_task(point["task"])
         problems = task.problems(point["n"], point["seed"])
-        answer_with(engine.llm, task, problems, Sampling(8))
+        answer_with(engine.llm, task, problems, Sampling(max_tokens=8, temperature=0))
         return task, problems
 
     def turn(self, engine: Engine, point: Point, state: Any) -> dict[str, float]:
         """All problems once, with an empty prefix cache."""
         task, problems = state
         engine.reset_prefix_cache()
-        found = answer_with(engine.llm, task, problems, Sampling(point["max_tokens"]))
+        sampling = Sampling(max_tokens=point["max_tokens"], temperature=0)
+        found = answer_with(engine.llm, task, problems, sampling)
         return {
             "seconds": found.seconds,
             "seconds_per_solved": found.seconds_per_solved or 0.0,

@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from rlkv_vllm.bench.case import Case, Metric, Point, Setup
-from rlkv_vllm.bench.engine import Engine
 from rlkv_vllm.planning.roofline import Device
 
 
 class Startup(Case):
-    """A fresh process for every turn."""
+    """A new process for every turn, timed around the engine's start."""
 
     name = "startup"
     title = "Start-up"
     note = (
         "`engine`: `vllm.LLM(...)` until it returns, as `vllm bench startup` counts. `process`: "
-        "from the start of Python to the first token. The roofline says nothing here: equal is 1."
+        "from the start of Python to the first token. There is no roofline: equal is 1."
     )
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("engine_seconds", "engine (s)"),
@@ -27,14 +26,8 @@ class Startup(Case):
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
         """One point."""
-        del setup, full
         return [{}]
 
     def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
-        """The plugin reads a profile and makes no weights: as fast as stock vLLM."""
-        del setup, device, point
+        """The plugin reads a profile and no weights: as fast as stock vLLM."""
         return {"engine_seconds": 1.0, "process_seconds": 1.0}
-
-    def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
-        """Measured by the parent process, around the whole of it."""
-        raise NotImplementedError

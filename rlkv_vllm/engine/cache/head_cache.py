@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from rlkv_vllm.engine.config import SplitPlan
 
+#: In the names of dummy cache layers, see `register_head_caches`.
+PADDING = ".kvpad"
+
 
 class HeadCacheLayer(AttentionLayerBase):
     """The cache of one KV head; has no weights and no forward.
@@ -59,11 +62,9 @@ class HeadCacheLayer(AttentionLayerBase):
             self.on_bind()
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """The backend of the attention layer that owns the head."""
         return self.backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """What vLLM allocates for the head."""
         del vllm_config
         return self.spec
 
@@ -169,10 +170,10 @@ def register_head_caches(
             f"_r{rank}" if plan.groups.allocation.tp_size > plan.geometry.num_kv_heads else ""
         )
         members.setdefault(group, []).append((local, name, add(name, group)))
-    if not any(".kvpad" in name for name in context):
+    if not any(PADDING in name for name in context):
         for group in range(groups.num_ring_groups + 1):
             for i in range(groups.padding(rank, group)):
-                add(f"{layer_name}.kvpad_r{rank}_g{group}_{i}", group)
+                add(f"{layer_name}{PADDING}_r{rank}_g{group}_{i}", group)
 
     def head_group(group: int) -> HeadGroup:
         kv_heads, names, layers = zip(*members[group], strict=True)

@@ -8,14 +8,12 @@ back to the pool at once.
 chunk ends get null blocks; attention takes them from the step's inputs. The
 peak of a request is then its steady state, whatever the prompt's length.
 
-*Retained tails*: with prefix caching, lean prefill alone would leave nothing
-for a different prompt with the same beginning to hit. So every
-``retention_interval`` tokens the window's worth of blocks that ends there is
-allocated for the one step that fills it, entered into the prefix cache, and
-given back as soon as that step is scheduled. A given-back block keeps its
-content until the pool reuses it in a later step, so a tail costs no capacity:
-it is taken only while more blocks are free than the running requests ask for
-in a step. At worst a waiting request is admitted one step later.
+*Retained tails*: with prefix caching, lean prefill alone would leave nothing for a different prompt
+with the same beginning to hit. So every ``retention_interval`` tokens the window's worth of blocks
+that ends there is allocated for the one step that fills it, entered into the prefix cache, and
+given back as soon as that step is scheduled. A given-back block keeps its content until the pool
+reuses it in a later step, so a tail costs no capacity: it is taken only while more blocks are free
+than the running requests ask for in a step. At worst a waiting request is admitted one step later.
 """
 
 from __future__ import annotations
@@ -210,10 +208,9 @@ class RingManager(SlidingWindowManager):
     ) -> None:
         """Free what left the window, except the sinks.
 
-        Scans forward from the last call: lean tables have null holes, at which
-        the base class's backward scan would stop and leak what lies before.
-        Only retained blocks stay in the prefix cache: a long answer would push
-        out everything else with blocks that nobody can resume at.
+        Scans forward from the last call: lean tables have null holes, at which the base class's
+        backward scan would stop and leak what lies before. Only retained blocks stay in the prefix
+        cache: a long answer would push out everything else with blocks at which nothing can resume.
         """
         first = self._swept.get(request_id, self.num_sink_blocks)
         skipped = processed_computed_tokens - self.sliding_window + 1

@@ -48,9 +48,9 @@ class BlockUse(NamedTuple):
 class SplitScheduler(Scheduler):
     """Adds :class:`BlockUse` to the statistics of every step.
 
-    vLLM takes the class it is given as it is, while its own choice is `AsyncScheduler` where
-    scheduling is asynchronous. A plain `Scheduler` there schedules nothing in every second step,
-    because it does not count the tokens that are still to come. So this one chooses, too.
+    vLLM itself chooses `AsyncScheduler` where scheduling is asynchronous, but uses a given class as
+    it is. A plain `Scheduler` there schedules nothing in every second step, because it does not
+    count the tokens that are still to come. So this class chooses as vLLM does.
     """
 
     def __new__(cls, vllm_config: VllmConfig, *_: Any, **__: Any) -> Self:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from rlkv_vllm.allocation import ring
 
 
 @dataclass(frozen=True, kw_only=True)
 class RingSpec(SlidingWindowSpec):
     """One KV head that keeps the first ``sink`` and the last ``sliding_window`` tokens.
 
-    A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap
-    only to those.
+    A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap only to those.
 
     Attributes:
         sink: first tokens that are never freed (tokens).
@@ -22,9 +22,8 @@ class RingSpec(SlidingWindowSpec):
             while vLLM sorts specs into groups: :meth:`merge` refuses to mix two
             values, so each becomes a KV cache group of its own, and erases it
             in the group's spec, so that the coordinator sees one kind of ring.
-        retention_interval: keep a window's worth of prompt blocks for the
-            prefix cache every so many tokens (a multiple of the block size);
-            0 keeps none.
+        retention_interval: keep a window's worth of prompt blocks for the prefix cache every so
+            many tokens (a multiple of the block size); 0 keeps none.
         num_groups: KV cache groups of the model, full one included.
         chunk_blocks: most blocks of one group that the steps in flight can ask for.
         steps_in_flight: scheduled steps whose results are not known yet: 2 with
@@ -41,27 +40,26 @@ class RingSpec(SlidingWindowSpec):
     @property
     def num_sink_blocks(self) -> int:
         """Blocks that hold sinks."""
-        return cdiv(self.sink, self.block_size)
+        return ring.num_blocks(self.sink, self.block_size)
 
     @property
     def window_blocks(self) -> int:
         """Most blocks that a window touches."""
-        return cdiv(self.sliding_window - 1, self.block_size) + 1
+        return ring.window_blocks(self.sliding_window, self.block_size)
 
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
         """Most blocks a request holds at once, chunked prefill included.
 
-        While a chunk runs, a request holds its sinks, the window before the
-        chunk and the window at its end: chunk positions that are out of the
-        window when the chunk ends are never allocated. So the bound does not
-        depend on the chunk's length. Blocks are freed when a step's results are
-        known, so each further step in flight holds one more window.
+        Blocks are freed when a step's results are known, so each further step in flight holds
+        one more window.
         """
         del max_in_flight_tokens
-        ring = self.num_sink_blocks + (1 + self.steps_in_flight) * self.window_blocks
-        return min(ring, cdiv(max_model_len, self.block_size))
+        windows = 1 + self.steps_in_flight
+        return ring.ring_blocks(
+            max_model_len, self.sink, self.sliding_window, self.block_size, num_windows=windows
+        )
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Whether one block table serves all of ``kv_cache_specs``."""

@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionImpl
 
 from rlkv_vllm.engine.cache.head_cache import LayerHeads, register_head_caches
-from rlkv_vllm.engine.compat import attention_layer_name
+from rlkv_vllm.engine.compat import attention_layer
 from rlkv_vllm.engine.config import SplitPlan
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.engine.support import check_layer_shape
@@ -80,18 +80,15 @@ def register_layer(
     Raises:
         RlkvError: the layer is not like all others of the model.
     """
-    name = attention_layer_name(vllm_config, impl)
-    layer = vllm_config.compilation_config.static_forward_context[name]
+    name, layer = attention_layer(vllm_config, impl)
     cache_dtype = layer.kv_cache_torch_dtype
     expected_dtype = kv_cache_dtype_str_to_dtype(
         vllm_config.cache_config.cache_dtype, vllm_config.model_config
     )
     check_layer_shape(
-        layer_class=type(layer).__name__,
-        num_kv_heads=layer.num_kv_heads,
-        head_dim=layer.head_size,
-        expected=(plan.groups.allocation.heads_per_rank, plan.geometry.head_dim),
-        dtypes="" if cache_dtype == expected_dtype else f"{act_dtype}, cache {cache_dtype}",
+        layer,
+        (plan.groups.allocation.heads_per_rank, plan.geometry.head_dim),
+        "" if cache_dtype == expected_dtype else f"{act_dtype}, cache {cache_dtype}",
     )
     layer_index = extract_layer_index(name)
     rank = get_tensor_model_parallel_rank()

@@ -1,8 +1,8 @@
 """Attention on the CPU with full and streaming heads in one layer.
 
-Full heads go through vLLM's own C++ paged attention. So do streaming heads, over the short block
-tables of :mod:`rlkv_vllm.kernels.cpu.ring_tiles`, or, where those do not serve the sink, through
-:mod:`rlkv_vllm.kernels.cpu.streaming`. Without a split plan everything is vLLM's.
+Full heads use vLLM's own C++ paged attention. Streaming heads use it over the short block tables of
+:mod:`rlkv_vllm.kernels.cpu.ring_tiles` or, where those do not support the sink,
+:mod:`rlkv_vllm.kernels.cpu.streaming`. A model without a split uses vLLM's own classes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
-from vllm.v1.attention.backend import AttentionLayer, MultipleOf
+from vllm.v1.attention.backend import AttentionLayer, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class SplitCPUBackend(CPUAttentionBackend):
-    """Stands in for ``CPU_ATTN``; vLLM's own classes do the work without a split plan."""
+    """Replaces ``CPU_ATTN``; a model without a split gets vLLM's own classes."""
 
     # Both caches of a layer are written in forward(): the attention layer itself owns none.
     forward_includes_kv_cache_update = True
@@ -54,20 +54,39 @@ class SplitCPUBackend(CPUAttentionBackend):
         return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
 
     @staticmethod
-    def get_impl_cls() -> type[SplitCPUImpl | GatedCPUImpl]:
-        """The attention implementation."""
-        if gated_config(get_current_vllm_config()) is not None:
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        vllm_config = get_current_vllm_config()
+        if gated_config(vllm_config) is not None:
             return GatedCPUImpl
-        return SplitCPUImpl
+        return StockCPUImpl if split_config(vllm_config) is None else SplitCPUImpl
 
     @staticmethod
     def get_builder_cls() -> type[SplitCPUMetadataBuilder]:
-        """The metadata builder."""
         return SplitCPUMetadataBuilder
 
 
+class StockCPUImpl(CPUAttentionBackendImpl):
+    """vLLM's attention, which also writes the cache: see `forward_includes_kv_cache_update`."""
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        shares_cache = getattr(layer, "kv_sharing_target_layer_name", None) is not None
+        if attn_metadata is not None and key is not None and value is not None and not shares_cache:
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+
 class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Keeps the step's tensors; vLLM's builder when there is no split plan."""
+    """Keeps the step's tensors; vLLM's builder for a model without a split."""
 
     def __init__(
         self,
@@ -77,13 +96,8 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         self.split = split_config(vllm_config) is not None
-        if not self.split:
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            return
-        self.kv_cache_spec = kv_cache_spec
-        self.layer_names = layer_names
-        self.vllm_config = vllm_config
-        self.device = device
+        base = AttentionMetadataBuilder if self.split else CPUAttentionMetadataBuilder
+        base.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,
@@ -91,7 +105,6 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        """Metadata of one step for one block table."""
         if not self.split:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         return SplitMetadata(**StepMetadata.fields_of(common_attn_metadata))
@@ -121,58 +134,23 @@ class _HeadIndex:
 
 
 class SplitCPUImpl(CPUAttentionBackendImpl):
-    """Attention of one layer; vLLM's own when there is no split plan."""
+    """Attention of one layer of a split model."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            num_heads,
-            head_size,
-            scale,
-            num_kv_heads,
-            alibi_slopes,
-            sliding_window,
-            kv_cache_dtype,
-            logits_soft_cap,
-            attn_type,
-            kv_sharing_target_layer_name,
-            sinks,
-            **kwargs,
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_layer_supported(*args, **kwargs)
+        super().__init__(*args, **kwargs)
         self._vllm_config = get_current_vllm_config()
         self.plan = split_plan(self._vllm_config)
-        if self.plan is not None:
-            check_layer_supported(
-                alibi_slopes=alibi_slopes,
-                sliding_window=sliding_window,
-                logits_soft_cap=logits_soft_cap,
-                attn_type=attn_type,
-                sinks=sinks,
-                kv_sharing_target=kv_sharing_target_layer_name,
-            )
         self.heads: LayerHeads | None = None
         self._bound: list[Heads] | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Register the layer's head caches: the only hook before vLLM collects cache specs."""
         super().process_weights_after_loading(act_dtype)
-        if self.plan is None or self.heads is not None:
-            return
-        self.heads = register_layer(self, self.plan, self._vllm_config, act_dtype, self._unbind)
-        self.prepare(act_dtype)
+        assert self.plan is not None
+        if self.heads is None:
+            self.heads = register_layer(self, self.plan, self._vllm_config, act_dtype, self._unbind)
+            self.prepare(act_dtype)
 
     def prepare(self, act_dtype: torch.dtype) -> None:
         """Derive from the layer's heads what every step needs."""
@@ -207,38 +185,10 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         attn_metadata: CPUAttentionMetadata | None,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        **_: None,
     ) -> torch.Tensor:
-        """Write the step's KV and attend.
-
-        Args:
-            layer: the attention layer.
-            query: ``[tokens, query heads, head_dim]``.
-            key: ``[tokens, KV heads, head_dim]``.
-            value: as ``key``.
-            kv_cache: the cache of the layer's first head; unused when split.
-            attn_metadata: None while vLLM profiles the model.
-            output: ``[tokens, query heads, head_dim]``, filled in place.
-            output_scale: not supported by the CPU backend.
-            output_block_scale: not supported by the CPU backend.
-        """
-        if attn_metadata is None:
+        if attn_metadata is None:  # vLLM profiles the model
             return output
-        if self.plan is None:
-            if key is not None and value is not None and not self._shares_cache(layer):
-                self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
-            return super().forward(
-                layer,
-                query,
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                output,
-                output_scale,
-                output_block_scale,
-            )
         assert self.heads is not None
         if self._bound is None:
             self._bound = [self._bind(group, layer) for group in self.heads.groups]
@@ -260,7 +210,3 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
             heads.attend(metadata[name], q, k, v, parts[-1])
         torch.index_select(torch.cat(parts, 1), 1, self._split.order, out=answer)
         return output
-
-    @staticmethod
-    def _shares_cache(layer: AttentionLayer) -> bool:
-        return getattr(layer, "kv_sharing_target_layer_name", None) is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from rlkv_vllm.engine.cache.split_layer import StepMetadata
 from rlkv_vllm.engine.cpu.paged import CacheNumber, PagedCache, PagedRequests
@@ -36,54 +37,37 @@ class SplitMetadata(StepMetadata):
 
 
 class Heads(Protocol):
-    """Heads of one attention layer that read one block table."""
+    """Heads of one attention layer that read one block table.
 
-    def attend(
-        self,
-        step: SplitMetadata,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
+    Constructed from their caches, ``[blocks, heads, block_size, 2 * head_dim]``, in which a head's
+    blocks are dense, from the sizes of the cache, the factor on ``q @ k``, and how numbers are
+    stored.
+    """
+
+    def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Write the step's keys and values, then attend.
 
         Args:
             step: of the heads' block table.
-            query: ``[tokens, query heads, head_dim]``.
-            key: ``[tokens, KV heads, head_dim]``.
-            value: as ``key``.
-            output: as ``query``, dense; filled in place.
+            q: ``[tokens, query heads, head_dim]``.
+            k: ``[tokens, KV heads, head_dim]``.
+            v: as ``k``.
+            out: as ``q``, dense; filled in place.
         """
 
 
 class FullHeads:
-    """Full heads: vLLM's operator as vLLM uses it.
+    """Full heads: vLLM's operator as vLLM uses it, with the kernel `isa` for the block size."""
 
-    Args:
-        blocks: ``[blocks, heads, block_size, 2 * head_dim]``.
-        isa: vLLM's kernel for the block size.
-        scale: factor on ``q @ k``.
-        number: how a number stands in the cache.
-    """
-
-    def __init__(self, blocks: torch.Tensor, isa: str, scale: float, number: CacheNumber) -> None:
+    def __init__(self, blocks: Tensor, isa: str, scale: float, number: CacheNumber) -> None:
         self._cache = PagedCache(blocks, isa, number)
         self._scale = scale
 
-    def attend(
-        self,
-        step: SplitMetadata,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """See :class:`Heads`."""
+    def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         if step.full is None:
             step.full = PagedRequests(step.block_table, step.seq_lens, step.query_start_loc)
-        self._cache.write(key, value, step.slot_mapping)
-        step.full.attend(self._cache, query, output, self._scale)
+        self._cache.write(k, v, step.slot_mapping)
+        step.full.attend(self._cache, q, out, self._scale)
 
 
 class _RingRequests:
@@ -105,7 +89,7 @@ class _RingRequests:
         self.prefill = self._part(plan.prefill)
         self.scratch = plan.scratch
 
-    def _part(self, tiles: Tiles | None) -> tuple[torch.Tensor | None, PagedRequests] | None:
+    def _part(self, tiles: Tiles | None) -> tuple[Tensor | None, PagedRequests] | None:
         if tiles is None:
             return None
         requests = PagedRequests(tiles.tables, tiles.lengths, tiles.starts, self._visible)
@@ -113,15 +97,9 @@ class _RingRequests:
 
 
 class RingHeads:
-    """Streaming heads whose sink is whole pages: vLLM's operator over short tables.
+    """Streaming heads whose sink fills its pages: vLLM's operator over short tables."""
 
-    Args:
-        blocks: ``[blocks, heads, block_size, 2 * head_dim]``.
-        geometry: sizes of the cache.
-        scale: factor on ``q @ k``.
-    """
-
-    def __init__(self, blocks: torch.Tensor, geometry: CacheGeometry, scale: float) -> None:
+    def __init__(self, blocks: Tensor, geometry: CacheGeometry, scale: float) -> None:
         num_blocks, num_heads, block_size, content = blocks.shape
         # A head's blocks are dense: smaller pages lie in them one after the other.
         pages = blocks.as_strided(
@@ -132,64 +110,48 @@ class RingHeads:
         self._geometry = geometry
         self._scale = scale
 
-    def attend(
-        self,
-        step: SplitMetadata,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """See :class:`Heads`."""
+    def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         if step.ring is None:
             step.ring = _RingRequests(step, self._geometry)
         ring = step.ring
-        self._cache.write(key, value, ring.slots)
+        self._cache.write(k, v, ring.slots)
         if ring.decode is not None:
-            self._part(*ring.decode, self._cache, query, output)
+            self._part(*ring.decode, self._cache, q, out)
         if ring.prefill is not None and ring.scratch is not None:
             rows = ring.prefill[0]
-            cache = self._gather(ring.scratch, key[rows], value[rows])
-            self._part(*ring.prefill, cache, query, output)
+            self._part(*ring.prefill, self._gather(ring.scratch, k[rows], v[rows]), q, out)
 
     def _part(
         self,
-        rows: torch.Tensor | None,
+        rows: Tensor | None,
         requests: PagedRequests,
         cache: PagedCache,
-        query: torch.Tensor,
-        output: torch.Tensor,
+        q: Tensor,
+        out: Tensor,
     ) -> None:
         if rows is None:
-            requests.attend(cache, query, output, self._scale)
+            requests.attend(cache, q, out, self._scale)
             return
-        query = query.index_select(0, rows)
-        answer = torch.empty_like(query)
-        requests.attend(cache, query, answer, self._scale)
-        output.index_copy_(0, rows, answer)
+        q = q.index_select(0, rows)
+        answer = torch.empty_like(q)
+        requests.attend(cache, q, answer, self._scale)
+        out.index_copy_(0, rows, answer)
 
-    def _gather(self, plan: Scratch, key: torch.Tensor, value: torch.Tensor) -> PagedCache:
+    def _gather(self, plan: Scratch, k: Tensor, v: Tensor) -> PagedCache:
         """The keys and values that the tiles of a prefill read."""
-        pages = key.new_empty(plan.num_pages, *self._cache.pages.shape[1:])
+        pages = k.new_empty(plan.num_pages, *self._cache.pages.shape[1:])
         pages.index_fill_(0, plan.ends, 0)  # 0 * NaN: what is masked is multiplied all the same
         pages.index_copy_(0, plan.copies, self._cache.pages.index_select(0, plan.cached))
         scratch = PagedCache(pages, _RING_ISA)
-        scratch.write(key, value, plan.slots)
+        scratch.write(k, v, plan.slots)
         return scratch
 
 
 class StreamingHeads:
-    """Streaming heads with any sink and any type of cache.
-
-    Args:
-        blocks: ``[blocks, heads, block_size, 2 * head_dim]``.
-        geometry: sizes of the cache.
-        scale: factor on ``q @ k``.
-        number: how a number stands in the cache.
-    """
+    """Streaming heads with any sink and any type of cache."""
 
     def __init__(
-        self, blocks: torch.Tensor, geometry: CacheGeometry, scale: float, number: CacheNumber
+        self, blocks: Tensor, geometry: CacheGeometry, scale: float, number: CacheNumber
     ) -> None:
         num_blocks, num_heads, block_size, content = blocks.shape
         # [heads, slots, 2 * head_dim]: a head's blocks are dense, so slots are rows.
@@ -202,16 +164,8 @@ class StreamingHeads:
         self._geometry = geometry
         self._scale = scale
 
-    def attend(
-        self,
-        step: SplitMetadata,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """See :class:`Heads`."""
-        n, num_heads, head_dim = key.shape
+    def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        n, num_heads, head_dim = k.shape
         if step.streaming is None:
             step.streaming = plan_step(
                 step.block_table,
@@ -222,14 +176,14 @@ class StreamingHeads:
                 sink=self._geometry.sink,
                 window=self._geometry.window,
             )
-        per_head = (n, num_heads, query.shape[1] // num_heads, head_dim)
+        per_head = (n, num_heads, q.shape[1] // num_heads, head_dim)
         streaming_attention(
             step.streaming,
             self._slots,
-            query.view(per_head),
-            key,
-            value,
-            output.view(per_head),
+            q.view(per_head),
+            k,
+            v,
+            out.view(per_head),
             self._scale,
             self._number.k_scale,
             self._number.v_scale,

@@ -12,7 +12,7 @@ from vllm import envs
 
 @dataclass(frozen=True)
 class CacheNumber:
-    """How a number stands in the cache.
+    """How a number is stored in the cache.
 
     Attributes:
         dtype: as vLLM names it; ``auto``: that of the model.
@@ -35,7 +35,7 @@ class PagedCache:
     Args:
         pages: ``[pages, heads, page_size, 2 * head_dim]``; a page of a head is dense.
         isa: vLLM's name of the kernel, which is also the layout inside a page.
-        number: how a number stands in it.
+        number: how a number is stored in it.
     """
 
     def __init__(self, pages: torch.Tensor, isa: str, number: CacheNumber = CacheNumber()) -> None:

@@ -1,14 +1,13 @@
 """Stand-ins for vLLM's CUDA backends, so that a split or gated model never runs on one of them.
 
-vLLM chooses an attention backend without asking plugins. Registered in the
-place of each decoder backend that CUDA may choose is a subclass that differs
-in two answers, and only for a model with ``additional_config["rlkv"]``: asked
-by automatic selection which class it is, it names ours; asked for
-its attention implementation, it refuses. For any other model it *is* vLLM's
-class.
+vLLM chooses an attention backend without asking plugins. So each decoder backend that CUDA may
+choose is replaced by a subclass of it. For a model with ``additional_config["rlkv"]`` the subclass
+gives two other answers: to automatic selection it names our backend, and it refuses to give an
+attention implementation. For any other model it behaves as vLLM's class. Goes when a plugin can
+choose the backend of a model.
 
-The classes are made when they are asked for by name (PEP 562): a backend whose
-package is not installed must fail where vLLM expects it.
+The classes are made when they are asked for by name (PEP 562): a backend whose package is not
+installed must fail where vLLM expects it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ GUARDED = (
 
 
 def register_guards() -> None:
-    """Register our backend as CUSTOM and a guard for every backend that CUDA may choose."""
+    """Register our backend as CUSTOM, and a guard for every backend that CUDA may choose."""
     register_backend(AttentionBackendEnum.CUSTOM, "rlkv_vllm.engine.cuda.backend.SplitCUDABackend")
     for name in GUARDED:
         backend = AttentionBackendEnum[name]

@@ -1,23 +1,25 @@
-"""The gates of one attention layer: what gated mode has in common on all platforms."""
+"""Attention of one layer in gated mode: what all platforms have in common."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.attention.backend import AttentionImpl
 
-from rlkv_vllm.engine.compat import attention_layer_name
+from rlkv_vllm.engine.compat import attention_layer
 from rlkv_vllm.engine.config import gated_config
-from rlkv_vllm.engine.support import check_layer_shape
+from rlkv_vllm.engine.support import check_layer_shape, check_layer_supported
 
 if TYPE_CHECKING:
-    from rlkv_vllm.engine.config import GatedConfig
+    from vllm.v1.attention.backend import AttentionLayer
 
 
-class GatedLayer:
-    """Part of an attention implementation in gated mode.
+class GatedLayer(AttentionImpl[Any]):
+    """Every head keeps its full cache, managed by vLLM as always.
 
     Attributes:
         config: sink and window.
@@ -26,38 +28,65 @@ class GatedLayer:
         kv_heads: which KV heads of the model these are.
     """
 
-    config: GatedConfig
-    gates: torch.Tensor
-    kv_heads: range
-
-    def init_gates(self, num_kv_heads: int) -> None:
-        """Set the attributes; all gates are 1."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_layer_supported(*args, **kwargs)
+        super().__init__(*args, **kwargs)
         vllm_config = self._vllm_config = get_current_vllm_config()
         config = gated_config(vllm_config)
         assert config is not None
         self.config = config
         # A model is built with its own type as the default.
         self.gates = torch.ones(
-            num_kv_heads, dtype=torch.float32, device=vllm_config.device_config.device
+            self.num_kv_heads, dtype=torch.float32, device=vllm_config.device_config.device
         )
         # Ranks take KV heads in order; where there are more ranks than heads, vLLM copies heads.
         total = vllm_config.model_config.get_total_num_kv_heads()
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         first = get_tensor_model_parallel_rank() * total // tp_size
-        self.kv_heads = range(first, first + num_kv_heads)
+        self.kv_heads = range(first, first + self.num_kv_heads)
 
-    def check_layer(self) -> None:
-        """Refuse a layer that is not like all others of the model, or masks as it likes."""
-        name = attention_layer_name(self._vllm_config, self)
-        layer = self._vllm_config.compilation_config.static_forward_context[name]
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Refuse a layer, which now exists, that is not like all others or masks differently."""
+        super().process_weights_after_loading(act_dtype)
+        _, layer = attention_layer(self._vllm_config, self)
         model = self._vllm_config.model_config
-        check_layer_shape(
-            layer_class=type(layer).__name__,
-            num_kv_heads=layer.num_kv_heads,
-            head_dim=layer.head_size,
-            expected=(
-                model.get_num_kv_heads(self._vllm_config.parallel_config),
-                model.get_head_size(),
-            ),
-            dtypes="",
-        )
+        num_kv_heads = model.get_num_kv_heads(self._vllm_config.parallel_config)
+        check_layer_shape(layer, (num_kv_heads, model.get_head_size()))
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        **_: None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:  # vLLM profiles the model
+            return output.fill_(0)
+        n = attn_metadata.num_actual_tokens
+        self.attend(query[:n], key[:n], value[:n], output[:n], kv_cache, attn_metadata)
+        return output
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: Any,
+    ) -> None:
+        """Write the step's keys and values into the cache, then attend.
+
+        Args:
+            query: ``[tokens, query heads, head_dim]``.
+            key: ``[tokens, KV heads, head_dim]``.
+            value: as ``key``.
+            output: as ``query``; filled in place.
+            kv_cache: of the layer.
+            step: the backend's metadata of the step.
+        """

@@ -1,4 +1,4 @@
-"""Other gates for a running engine in gated mode, so that no answer mixes two versions.
+"""Change the gates of a running engine in gated mode, so that no answer mixes two versions.
 
 The gates of an engine have a version, which counts up from 0 (all gates 1). vLLM stamps it on
 every answer (``CompletionOutput.weight_versions``). They change while no request runs, and the
@@ -13,10 +13,10 @@ from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from rlkv_vllm.answers import Sampling
+from rlkv_vllm.engine.sampling import vllm_sampling
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class GatesUpdater:
     """Reads and sets the gates of one server's engine.
 
     Requests that run when gates are set finish with the earlier gates; those that arrive in the
-    meantime wait, and so does who wants others than those in use.
+    meantime wait, and so do requests for other gates than those in use.
 
     Args:
         engine_client: the engine.
@@ -182,7 +182,7 @@ class GatesUpdater:
             await self._engine.resume_generation()
 
     async def set(self, gates: Gates) -> int:
-        """As :meth:`using`, for nobody in particular; returns their version."""
+        """As :meth:`using`, but does not keep them; returns their version."""
         async with self.using(gates) as version:
             return version
 
@@ -201,40 +201,19 @@ def gates_version(completion: CompletionOutput) -> int:
     return int(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else 0
 
 
-class RolloutSampling(BaseModel):
-    """How the answers of a rollout are drawn; meaning and limits as in vLLM's SamplingParams."""
+def sampling_params(sampling: Sampling, index: int) -> SamplingParams:
+    """For the answer to a rollout's prompt of this index, with log-probabilities."""
+    from vllm.sampling_params import RequestOutputKind
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_tokens: Annotated[int, Field(ge=1)]
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    stop_token_ids: tuple[int, ...] = ()
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-
-    def params(self, index: int) -> SamplingParams:
-        """For the prompt of this index: equal prompts shall not be answered alike."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            stop_token_ids=list(self.stop_token_ids),
-            seed=self.seed + index,
-            ignore_eos=True,  # what ends an answer is in stop_token_ids
-            logprobs=0,  # of the sampled token
-            flat_logprobs=True,  # no objects per token
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+    return vllm_sampling(
+        sampling,
+        index,
+        ignore_eos=True,  # what ends an answer is in stop_token_ids
+        logprobs=0,  # of the sampled token
+        flat_logprobs=True,  # no objects per token
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def rolled_out(completion: CompletionOutput) -> dict[str, Any]:

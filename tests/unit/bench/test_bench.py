@@ -121,8 +121,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 # ---- record and report
 
 
-def settings(**changes: Any) -> dict[str, Any]:
-    described = {
+def described(**changes: Any) -> dict[str, Any]:
+    values = {
         "model": "random:4x2x64",
         "profile": "random",
         "sparsity": 0.5,
@@ -138,11 +138,17 @@ def settings(**changes: Any) -> dict[str, Any]:
         "threads": 1,
         "engine": {"dtype": "bfloat16", "enforce_eager": True},
     }
-    return {
-        "commands": ["rlkv bench random:4x2x64"],
-        "targets": {"model": described | changes},
-        "too_large": {"decode": ["batch 64, context 32768 (--memory 4.0GiB)"]},
-    }
+    return values | changes
+
+
+def record_at(path: Path, fresh: bool = False, key: str = "model", **changes: Any) -> Record:
+    return Record(
+        path,
+        {key: described(**changes)},
+        too_large={"decode": ["batch 64, context 32768 (--memory 4.0GiB)"]},
+        command="rlkv bench random:4x2x64",
+        fresh=fresh,
+    )
 
 
 def result(case: str, point: dict[str, Any], **samples: list[dict[str, float]]) -> dict[str, Any]:
@@ -181,34 +187,49 @@ RESULTS = [
 
 def test_a_record_goes_on_and_refuses_other_settings(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    record = Record(path, settings(), fresh=False)
+    record = record_at(path)
     record.set_device("model", DEVICE)
     for each in RESULTS:
         record.add(dict(each))
-    again = Record(path, settings(), fresh=False)
+    again = record_at(path)
     assert again.device("model") == DEVICE
     assert again.find("decode", "model", DECODE | {"context": 8192}) is not None
     assert again.find("decode", "model", DECODE | {"context": 4096}) is None
     assert again.find("decode", "other", DECODE | {"context": 8192}) is None
     again.add(dict(RESULTS[1]))
     assert len(again.results) == len(RESULTS)  # replaced, not repeated
+    assert again.content["commands"] == ["rlkv bench random:4x2x64"]
     with pytest.raises(RlkvError) as caught:
-        Record(path, settings(sparsity=0.8), fresh=False)
+        record_at(path, sparsity=0.8)
     assert_one_line(caught.value, "model.sparsity 0.5 there, 0.8 here", "--fresh")
-    assert not Record(path, settings(sparsity=0.8), fresh=True).results
+    assert not record_at(path, fresh=True, sparsity=0.8).results
     # Another model goes into the same report.
-    both = settings() | {"targets": {"reasoner": settings()["targets"]["model"]}}
-    assert set(Record(path, both, fresh=False).content["settings"]["targets"]) == {
-        "model",
-        "reasoner",
-    }
-    path.write_text("{}")
-    with pytest.raises(RlkvError, match="no result of `rlkv bench`"):
-        Record(path, settings(), fresh=False)
+    assert set(record_at(path, key="reasoner").content["targets"]) == {"model", "reasoner"}
+
+
+@pytest.mark.parametrize("key", ["cpu", "versions"])
+def test_a_record_of_another_machine_is_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    record_at(path).add(dict(RESULTS[0]))
+    stored = json.loads(path.read_text())
+    stored["settings"][key] = {"torch": "1"} if key == "versions" else "another"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RlkvError) as caught:
+        record_at(path)
+    assert_one_line(caught.value, f"--output {path}", key)
+
+
+@pytest.mark.parametrize("content", [{}, {"format": "rlkv bench 1", "settings": {}}])
+def test_other_files_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(RlkvError) as caught:
+        record_at(path)
+    assert_one_line(caught.value, "is no file of `rlkv bench 2`", "--fresh")
 
 
 def test_report(tmp_path: Path) -> None:
-    record = Record(tmp_path / "run.json", settings(), fresh=False)
+    record = record_at(tmp_path / "run.json")
     record.set_device("model", DEVICE)
     for each in RESULTS:
         record.add(dict(each))
@@ -222,7 +243,7 @@ def test_report(tmp_path: Path) -> None:
     # Attention alone: 200 ms against 110 ms.
     assert "| 8 | 8,192 | 200.0 | 110.0 | **1.82** | 2.00 | 91% |" in text
     assert "batch 64, context 32768 (--memory 4.0GiB)" in text
-    drawing = figure(record.content)
-    assert drawing is not None
-    drawing.savefig(tmp_path / "run.png")
-    assert figure(Record(tmp_path / "none.json", settings(), fresh=False).content) is None
+    plot = figure(record.content)
+    assert plot is not None
+    plot.savefig(tmp_path / "run.png")
+    assert figure(record_at(tmp_path / "none.json").content) is None

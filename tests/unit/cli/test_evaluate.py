@@ -12,11 +12,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.cli import app
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation import served
 from rlkv_vllm.evaluation.measurement import Measurement
-from rlkv_vllm.evaluation.served import Sampling
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.profile.io import load_profile, save_profile
 from rlkv_vllm.profile.lookup import packaged_profiles
@@ -119,7 +119,7 @@ def test_all_rows_on_the_same_problems_baselines_once(engine: FakeEngine) -> Non
 def test_sampling_reaches_the_engine_and_the_title(engine: FakeEngine) -> None:
     sampling = ("--temperature", ".6", "--top-p", ".95", "--top-k", "20", "--seed", "7")
     output = ok(*TWO, *sampling, "--max-tokens", "99")
-    assert engine.sampling == Sampling(99, 0.6, 0.95, 20, 7)
+    assert engine.sampling == Sampling(max_tokens=99, temperature=0.6, top_p=0.95, top_k=20, seed=7)
     assert "temperature 0.6, top-p 0.95, top-k 20" in output
 
 

@@ -1,11 +1,8 @@
-"""Comparison of scorers: pooled tests, the table, and the benchmark that fills it."""
+"""Comparison of scorers: pooled tests and the table."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 from scipy.stats import binomtest
@@ -21,12 +18,7 @@ from rlkv_vllm.evaluation.compare import (
 )
 from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import FULL, STREAMING
-from rlkv_vllm.models import load_model_fingerprint
-from rlkv_vllm.profile.io import save_profile
-from rlkv_vllm.testbed.tokenizer import build_tokenizer
-from tests.support.checkpoints import NUM_KV_HEADS, NUM_LAYERS, make_checkpoint
-from tests.support.profiles import assert_one_line, make_profile, random_gates
-from tests.support.scripts import load_benchmark
+from tests.support.profiles import assert_one_line
 
 
 def outcome(
@@ -131,104 +123,3 @@ def test_unknown_reference() -> None:
     with pytest.raises(RlkvError) as error:
         compare(table(), "rlkv")
     assert_one_line(error.value, "--against rlkv", "a, b")
-
-
-# --- the benchmark -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    return load_benchmark("compare_scorers")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: Any) -> list[Path]:
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = build_tokenizer(512)
-    folders = []
-    for seed in (0, 1):
-        path = make_checkpoint("qwen3", tmp_path_factory.mktemp(f"base{seed}"), seed=seed)
-        model = AutoModelForCausalLM.from_pretrained(path)
-        model.resize_token_embeddings(len(tokenizer))
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        folders.append(path)
-    return folders
-
-
-def write_profiles(model: Path, folder: Path) -> list[str]:
-    fingerprint = load_model_fingerprint(str(model))
-    names = []
-    for i, label in enumerate(("x", "x", "y")):
-        path = folder / f"{label}{i}.json"
-        gates = random_gates(NUM_LAYERS, NUM_KV_HEADS, seed=i)
-        save_profile(
-            make_profile(model=fingerprint, gates=gates, sink=2, window=5, evaluation=[]), path
-        )
-        names.append(f"{label}={path}")
-    return names
-
-
-def test_the_benchmark_measures_continues_and_merges(
-    script: Any, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    outputs = []
-    for i, model in enumerate(models):
-        output = tmp_path / f"base{i}.json"
-        command = [
-            str(model), *write_profiles(model, tmp_path), "--sparsity", ".5", "--n", "3",
-            "--task", "hops", "--max-new-tokens", "4", "--against", "x", "--output", str(output),
-        ]  # fmt: skip
-        script.main(script.parse_args(command))
-        outputs.append(output)
-    first = json.loads(outputs[0].read_text())
-    assert [(run["label"], run["run"]) for run in first["runs"]] == [
-        (FULL, 0), ("x", 0), ("x", 1), ("y", 0), (STREAMING, 0),
-    ]  # fmt: skip
-    assert all(len(run["correct"]) == 3 for run in first["runs"])
-    assert len(json.loads(outputs[0].with_suffix(".cache.json").read_text())) == 5
-    assert first["rank_agreement"]["y"] is None
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr("rlkv_vllm.hf.answers.solve", fail)
-    outputs[1].unlink()
-    script.main(script.parse_args(command))
-    capsys.readouterr()
-    both = tmp_path / "both.json"
-    script.main(
-        script.parse_args(["--merge", *map(str, outputs), "--against", "x", "--output", str(both)])
-    )
-    merged = json.loads(both.read_text())
-    assert [len(row["runs"]) for row in merged["table"]] == [2, 4, 2, 2]
-    assert capsys.readouterr().out == both.with_suffix(".md").read_text()
-    with pytest.raises(RlkvError) as error:
-        script.main(
-            script.parse_args(["--merge", str(outputs[0]), str(outputs[0]), "--output", str(both)])
-        )
-    assert_one_line(error.value, "same base model")
-
-
-@pytest.mark.parametrize(
-    ("args", "parts"),
-    [
-        (["x"], ["x: give LABEL=PROFILE"]),
-        ([f"{FULL}=p.json"], [FULL, "baseline"]),
-        (["x=missing.json"], ["missing.json"]),
-    ],
-)
-def test_bad_profiles(script: Any, tmp_path: Path, args: list[str], parts: list[str]) -> None:
-    with pytest.raises(RlkvError) as error:
-        script.main(script.parse_args(["embedded", *args, "--output", str(tmp_path / "o.json")]))
-    assert_one_line(error.value, *parts)
-
-
-def test_problems_that_gates_were_made_from_are_refused(script: Any, tmp_path: Path) -> None:
-    path = tmp_path / "p.json"
-    save_profile(make_profile(), path)  # seed 1
-    command = ["embedded", f"x={path}", "--seed", "1", "--output", str(tmp_path / "o.json")]
-    with pytest.raises(RlkvError) as error:
-        script.main(script.parse_args(command))
-    assert_one_line(error.value, "--seed 1", "x")

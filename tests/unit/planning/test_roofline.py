@@ -1,6 +1,6 @@
 import pytest
 
-from rlkv_vllm.allocation import allocate
+from rlkv_vllm.allocation import CacheGeometry, forecast_split
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.planning.roofline import Device, HeadCache, ModelSize, Roofline
 
@@ -68,5 +68,6 @@ def test_sizes_of_a_config() -> None:
 
 def test_the_rank_that_reads_most_is_taken() -> None:
     gates = [[0.9, 0.1], [0.8, 0.7]]
-    cache = HeadCache.of(allocate(gates, 0.25, 2), MODEL, sink=4, window=16)
+    geometry = CacheGeometry(2, 2, 16, 2, block_size=16, sink=4, window=16)
+    cache = HeadCache.of(forecast_split(gates, 0.25, geometry, tp_size=2), MODEL)
     assert (cache.num_full, cache.num_streaming, cache.ring) == (2, 0, 20)

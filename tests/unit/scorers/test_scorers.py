@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.cli.score import score
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import fresh_problems
@@ -245,6 +246,10 @@ def test_to_gates_keeps_the_order() -> None:
 # --- masked decoding -------------------------------------------------------------------
 
 
+def greedy(max_tokens: int) -> Sampling:
+    return Sampling(max_tokens=max_tokens, temperature=0)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_masked_decoding_equals_the_oracle(
     checkpoint: Path, model: Any, tokenizer: Any, batch_size: int
@@ -257,7 +262,7 @@ def test_masked_decoding_equals_the_oracle(
         task,
         task.problems(5, 0),
         split=HeadSplit(FULL_HEADS, SINK, WINDOW),
-        max_new_tokens=12,
+        sampling=greedy(12),
         batch_size=batch_size,
         report=reports.append,
     )
@@ -267,10 +272,10 @@ def test_masked_decoding_equals_the_oracle(
             problem.messages, add_generation_prompt=True, return_dict=False
         )
         assert answer.prompt_ids == prompt
-        ids = [*prompt, *answer.output_ids[:-1]]
+        ids = [*prompt, *answer.token_ids[:-1]]
         expected = oracle.logprobs(checkpoint, ids, FULL_HEADS, SINK, WINDOW)
-        assert expected[len(prompt) - 1 :].argmax(-1).tolist() == answer.output_ids
-        assert answer.text == tokenizer.decode(answer.output_ids, skip_special_tokens=True)
+        assert expected[len(prompt) - 1 :].argmax(-1).tolist() == answer.token_ids
+        assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -283,11 +288,11 @@ def test_a_split_for_every_problem_equals_one_split_at_a_time(
     none, everything = [[] for _ in FULL_HEADS], [list(range(4)) for _ in FULL_HEADS]
     splits = [HeadSplit(full, SINK, WINDOW) for full in (FULL_HEADS, none, everything) * 2][:5]
     # Some rows end early, so that the others go on in a smaller batch.
-    free = solve(model, tokenizer, task, problems, split=splits, max_new_tokens=12)
-    model.generation_config.eos_token_id = [free.answers[1].output_ids[3]]
-    settings: dict[str, Any] = {"max_new_tokens": 12, "batch_size": batch_size}
+    free = solve(model, tokenizer, task, problems, split=splits, sampling=greedy(12))
+    model.generation_config.eos_token_id = [free.answers[1].token_ids[3]]
+    settings: dict[str, Any] = {"sampling": greedy(12), "batch_size": batch_size}
     together = solve(model, tokenizer, task, problems, split=splits, **settings)
-    assert len({len(answer.output_ids) for answer in together.answers}) > 1
+    assert len({len(answer.token_ids) for answer in together.answers}) > 1
     for i, split in enumerate(splits):
         alone = solve(model, tokenizer, task, problems, split=split, **settings)
         assert together.answers[i] == alone.answers[i]
@@ -296,25 +301,25 @@ def test_a_split_for_every_problem_equals_one_split_at_a_time(
 def test_decoding_stops_at_the_end_token_or_the_cap(model: Any, tokenizer: Any) -> None:
     task = WordTask()
     problems = task.problems(4, 0)
-    free = solve(model, tokenizer, task, problems, max_new_tokens=11)
-    assert [len(a.output_ids) for a in free.answers] == [11] * 4
+    free = solve(model, tokenizer, task, problems, sampling=greedy(11))
+    assert [len(a.token_ids) for a in free.answers] == [11] * 4
     assert free.capped_share == 1
-    end = free.answers[2].output_ids[4]
+    end = free.answers[2].token_ids[4]
     model.generation_config.eos_token_id = [end]
-    stopped = solve(model, tokenizer, task, problems, max_new_tokens=11)
+    stopped = solve(model, tokenizer, task, problems, sampling=greedy(11))
     for before, after in zip(free.answers, stopped.answers, strict=True):
-        ids = before.output_ids
+        ids = before.token_ids
         expected = ids[: ids.index(end) + 1] if end in ids else ids
-        assert after.output_ids == expected
+        assert after.token_ids == expected
         assert after.hit_cap == (end not in ids)
-    assert len(stopped.answers[2].output_ids) <= 5
-    lengths = [len(a.output_ids) for a in stopped.answers]
+    assert len(stopped.answers[2].token_ids) <= 5
+    lengths = [len(a.token_ids) for a in stopped.answers]
     assert stopped.mean_output_tokens == sum(lengths) / 4
 
 
 def test_results_count_what_the_task_accepts(model: Any, tokenizer: Any) -> None:
     task = WordTask(accept=(True, False, False, True, True))
-    result: TaskResult = solve(model, tokenizer, task, task.problems(5, 0), max_new_tokens=2)
+    result: TaskResult = solve(model, tokenizer, task, task.problems(5, 0), sampling=greedy(2))
     assert result.correct == [True, False, False, True, True]
     assert result.accuracy == 0.6
 

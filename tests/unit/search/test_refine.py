@@ -1,5 +1,6 @@
 """Refinement on answers that are known exactly."""
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.search.refine import REFINE_FILE, refine_gates
-from rlkv_vllm.search.search import Head, Judge, Streaming
-from rlkv_vllm.training.config import RefineConfig
+from rlkv_vllm.search.answers import Evaluate, Head, Streaming
+from rlkv_vllm.search.config import SearchConfig
+from rlkv_vllm.search.refine import refine_gates
+from rlkv_vllm.training.run_folder import REFINE_FILE
 from tests.support.profiles import assert_one_line
 
 LAYERS, KV_HEADS = 5, 4
@@ -23,7 +25,7 @@ LAYERS, KV_HEADS = 5, 4
 NEEDED = {(0, 1), (1, 2), (3, 3), (4, 0), (2, 2), (2, 3), (0, 0), (1, 1)}
 #: The problems that each of them loses when it streams.
 LOST = {head: {*random.Random(str(head)).sample(range(400), 60)} for head in NEEDED}
-CONFIG = RefineConfig(enabled=True, sparsities=[0.6], problems=100, reach=20, candidates=8)
+CONFIG = SearchConfig(sparsities=[0.6], problems=100, margin=20, candidates=8)
 Gates = list[list[float]]
 
 
@@ -52,13 +54,13 @@ def some_gates(seed: int) -> Gates:
 def refined(
     folder: Path,
     gates: Gates,
-    judge: Judge = planted,
-    config: RefineConfig = CONFIG,
+    evaluate: Evaluate = planted,
+    config: SearchConfig = CONFIG,
     num_problems: int = 400,
     seed: int = 0,
 ) -> Gates:
     path = folder / REFINE_FILE
-    return refine_gates(gates, judge, num_problems, config, path, seed=seed, chunk=64)
+    return refine_gates(gates, evaluate, num_problems, config, path, seed=seed, chunk=64)[0]
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def test_the_needed_heads_are_found(tmp_path: Path, seed: int) -> None:
     assert not streaming_heads(found, 0.6) & NEEDED
     old, new = streaming_heads(start, 0.6), streaming_heads(found, 0.6)
     assert old & NEEDED
-    # The values are the given ones, dealt out anew.
+    # The values are the given ones, reassigned.
     assert sorted(chain(*found)) == pytest.approx(sorted(chain(*start)), abs=1e-4)
     (row,) = result(tmp_path)["rows"]
     assert {tuple(head) for head in row["become_full"]} == old - new
@@ -99,7 +101,7 @@ def test_other_sparsities_keep_the_order_of_the_gates(tmp_path: Path) -> None:
     assert lowest != streaming_heads(start, 0.5)
 
 
-def test_heads_beyond_the_reach_stay_where_they_are(tmp_path: Path) -> None:
+def test_heads_beyond_the_margin_stay_where_they_are(tmp_path: Path) -> None:
     heads = [(layer, head) for layer in range(LAYERS) for head in range(KV_HEADS)]
     needed, free = sorted(NEEDED), [head for head in heads if head not in NEEDED]
     # Places 10 to 13 are in question.
@@ -107,7 +109,7 @@ def test_heads_beyond_the_reach_stay_where_they_are(tmp_path: Path) -> None:
     start = [
         [ranking.index((layer, head)) / 20 for head in range(KV_HEADS)] for layer in range(LAYERS)
     ]
-    found = refined(tmp_path, start, config=CONFIG.model_copy(update={"reach": 2}))
+    found = refined(tmp_path, start, config=CONFIG.model_copy(update={"margin": 2}))
     for places in (10, 14):
         assert streaming_heads(found, places / 20) == {*ranking[:places]}
     assert streaming_heads(found, 0.6) == {*ranking[:10], free[9], free[10]}
@@ -156,7 +158,7 @@ def test_noise_is_not_followed(tmp_path: Path) -> None:
         return [rng.random() < 0.5 for _ in problems]
 
     def taken(level: float) -> int:
-        changes = {"problems": 16, "reach": 3, "candidates": 4, "level": level}
+        changes = {"problems": 16, "margin": 3, "candidates": 4, "level": level}
         count = 0
         for seed in range(50):
             folder = tmp_path / f"{level}-{seed}"
@@ -171,10 +173,10 @@ def test_noise_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_killed_refinement_gives_the_same(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir()
     killed.mkdir()
-    expected = refined(whole, some_gates(0))
+    expected = refined(straight, some_gates(0))
     for dies_after in (1, 9, 20):
         calls = 0
 
@@ -193,7 +195,7 @@ def test_a_killed_refinement_gives_the_same(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             refined(killed, some_gates(0), dies)
     assert refined(killed, some_gates(0)) == expected
-    assert (killed / REFINE_FILE).read_bytes() == (whole / REFINE_FILE).read_bytes()
+    assert (killed / REFINE_FILE).read_bytes() == (straight / REFINE_FILE).read_bytes()
 
     def never(problems: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
         raise AssertionError
@@ -203,18 +205,55 @@ def test_a_killed_refinement_gives_the_same(tmp_path: Path) -> None:
 
 def test_another_refinement_is_not_continued(tmp_path: Path) -> None:
     refined(tmp_path, some_gates(0))
-    others: list[dict[str, Any]] = [
-        {"gates": some_gates(1)},
-        {"gates": some_gates(0), "seed": 1},
-        {"gates": some_gates(0), "config": CONFIG.model_copy(update={"reach": 3})},
-        {"gates": some_gates(0), "num_problems": 399},
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"gates": some_gates(1)}, "start"),
+        ({"gates": some_gates(0), "seed": 1}, "seed 0 there, 1 here"),
+        (
+            {"gates": some_gates(0), "config": CONFIG.model_copy(update={"margin": 3})},
+            "search.margin 20 there, 3 here",
+        ),
+        ({"gates": some_gates(0), "num_problems": 399}, "problems 400 there, 399 here"),
     ]
-    for other in others:
-        with pytest.raises(RlkvError, match="another start: delete it") as caught:
+    for other, words in others:
+        with pytest.raises(RlkvError, match="has other settings") as caught:
             refined(tmp_path, **other)
-        assert_one_line(caught.value)
-    batched = CONFIG.model_copy(update={"batch_size": 3})
-    assert refined(tmp_path, some_gates(0), config=batched) == refined(tmp_path, some_gates(0))
+        assert_one_line(caught.value, words, "choose another --output")
+    path = tmp_path / REFINE_FILE
+    path.write_text('{"made_with": {}, "solved": {}}')  # of a refinement by `rlkv train`
+    with pytest.raises(RlkvError, match="is no file of `rlkv refine 1`") as caught:
+        refined(tmp_path, some_gates(0))
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("seed", "changes", "answers", "asked_hash", "gates_hash"),
+    [
+        (0, {}, 2318, "11823fc1008204db", "2109ab49d0ba50f4"),
+        (1, {"sparsities": [0.4, 0.6]}, 2770, "d500e1708a8135a6", "8c2423eb161292e9"),
+        (2, {"sparsities": [0.5], "margin": 3}, 1198, "b31bb1d13cf77d9a", "679f50e4329f658f"),
+    ],
+)
+def test_the_same_answers_are_asked_for_in_the_same_order(
+    tmp_path: Path,
+    seed: int,
+    changes: dict[str, Any],
+    answers: int,
+    asked_hash: str,
+    gates_hash: str,
+) -> None:
+    """As by the search of `rlkv train` before `rlkv refine`: its published results hold."""
+    asked: list[Any] = []
+
+    def record(problems: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
+        pairs = zip(problems, streaming, strict=True)
+        asked.append([seed, [[problem, [*map(list, one)]] for problem, one in pairs]])
+        return planted(problems, streaming, seed)
+
+    config = CONFIG.model_copy(update=changes)
+    found = refined(tmp_path, some_gates(seed), record, config, seed=seed)
+    assert sum(len(pairs) for _, pairs in asked) == answers
+    hashes = [hashlib.sha256(json.dumps(it).encode()).hexdigest()[:16] for it in (asked, found)]
+    assert hashes == [asked_hash, gates_hash]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from itertools import chain as flat
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -13,36 +12,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.search.answers import Answers, Head, Streaming, full_heads
+from rlkv_vllm.search.config import SearchConfig
 from rlkv_vllm.search.search import (
-    Answers,
     Found,
-    Head,
-    Streaming,
-    chain_of,
-    full_heads,
+    heads_in_question,
     most_answers,
-    num_in_question,
+    nested_of,
     search,
 )
-from rlkv_vllm.training.config import RefineConfig
-from tests.support.profiles import assert_one_line
+from rlkv_vllm.store import Store
 
 HEADS = [(layer, head) for layer in range(5) for head in range(4)]
 NEEDED = {(0, 0), (0, 3), (1, 1), (2, 0), (3, 1), (4, 2)}
 #: Two heads each that do the same work: one of them has to stay full.
-TWINS = [{(1, 2), (2, 3)}, {(3, 0), (4, 3)}]
+REDUNDANT = [{(1, 2), (2, 3)}, {(3, 0), (4, 3)}]
 #: A problem is solved if this is below the share that an allocation solves.
 DIFFICULTY = [random.Random(problem).random() for problem in range(512)]
 Share = Callable[[set[Head]], float]
 
 
 def planted(streaming: set[Head]) -> float:
-    """All or little: only all twins apart make a difference."""
-    return 0.2 if streaming & NEEDED or any(streaming >= twins for twins in TWINS) else 0.95
+    """All or little: only all these pairs apart make a difference."""
+    return 0.2 if streaming & NEEDED or any(streaming >= pair for pair in REDUNDANT) else 0.95
 
 
-class Judge:
+class Model:
     """Answers by a share, and may be killed."""
 
     def __init__(self, share: Share = planted, dies_after: int = 10**9) -> None:
@@ -62,23 +57,23 @@ class Judge:
 
 
 def found_by(
-    judge: Judge,
+    model: Model,
     folder: Path,
     ranking: Sequence[Head] = HEADS,
-    lines: Sequence[int] = (8, 10),
+    counts: Sequence[int] = (8, 10),
     *,
-    reach: int = 20,
+    margin: int = 20,
     candidates: int = 16,
     problems: int = 256,
 ) -> Found:
     return search(
-        Answers(judge, folder / "answers.json", 64, {}),
+        Answers(model, Store(folder / "answers.json", "test", {}), 64),
         ranking,
-        lines,
-        reach=reach,
+        counts,
+        margin=margin,
         candidates=candidates,
         problems=problems,
-        known=[chain_of(ranking, lines)],
+        known=[nested_of(ranking, counts)],
     )
 
 
@@ -89,13 +84,13 @@ def exchanged(streaming: Iterable[Head], heads: Sequence[Head]) -> list[set[Head
 
 
 def test_heads_are_found_that_no_single_exchange_leads_to(tmp_path: Path) -> None:
-    both = sorted(flat(*TWINS))
+    both = sorted(chain(*REDUNDANT))
     rest = [head for head in HEADS if head not in NEEDED and head not in both]
     ranking = [*both, *rest, *sorted(NEEDED)]
-    for line in (8, 10):
-        near = exchanged(ranking[:line], HEADS)
-        assert {planted(one) for one in near} == {planted({*ranking[:line]})} == {0.2}
-    found = found_by(Judge(), tmp_path, ranking)
+    for count in (8, 10):
+        near = exchanged(ranking[:count], HEADS)
+        assert {planted(one) for one in near} == {planted({*ranking[:count]})} == {0.2}
+    found = found_by(Model(), tmp_path, ranking)
     assert [planted({*one}) for one in found.best] == [0.95, 0.95]
     assert {*found.needed} == NEEDED
     assert [*found.finalists.values()] == sorted(found.finalists.values(), reverse=True)
@@ -107,14 +102,14 @@ def test_a_needed_head_streams_where_too_few_others_may(tmp_path: Path) -> None:
     def share(streaming: set[Head]) -> float:
         return 0.95 - sum(cost.get(head, 0) for head in streaming)
 
-    found = found_by(Judge(share), tmp_path, lines=[15])
+    found = found_by(Model(share), tmp_path, counts=[15])
     (best,) = found.best
     assert {*best} & NEEDED == {min(NEEDED)}
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_no_chain_is_better(tmp_path: Path, seed: int) -> None:
-    """Costs of heads and of pairs drawn at random, all chains tried."""
+def test_no_nested_allocations_are_better(tmp_path: Path, seed: int) -> None:
+    """Random costs of heads and of pairs, all nested allocations tried."""
     heads = HEADS[:9]
     rng = random.Random(seed)
     alone = {head: rng.choice([0, 0, 0.01, 0.03, 0.3]) for head in heads}
@@ -134,7 +129,7 @@ def test_no_chain_is_better(tmp_path: Path, seed: int) -> None:
     best = max(
         worth([less, more]) for more in combinations(heads, 5) for less in combinations(more, 3)
     )
-    found = found_by(Judge(share), tmp_path, heads, [3, 5])
+    found = found_by(Model(share), tmp_path, heads, [3, 5])
     assert worth(found.best) == found.finalists[found.best]
     assert worth(found.best) >= best - 0.02
 
@@ -142,44 +137,44 @@ def test_no_chain_is_better(tmp_path: Path, seed: int) -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     ranking=st.permutations(HEADS),
-    lines=st.sets(st.integers(1, 19), min_size=1, max_size=3).map(sorted),
-    reach=st.integers(1, 6),
+    counts=st.sets(st.integers(1, 19), min_size=1, max_size=3).map(sorted),
+    margin=st.integers(1, 6),
     candidates=st.integers(1, 8),
     problems=st.integers(1, 40),
     seed=st.integers(0, 99),
 )
-def test_chains_are_nested_within_reach_and_within_cost(
-    ranking: list[Head], lines: list[int], reach: int, candidates: int, problems: int, seed: int
+def test_allocations_are_nested_within_margin_and_within_budget(
+    ranking: list[Head], counts: list[int], margin: int, candidates: int, problems: int, seed: int
 ) -> None:
     cost = {head: random.Random(f"{seed} {head}").random() / 8 for head in HEADS}
-    judge = Judge(lambda streaming: 1 - sum(cost[head] for head in streaming))
+    model = Model(lambda streaming: 1 - sum(cost[head] for head in streaming))
     with TemporaryDirectory() as folder:
         found = found_by(
-            judge,
+            model,
             Path(folder),
             ranking,
-            lines,
-            reach=reach,
+            counts,
+            margin=margin,
             candidates=candidates,
             problems=problems,
         )
-    assert chain_of(ranking, lines) in found.finalists
-    for chain in found.finalists:
-        assert [len(one) for one in chain] == lines
-        assert all({*less} < {*more} for less, more in pairwise(chain))
-        for line, one in zip(lines, chain, strict=True):
-            moved = {*one} ^ {*ranking[:line]}
+    assert nested_of(ranking, counts) in found.finalists
+    for nested in found.finalists:
+        assert [len(one) for one in nested] == counts
+        assert all({*less} < {*more} for less, more in pairwise(nested))
+        for count, one in zip(counts, nested, strict=True):
+            moved = {*one} ^ {*ranking[:count]}
             assert all(
-                any(near - reach <= ranking.index(head) < near + reach for near in lines)
+                any(near - margin <= ranking.index(head) < near + margin for near in counts)
                 for head in moved
             )
-    assert len(judge.asked) == len({*judge.asked}), "no answer is asked for twice"
-    asked = num_in_question(len(HEADS), lines, reach)
-    assert len(judge.asked) <= most_answers(asked, len(lines), candidates, problems)
+    assert len(model.asked) == len({*model.asked}), "no answer is asked for twice"
+    asked = len(heads_in_question(HEADS, counts, margin))
+    assert len(model.asked) <= most_answers(asked, len(counts), candidates, problems)
 
 
 @pytest.mark.parametrize(
-    ("heads", "lines", "reach", "asked", "most"),
+    ("heads", "counts", "margin", "asked", "most"),
     [
         (20, [8, 10], 10, 20, 27_968),
         (288, [144], 10, 20, 15_840),
@@ -188,80 +183,76 @@ def test_chains_are_nested_within_reach_and_within_cost(
     ],
 )
 def test_cost_is_as_documented(
-    heads: int, lines: list[int], reach: int, asked: int, most: int
+    heads: int, counts: list[int], margin: int, asked: int, most: int
 ) -> None:
     """The table of docs/training.md: search and test, with the other defaults."""
-    config = RefineConfig()
-    tested = 2 * len(lines) * config.problems
-    assert num_in_question(heads, lines, reach) == asked
-    assert most_answers(asked, len(lines), config.candidates, config.problems) + tested == most
+    config = SearchConfig()
+    tested = 2 * len(counts) * config.problems
+    ranking = [(0, head) for head in range(heads)]
+    assert len(heads_in_question(ranking, counts, margin)) == asked
+    assert most_answers(asked, len(counts), config.candidates, config.problems) + tested == most
 
 
 def test_what_always_streams_is_under_everything(tmp_path: Path) -> None:
-    judge = Judge()
-    found_by(judge, tmp_path, lines=[10], reach=3)
-    assert all({*HEADS[:7]} <= {*one} for _, one in judge.asked)
-    assert not any({*HEADS[13:]} & {*one} for _, one in judge.asked)
+    model = Model()
+    found_by(model, tmp_path, counts=[10], margin=3)
+    assert all({*HEADS[:7]} <= {*one} for _, one in model.asked)
+    assert not any({*HEADS[13:]} & {*one} for _, one in model.asked)
 
 
 def test_of_equal_ones_the_known_one_is_the_best(tmp_path: Path) -> None:
     ranking = random.Random(1).sample(HEADS, len(HEADS))
-    found = found_by(Judge(lambda streaming: 0.5), tmp_path, ranking)
-    assert found.best == chain_of(ranking, (8, 10))
+    found = found_by(Model(lambda streaming: 0.5), tmp_path, ranking)
+    assert found.best == nested_of(ranking, (8, 10))
     assert not found.needed
 
 
 def test_a_killed_search_goes_on(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("whole", "killed")]
+    folders = [tmp_path / name for name in ("straight", "killed")]
     for folder in folders:
         folder.mkdir()
-    judge = Judge()
-    expected = found_by(judge, folders[0])
+    model = Model()
+    expected = found_by(model, folders[0])
     for dies_after in (0, 300, 1000, 2000):
         with pytest.raises(KeyboardInterrupt):
-            found_by(Judge(dies_after=dies_after), folders[1])
-    again = Judge()
+            found_by(Model(dies_after=dies_after), folders[1])
+    again = Model()
     assert found_by(again, folders[1]) == expected
-    assert 0 < len(again.asked) < len(judge.asked) - 2000
-    whole, killed = ((folder / "answers.json").read_bytes() for folder in folders)
-    assert whole == killed
+    assert 0 < len(again.asked) < len(model.asked) - 2000
+    straight, killed = ((folder / "answers.json").read_bytes() for folder in folders)
+    assert straight == killed
 
 
 def test_a_killed_search_asks_with_the_same_seeds(tmp_path: Path) -> None:
     """Sampled answers depend on the seed of their chunk."""
     seeds: list[int] = []
 
-    def judge(problems: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
+    def solve(problems: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
         seeds.append(seed)
         return [True] * len(problems)
 
-    wanted = [chain_of(HEADS, [line])[0] for line in range(1, 9)]
-    Answers(judge, tmp_path / "whole.json", 10, {}, seed=7).ask(wanted, 5)
-    whole, seeds[:] = list(seeds), []
-    assert len({*whole}) == len(whole) == 4
+    def store(name: str) -> Store:
+        return Store(tmp_path / name, "test", {})
+
+    wanted = [nested_of(HEADS, [count])[0] for count in range(1, 9)]
+    Answers(solve, store("straight.json"), 10, seed=7).ask(wanted, 5)
+    straight, seeds[:] = list(seeds), []
+    assert len({*straight}) == len(straight) == 4
 
     def dies(problems: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
         if len(seeds) == 2:
             raise KeyboardInterrupt
-        return judge(problems, streaming, seed)
+        return solve(problems, streaming, seed)
 
     with pytest.raises(KeyboardInterrupt):
-        Answers(dies, tmp_path / "killed.json", 10, {}, seed=7).ask(wanted, 5)
-    Answers(judge, tmp_path / "killed.json", 10, {}, seed=7).ask(wanted, 5)
-    assert seeds == whole
-
-
-def test_answers_of_another_model_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "answers.json"
-    Answers(Judge(), path, 64, {"weights": "a"}).ask([()], 2)
-    with pytest.raises(RlkvError, match="another model") as caught:
-        Answers(Judge(), path, 64, {"weights": "b"})
-    assert_one_line(caught.value)
+        Answers(dies, store("killed.json"), 10, seed=7).ask(wanted, 5)
+    Answers(solve, store("killed.json"), 10, seed=7).ask(wanted, 5)
+    assert seeds == straight
 
 
 def test_a_process_that_does_not_write_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "answers.json"
-    answers = Answers(Judge(), path, 64, {}, writes=False)
+    answers = Answers(Model(), Store(path, "test", {}, is_writer=False), 64)
     assert answers.ask([()], 100) == {(): fmean(hard < 0.95 for hard in DIFFICULTY[:100])}
     assert not path.exists()
 

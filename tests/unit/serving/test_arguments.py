@@ -7,13 +7,13 @@ from rlkv_vllm.engine.launch import CPU_WORKER, SCHEDULER, WORKER_EXTENSION
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving import arguments as arguments_module
 from rlkv_vllm.serving.arguments import (
-    EMBEDDED_DEFAULTS,
     add_split,
     own_options,
     parse,
 )
 from tests.support.profiles import assert_one_line
 
+DEFAULTS = models.serving_defaults(models.MODEL_NAME)
 SPLIT = {"profile": "/p.json", "sparsity": 0.5, "sink": 4, "window": 16, "sha256": "0"}
 
 
@@ -33,8 +33,8 @@ def test_without_a_model_the_embedded_one_is_served() -> None:
     for arguments in ([], [models.MODEL_NAME], ["--model", models.MODEL_NAME]):
         args = parse(arguments)
         assert args.model == args.model_tag == str(models.model_dir())
-        assert args.is_embedded
-        assert {name: getattr(args, name) for name in EMBEDDED_DEFAULTS} == EMBEDDED_DEFAULTS
+        assert args.model_name == models.MODEL_NAME
+        assert {name: getattr(args, name) for name in DEFAULTS} == DEFAULTS
 
 
 def test_flags_win_over_the_embedded_defaults() -> None:
@@ -50,7 +50,7 @@ def test_flags_win_over_the_embedded_defaults() -> None:
 
 def test_another_model_gets_none_of_the_embedded_defaults() -> None:
     args = parse(["org/model"])
-    assert (args.model, args.is_embedded) == ("org/model", False)
+    assert (args.model, args.model_name) == ("org/model", "org/model")
     assert not args.profile
     assert not args.served_model_name
     assert not args.reasoning_parser
@@ -132,7 +132,7 @@ def test_places_that_are_taken_are_named() -> None:
 
 def test_gated_mode_has_no_profile_and_says_what_was_sampled_from() -> None:
     args = parse(["--mode", "gated"])
-    assert args.is_embedded
+    assert args.model_name == models.MODEL_NAME
     assert args.profile is None
     add_split(args, {"mode": "gated"})
     assert args.logprobs_mode == "processed_logprobs"

@@ -117,14 +117,14 @@ def test_sink_and_window_out_of_range(tmp_path: Path) -> None:
 def gated(**changes: Any) -> Namespace:
     given = {
         "profile": None, "sparsity": None, "sink": None, "window": None,
-        "is_embedded": False, "api_server_count": None,
+        "model_name": "m", "api_server_count": None,
     }  # fmt: skip
     return Namespace(**(given | changes))
 
 
 def test_gated_mode_has_the_published_span_and_the_embedded_model_its_own() -> None:
     assert preflight.gated_options(gated()) == {"mode": "gated", "sink": 128, "window": 256}
-    embedded = preflight.gated_options(gated(is_embedded=True, sink=0))
+    embedded = preflight.gated_options(gated(model_name="embedded", sink=0))
     assert (embedded["sink"], embedded["window"]) == (0, 16)
 
 

@@ -131,5 +131,5 @@ def test_reasons_are_one_line() -> None:
     assert reason(KeyError("no such\nparser")) == "no such parser"
     assert reason(RuntimeError()) == "RuntimeError"
     with pytest.raises(ValueError, match="SplitConfig") as caught:
-        SplitConfig.model_validate({"profile": "p", "window": 0})
-    assert reason(caught.value) == "window: Input should be greater than or equal to 1"
+        SplitConfig.model_validate({"profile": "p", "retention_interval": -1})
+    assert reason(caught.value) == "retention_interval: Input should be greater than or equal to 0"

@@ -1,8 +1,14 @@
 """Final answers, and what equals them."""
 
+import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -22,6 +28,7 @@ from rlkv_vllm.tasks.grading import (
     is_formula,
 )
 from rlkv_vllm.tasks.puzzles import END_THINK, THINK
+from tests.support.profiles import assert_one_line
 
 
 @pytest.mark.parametrize(
@@ -247,27 +254,117 @@ def test_threads_share_the_checker() -> None:
     assert all(solved)
 
 
+def gone(pid: int) -> bool:
+    return all(child.pid != pid for child in multiprocessing.active_children())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.usefixtures("_math_verify")
 def test_a_killed_checker_starts_again() -> None:
     checker = Checker()
     try:
         assert checker.score({**MATH, "said": r"\boxed{2/4}"}) == 1
-        assert checker._process is not None
-        os.kill(checker._process.pid, 9)
-        checker._process.wait()
+        pid = checker._worker_pid
+        os.kill(pid, 9)
+        wait_for(lambda: gone(pid))
         assert checker.score({**MATH, "said": r"\boxed{2/4}"}) == 1
+        assert checker._worker_pid != pid
     finally:
         checker.close()
 
 
-def test_a_checker_that_cannot_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_math_verify")
+def test_a_check_that_fills_the_memory_scores_nothing() -> None:
+    checker = Checker()
+    try:
+        assert checker.score({**MATH, "said": r"\boxed{10^{10^{11}}}"}) == 0
+        assert checker.score({**MATH, "said": r"\boxed{3/6}"}) == 1
+    finally:
+        checker.close()
+
+
+@pytest.mark.usefixtures("_math_verify")
+def test_a_forked_process_has_a_checker_of_its_own() -> None:
+    checker = Checker()
+
+    def check() -> None:
+        right = checker.score({**MATH, "said": r"\boxed{2/4}"})
+        checker.close()
+        os._exit(0 if right == 1 and checker._worker_pid == 0 else 1)
+
+    try:
+        assert checker.score({**MATH, "said": r"\boxed{2/4}"}) == 1
+        pid = checker._worker_pid
+        child = multiprocessing.get_context("fork").Process(target=check)
+        child.start()
+        child.join(120)
+        assert child.exitcode == 0
+        assert checker.score({**MATH, "said": r"\boxed{3/6}"}) == 1
+        assert checker._worker_pid == pid
+    finally:
+        checker.close()
+
+
+@pytest.mark.usefixtures("_math_verify")
+def test_an_interrupted_check_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(future: Future[object], timeout: float | None = None) -> object:
+        raise KeyboardInterrupt
+
+    checker = Checker()
+    try:
+        assert checker.score({**MATH, "said": r"\boxed{2/4}"}) == 1
+        pid = checker._worker_pid
+        with monkeypatch.context() as patch:
+            patch.setattr(Future, "result", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                checker.ask({**MATH, "said": r"\boxed{9^{9^{9^{9}}}}"})  # without a limit
+        wait_for(lambda: gone(pid))
+        assert checker.score({**MATH, "said": r"\boxed{3/6}"}) == 1
+    finally:
+        checker.close()
+
+
+def test_the_worker_ends_with_its_parent() -> None:
+    code = (
+        "import os; from rlkv_vllm.tasks.checker import CHECKER; "
+        "CHECKER._running(); print(CHECKER._worker_pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pid = int(found.stdout)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_the_environment_of_the_parent_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    checker = Checker()
+    try:
+        pool = checker._running()
+        assert pool.submit(os.getenv, "PYTHONHASHSEED").result() == "0"
+        assert pool.submit(os.getenv, "OMP_NUM_THREADS").result() == "1"
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+        assert "PYTHONHASHSEED" not in os.environ
+    finally:
+        checker.close()
+
+
+@pytest.mark.parametrize("script", ["#!/bin/sh\nexit 3\n", None])
+def test_a_checker_that_cannot_run_says_so(
+    script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource_tracker.ensure_running()  # started by the same executable
     checker = Checker()
     broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(broken))
-    with pytest.raises(RlkvError, match="ended with status 3"):
+    if script is not None:
+        broken.write_text(script)
+        broken.chmod(0o755)
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode(broken))
+    with pytest.raises(RlkvError) as error:
         checker.score({**MATH, "said": r"\boxed{2/4}"})
-    monkeypatch.setattr("sys.executable", str(tmp_path / "gone"))
-    with pytest.raises(RlkvError, match="gone: the process that checks answers cannot be started"):
-        checker.score({**MATH, "said": r"\boxed{2/4}"})
+    assert_one_line(error.value, "the process that checks answers cannot be started")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from rlkv_vllm import models
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.cli.testbed import app
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.answers import HeadSplit, solve
@@ -223,7 +224,8 @@ def solved(dtype: torch.dtype, split: HeadSplit | None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     task = get_task("embedded")
     problems = task.problems(10, seed=1)
-    return sum(solve(model, tokenizer, task, problems, split=split, max_new_tokens=176).correct)
+    sampling = Sampling(max_tokens=176, temperature=0)
+    return sum(solve(model, tokenizer, task, problems, split=split, sampling=sampling).correct)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

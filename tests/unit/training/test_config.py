@@ -6,7 +6,8 @@ import yaml
 pytest.importorskip("trl")
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.training.config import load_config, make_config, save_run
+from rlkv_vllm.options import save_options
+from rlkv_vllm.training.config import load_config, make_config
 from tests.support import ROOT
 
 SHIPPED = sorted((ROOT / "head_profiles" / "runs").glob("*.yaml"))
@@ -32,7 +33,7 @@ def test_there_are_shipped_configurations() -> None:
 
 def test_run_file_round_trips(tmp_path: Path) -> None:
     config = load_config(EMBEDDED, ["seed=3", "trainer.reg=0.5", "task.name=hops"])
-    save_run(config, tmp_path / "run.yaml")
+    save_options(config, tmp_path / "run.yaml")
     assert load_config(tmp_path / "run.yaml") == config
     assert (config.seed, config.trainer["reg"], config.task.name) == (3, 0.5, "hops")
     assert "Versions: rlkv-vllm" in (tmp_path / "run.yaml").read_text()
@@ -46,8 +47,8 @@ def test_run_file_round_trips(tmp_path: Path) -> None:
         ("trainer.colour=red", "trainer.colour is no option of RlkvConfig"),
         ("trainer.beta=0.1", "trainer.beta is set by the job"),
         ("evaluation.sparsities=[2]", "evaluation.sparsities.0"),
-        ("refine.start=a.json", "refine.start needs refine.enabled"),
-        ("refine.rounds=2", "refine.rounds: Extra inputs are not permitted"),
+        ("refine.enabled=true", "refinement is a command of its own"),
+        ("refine.rounds=2", "refine: Extra inputs are not permitted"),
         ("rollout.staleness=-1", "rollout.staleness"),
         ("rollout.staleness=2", "choose another rollout.engine"),
         ("trainer.eval_strategy=steps", "trainer.eval_strategy is set by the job"),
@@ -65,6 +66,15 @@ def test_bad_values_are_named(change: str, message: str) -> None:
 
 def test_numbers_may_be_written_with_an_exponent() -> None:
     assert load_config(EMBEDDED, ["trainer.reg=1e-3"]).trainer["reg"] == 1e-3
+
+
+def test_the_run_file_of_a_run_before_rlkv_refine_is_read(tmp_path: Path) -> None:
+    config = load_config(EMBEDDED)
+    content = config.model_dump(mode="json")
+    section = {"enabled": False, "start": None, "sparsities": [0.4], "reach": 10}
+    assert make_config({**content, "refine": section}, "run.yaml") == config
+    with pytest.raises(RlkvError, match=r"`rlkv refine OUTPUT/profile\.json`"):
+        make_config({**content, "refine": {**section, "enabled": True}}, "run.yaml")
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

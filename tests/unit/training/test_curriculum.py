@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.hf.answers import Answer, TaskResult
+from rlkv_vllm.hf.answers import TaskResult
 from rlkv_vllm.tasks import Problem
-from rlkv_vllm.training import curriculum as module
-from rlkv_vllm.training.curriculum import Curriculum, Share, make_curriculum
+from rlkv_vllm.training.curriculum import Curriculum, Processes, make_curriculum
+from rlkv_vllm.training.solver import Solver
 
 
 class Numbers:
@@ -39,12 +40,12 @@ class Model:
     def __call__(self, model: Any, tokenizer: Any, task: Any, problems: Any, **kw: Any) -> Any:
         if self._dies_at == len(self.seeds):
             raise KeyboardInterrupt
-        self.seeds.append(kw["seed"])
+        self.seeds.append(kw["sampling"].seed)
         numbers = [int(problem.answer) for problem in problems]
         self.asked += numbers
         return TaskResult(
             [
-                Answer([1] * 5, [2] * 10, "", i % 2 == 0 and not self._odd_only, False)
+                Answer([2] * 10, [1] * 5, is_correct=i % 2 == 0 and not self._odd_only)
                 for i in numbers
             ]
         )
@@ -53,15 +54,14 @@ class Model:
 def make(
     output: Path, monkeypatch: pytest.MonkeyPatch, solver: Model, **options: Any
 ) -> Curriculum:
-    monkeypatch.setattr(module, "solve", solver)
-    options = {"n": 20, "keep": None, "seed": 0, "batch_size": 4, "settings": {"x": 1}} | options
+    monkeypatch.setattr("rlkv_vllm.training.solver.solve", solver)
+    options = {"n": 20, "keep": None, "batch_size": 4} | options
+    settings = options.pop("settings", {"x": 1})
+    nothing: Any = None
     return make_curriculum(
-        None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        Numbers(),
+        Solver(nothing, nothing, nothing, Numbers(), settings),
         output,
-        draw=None,
-        max_new_tokens=10,
+        sampling=Sampling(max_tokens=10, temperature=0),
         **options,
     )
 
@@ -83,20 +83,21 @@ def test_a_finished_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_killed_one_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Model()
-    (tmp_path / "whole").mkdir()
-    expected = make(tmp_path / "whole", monkeypatch, whole)
+    straight = Model()
+    (tmp_path / "straight").mkdir()
+    expected = make(tmp_path / "straight", monkeypatch, straight)
     killed = tmp_path / "killed"
     killed.mkdir()
     first = Model(dies_at=2)
     with pytest.raises(KeyboardInterrupt):
         make(killed, monkeypatch, first)
-    partial = killed / "curriculum.partial.0.jsonl"
-    partial.write_text(partial.read_text() + '{"index": 8, "sol')  # cut off by the kill
+    partial = killed / "curriculum.partial.0.json"
+    assert len(json.loads(partial.read_text())["rows"]) == 8
+    (killed / ".curriculum.partial.0.json.tmp").write_text('{"rows": [')  # cut off by the kill
     second = Model()
     assert make(killed, monkeypatch, second) == expected
-    assert first.asked + second.asked == whole.asked
-    assert first.seeds + second.seeds == whole.seeds
+    assert first.asked + second.asked == straight.asked
+    assert first.seeds + second.seeds == straight.seeds
 
 
 def test_stops_when_enough_are_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +117,8 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise Stop
 
     with pytest.raises(Stop):
-        make(tmp_path, monkeypatch, solvers[1], share=Share(1, 2, stop))
-    made = make(tmp_path, monkeypatch, solvers[0], share=Share(0, 2))
+        make(tmp_path, monkeypatch, solvers[1], processes=Processes(1, 2, stop))
+    made = make(tmp_path, monkeypatch, solvers[0], processes=Processes(0, 2))
     assert sorted(solvers[0].asked + solvers[1].asked) == list(range(20))
     assert [int(problem.answer) for problem in made.problems] == list(range(0, 20, 2))
 
@@ -145,7 +146,7 @@ def test_processes_keep_together_what_one_would(
                     solver,
                     keep=keep,
                     batch_size=2,
-                    share=Share(rank, 2, wait),
+                    processes=Processes(rank, 2, wait),
                 ),
                 range(2),
             )
@@ -162,7 +163,9 @@ def test_nothing_solved_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, monkeypatch, Model())
-    with pytest.raises(RlkvError, match=r"curriculum\.json: made with x 1, n 20, now x 2, n 8"):
+    with pytest.raises(
+        RlkvError, match=r"curriculum\.json: .*\(x 1 there, 2 here; n 20 there, 8 here\)"
+    ):
         make(tmp_path, monkeypatch, Model(), settings={"x": 2}, n=8)
 
 

@@ -105,15 +105,15 @@ def make_run(folder: Path, steps: int = 30, layers: int = 4, heads: int = 2) -> 
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made but not drawn, which takes most of the time."""
     svg = base64.b64encode(b"<svg/>").decode()
 
-    def image(figure: Figure, description: str) -> str:
+    def data_uri(figure: Figure) -> str:
         assert figure.axes
-        return f'<img alt="{description}" src="data:image/svg+xml;base64,{svg}">'
+        return f"data:image/svg+xml;base64,{svg}"
 
-    monkeypatch.setattr(report, "image", image)
+    monkeypatch.setattr(report, "data_uri", data_uri)
 
 
 def page(run: Path) -> Page:
@@ -126,7 +126,7 @@ def page(run: Path) -> Page:
     return found
 
 
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_a_complete_run(tmp_path: Path) -> None:
     found = page(make_run(tmp_path / "run"))
     for words in (
         "Head profile of org/model by head-importance",
@@ -172,6 +172,18 @@ def test_a_refinement(tmp_path: Path) -> None:
     assert "The gates are kept" in page(run).text
 
 
+@pytest.mark.usefixtures("no_drawing")
+def test_a_run_of_rlkv_refine_lacks_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    (run / "metrics.jsonl").unlink()
+    (run / "gates.jsonl").unlink()
+    assert "there is no metrics.jsonl" in page(run).text
+    (run / "refine.json").write_text('{"result": {"p": 0.5, "is_taken": false, "rows": []}}')
+    found = page(run)
+    assert "Not in this report" not in found.text
+    assert len(found.images) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -194,7 +206,7 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     assert write_report(run).read_bytes() == first
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(
     ("name", "words", "pictures"),
     [
@@ -234,7 +246,7 @@ def test_a_profile_without_evaluation(tmp_path: Path) -> None:
     assert "sparsity 0.5, where nothing is recommended" in found.text
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("no_drawing")
 def test_the_model_of_an_unfinished_run_comes_from_its_configuration(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=2)
     (run / "profile.json").unlink()
@@ -247,7 +259,7 @@ def damage(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
     return lambda run: (run / name).write_text(change((run / name).read_text())) and None
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(
     ("hurt", "words"),
     [
@@ -286,7 +298,7 @@ def test_values_that_are_no_numbers_are_gaps(tmp_path: Path) -> None:
     assert ">share cut off<" not in curves
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("no_drawing")
 def test_steps_done_again_count_once(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=5)
     with (run / "metrics.jsonl").open("a") as file:
@@ -299,7 +311,7 @@ def test_many_heads_and_steps_stay_small(tmp_path: Path) -> None:
     assert "layer (8 KV heads each)" in found.images["Every gate over the steps"]
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("no_drawing")
 def test_nothing_in_the_files_becomes_markup(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=2)
     evil = '<script>alert("1")</script><img src=x onerror=y>&amp;'

@@ -1,0 +1,82 @@
+"""Which problems a model solves with which streaming heads: the answers that a search asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+
+from rlkv_vllm.store import Store
+
+Head = tuple[int, int]
+#: The streaming heads of an allocation, sorted.
+Streaming = tuple[Head, ...]
+#: Gets problems, the streaming heads for each, and a seed; says which are solved.
+Evaluate = Callable[[Sequence[int], Sequence[Streaming], int], Sequence[bool]]
+
+
+class Answers:
+    """For every allocation asked about, which of the first problems of a list it solves.
+
+    The order of the answers depends on the questions alone, so that a killed search goes on as
+    it would have without.
+
+    Args:
+        evaluate: solves problems.
+        store: keeps what is solved.
+        chunk: answers asked for before they are written.
+        seed: of `evaluate`.
+        report: called with the number of answers so far.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        store: Store,
+        chunk: int,
+        *,
+        seed: int = 0,
+        report: Callable[[int], None] = lambda answers: None,
+    ) -> None:
+        self._evaluate, self._store, self._chunk = evaluate, store, chunk
+        self._seed, self._report = seed, report
+        self._solved: dict[str, str] = store.content.setdefault("solved", {})
+        self.count = sum(map(len, self._solved.values()))
+
+    def ask(self, wanted: Iterable[Streaming], problems: int) -> dict[Streaming, float]:
+        """The share of the first `problems` problems that each allocation solves."""
+        every = sorted(set(wanted))
+        asked = [
+            (streaming, problem)
+            for streaming in every
+            for problem in range(len(self._solved.get(_name(streaming), "")), problems)
+        ]
+        for start in range(0, len(asked), self._chunk):
+            part = asked[start : start + self._chunk]
+            solved = self._evaluate(
+                [problem for _, problem in part],
+                [streaming for streaming, _ in part],
+                self._seed + self.count,
+            )
+            for (streaming, _), is_solved in zip(part, solved, strict=True):
+                name = _name(streaming)
+                self._solved[name] = self._solved.get(name, "") + "01"[is_solved]
+            self.count += len(part)
+            self._store.save()
+            self._report(self.count)
+        return {one: fmean(self.solved(one, 0, problems)) for one in every}
+
+    def solved(self, streaming: Streaming, first: int, last: int) -> list[bool]:
+        """Which of the problems ``first:last``, all asked for before, are solved."""
+        return [bit == "1" for bit in self._solved[_name(streaming)][first:last]]
+
+
+def full_heads(streaming: Streaming, layers: int, kv_heads: int) -> list[list[int]]:
+    """Full heads per layer."""
+    return [[j for j in range(kv_heads) if (i, j) not in streaming] for i in range(layers)]
+
+
+def _name(streaming: Streaming) -> str:
+    return " ".join(f"{layer}.{head}" for layer, head in streaming)

@@ -1,0 +1,119 @@
+"""A refinement from beginning to end: problems, search, evaluation, head profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from rlkv_vllm.allocation.span import Span, resolve_span
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.hf.answers import HeadSplit
+from rlkv_vllm.models import load_model_fingerprint, model_source
+from rlkv_vllm.options import RUN_FILE
+from rlkv_vllm.profile import HeadProfile
+from rlkv_vllm.profile.io import check_matches
+from rlkv_vllm.profile.lookup import find_profile
+from rlkv_vllm.search.answers import Streaming, full_heads
+from rlkv_vllm.search.config import RefineConfig
+from rlkv_vllm.search.refine import refine_gates, streaming_counts
+from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained_failures
+from rlkv_vllm.training.run_folder import METRICS_FILE, REFINE_FILE
+
+
+def run(
+    config: RefineConfig, *, resume: bool = False, listener: Listener = QUIET
+) -> HeadProfile | None:
+    """Refine a head profile.
+
+    Under `accelerate launch` every process calls this; the main one evaluates and writes.
+
+    Args:
+        config: the job.
+        resume: continue what `config.output` holds.
+        listener: told about progress.
+
+    Returns:
+        The profile, on the main process; None on others.
+
+    Raises:
+        RlkvError: if the job cannot be done, with what to change; what was reached stays in
+            `config.output`.
+    """
+    with explained_failures(config.output):
+        return _run(config, resume, listener)
+
+
+def _run(config: RefineConfig, resume: bool, listener: Listener) -> HeadProfile | None:
+    output, wanted = config.output, config.search
+    # What can be refused is refused before the model is loaded.
+    given, _ = find_profile(config.profile)
+    check_matches(given, load_model_fingerprint(model_source(config.model), config.revision))
+    streaming_counts(wanted.sparsities, given.model.num_layers * given.model.num_kv_heads)
+    span = resolve_span(config.sink, config.window, Span(given.sink, given.window))
+    if (output / METRICS_FILE).exists():
+        raise RlkvError(
+            f"--output {output}: holds a run of `rlkv train`: choose another folder for "
+            "`rlkv refine`"
+        )
+    check_output(output, resume, (RUN_FILE, REFINE_FILE))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    job = Run(config, listener, state.device)
+    rank, world = job.processes.rank, job.processes.world
+    solver, sampling = job.solver, config.sampling
+    curriculum = job.curriculum(config.tried, 2 * wanted.problems, sampling, config.batch_size)
+    model = solver.fingerprint
+
+    def evaluate(which: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
+        mine = range(rank, len(which), world)
+        correct: list[bool] = []
+        if mine:  # the last few answers may be fewer than processes
+            full = [full_heads(streaming[i], model.num_layers, model.num_kv_heads) for i in mine]
+            correct = solver.solve(
+                [curriculum.problems[which[i]] for i in mine],
+                sampling.model_copy(update={"seed": (seed + rank) % 2**31}),
+                config.batch_size,
+                [HeadSplit(heads, *span) for heads in full],
+            ).correct
+        found = gather_object(list(zip(mine, correct, strict=True)))
+        return [is_solved for _, is_solved in sorted(found)]
+
+    gates, result = refine_gates(
+        given.gates,
+        evaluate,
+        len(curriculum.problems),
+        wanted,
+        output / REFINE_FILE,
+        seed=config.seed,
+        chunk=config.batch_size * world,
+        settings={
+            **solver.settings,
+            "curriculum": curriculum.sha256,
+            "span": span,
+            "sampling": sampling.model_dump(),
+        },
+        is_writer=rank == 0,
+        report=lambda done, total: listener.report("search", done, total),
+    )
+    if rank != 0:
+        return None
+    end = "the found heads are taken" if result["is_taken"] else "the gates are kept"
+    listener.say(f"search: {result['answers']} answers, {end} (p {result['p']:.2g})")
+    made = given.provenance
+    settings = {
+        "profile": config.profile.rpartition("/")[2],  # not where it lies
+        "start": {"sha256": given.sha256(), "method": made.method, "config": made.config},
+        **span._asdict(),
+        **{name: result[name] for name in ("p", "is_taken", "answers")},
+    }
+    return job.finish(
+        gates,
+        span,
+        curriculum,
+        f"{made.method}+refine",
+        made.source,
+        settings,
+        max_new_tokens=sampling.max_tokens,
+    )
