@@ -59,7 +59,7 @@ def refine(
         "search": {"sparsities": read_sparsities(sparsities, "--sparsities"), "problems": problems},
     }
     job = validate(
-        RefineConfig, override(content, changes or []), "rlkv refine", "docs/training.md"
+        RefineConfig, override(content, changes or []), "rlkv refine", "docs/find-heads.md"
     )
     with StageProgress(threads) as progress:
         listener = Listener(progress.report, say=progress.say) if progress.is_main else QUIET

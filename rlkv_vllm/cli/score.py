@@ -21,7 +21,7 @@ def score(
     method: Annotated[
         str,
         typer.Option(
-            help="The scorer (docs/scorers.md):\n\n"
+            help="The scorer (docs/find-heads.md):\n\n"
             + "\n\n".join(f"{name}: {summary}" for name, summary in METHODS.items())
         ),
     ] = "head-importance",

@@ -90,7 +90,7 @@ class Scorer:
                 f"--set {one_line(key, 60)}: {self.name} has no such setting: "
                 f"{f'choose from {choices}' if choices else 'it has none at all'}"
             )
-        return validate(self.schema, given, "--set", "docs/scorers.md")
+        return validate(self.schema, given, "--set", "docs/find-heads.md")
 
 
 def to_gates(scores_LH: Gates) -> Gates:

@@ -17,7 +17,7 @@ from rlkv_vllm.options import Positive, Section, Share, override, read_options, 
 from rlkv_vllm.rollouts.config import RolloutConfig
 from rlkv_vllm.tasks import Task, get_task
 
-DOCS = "docs/training.md"
+DOCS = "docs/train.md"
 #: What `trainer` may not set: the job decides it.
 _RESERVED = (
     "output_dir",

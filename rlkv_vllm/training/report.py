@@ -38,7 +38,7 @@ def write_report(run_dir: Path) -> Path:
     profile was not evaluated, has a report too.
 
     Args:
-        run_dir: the run's folder, see docs/training.md.
+        run_dir: the run's folder, see docs/train.md.
 
     Returns:
         The file.

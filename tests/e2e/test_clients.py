@@ -1,4 +1,4 @@
-"""Other people's clients against the server: what they hand on, as docs/clients.md says.
+"""Other people's clients against the server: what they hand on, as docs/serve.md says.
 
 The official client is used by all other tests.
 """

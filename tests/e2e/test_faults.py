@@ -1,4 +1,4 @@
-"""What breaks around a server, and what must happen then: docs/faults.md.
+"""What breaks around a server, and what must happen then: docs/developer/faults.md.
 
 Two servers run beside the shared one, and die: two engine starts for all tests here.
 """

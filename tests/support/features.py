@@ -375,7 +375,8 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "8-bit KV cache (`--kv-cache-dtype fp8`, `fp8_e4m3`, `fp8_e5m2`)",
             "on the CPU (AVX-512): a block is half of bfloat16's; vLLM's "
             "kernel cuts keys and values of full heads off, ours rounds those of streaming heads; "
-            "blocks of a multiple of 32 tokens; [accuracy](evaluation.md#an-8-bit-cache)",
+            "blocks of a multiple of 32 tokens; "
+            "[accuracy](../reports/2026-11-24-embedded-evaluation.md#an-8-bit-kv-cache)",
             f"{_PARITY}::test_a_cache_of_8_bits_is_the_oracle_with_rounded_keys",
             "tests/unit/kernels/test_streaming.py::test_a_cache_of_8_bits_holds_rounded_keys",
         ),

@@ -255,7 +255,7 @@ def plain_expression(target: dict[str, Any]) -> str:
 
 
 def test_our_metrics_of_dashboard_and_alerts_are_documented() -> None:
-    documented = set(re.findall(r"`(rlkv:\w+)`", (ROOT / "docs/monitoring.md").read_text()))
+    documented = set(re.findall(r"`(rlkv:\w+)`", (ROOT / "docs/monitor.md").read_text()))
     used = {name for name in metric_names() if name.startswith("rlkv:")}
     assert used
     assert used <= documented

@@ -126,10 +126,10 @@ def test_saved_options_are_read_back(tmp_path_factory: pytest.TempPathFactory, t
 
 def test_bad_options_are_named(tmp_path: Path) -> None:
     with pytest.raises(RlkvError) as caught:
-        validate(Options, {"inner": {"rate": "much"}}, "job.yaml", "docs/training.md")
-    assert_one_line(caught.value, "job.yaml: inner.rate", "'much'", "docs/training.md")
+        validate(Options, {"inner": {"rate": "much"}}, "job.yaml", "docs/train.md")
+    assert_one_line(caught.value, "job.yaml: inner.rate", "'much'", "docs/train.md")
     with pytest.raises(RlkvError) as caught:
-        validate(Options, {"colour": 1}, "job.yaml", "docs/training.md")
+        validate(Options, {"colour": 1}, "job.yaml", "docs/train.md")
     assert_one_line(caught.value, "colour: Extra inputs are not permitted")
     path = tmp_path / "job.yaml"
     for text, words in (("a: [", "not valid YAML"), ("- 1", "no mapping"), ("[" * 9999, "YAML")):

@@ -185,7 +185,7 @@ def test_allocations_are_nested_within_margin_and_within_budget(
 def test_cost_is_as_documented(
     heads: int, counts: list[int], margin: int, asked: int, most: int
 ) -> None:
-    """The table of docs/training.md: search and test, with the other defaults."""
+    """The table of docs/find-heads.md: search and test, with the other defaults."""
     config = SearchConfig()
     tested = 2 * len(counts) * config.problems
     ranking = [(0, head) for head in range(heads)]

@@ -242,7 +242,7 @@ def test_the_example_question_is_short_and_fixed() -> None:
 
 
 def test_the_examples_of_the_documentation_are_right() -> None:
-    text = (ROOT / "docs" / "testbed.md").read_text()
+    text = (ROOT / "docs" / "developer" / "testbed.md").read_text()
     examples = re.findall(r"```\n(.*)\n(<think> .*)\n```", text)
     assert [prompt.split()[0] for prompt, _ in examples] == [*FAMILIES, *LONG_FAMILIES]
     for prompt, completion in examples:
