@@ -12,10 +12,10 @@ import typer
 from typer.testing import CliRunner
 
 from rlkv_vllm.cli import app
+from tests.unit.test_prose import BANNED
 
 #: So wide that no text wraps.
 WIDE = {"COLUMNS": "1000"}
-BANNED = re.compile(r"\b(mend\w*|dealt|settle[ds]?|paid for|whoever|twins?)\b", re.IGNORECASE)
 #: Options whose value comes from somewhere else where the user gives none.
 FALLS_BACK = {
     "block_size", "dtype", "eager", "kv_cache_dtype", "max_model_len", "memory", "rounds",
