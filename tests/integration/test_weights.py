@@ -42,9 +42,15 @@ def model(checkpoint: Callable[[str], Path]) -> Path:
 
 
 def test_weights_of_8_bits_are_the_oracle_within_rounding(
-    model: Path, profile_of: Callable[..., Path], engines: EngineCache, tmp_path: Path
+    model: Path,
+    profile_of: Callable[..., Path],
+    engines: EngineCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """compressed-tensors W8A8; the oracle has the same weights, but no 8-bit activations."""
+    # With AMX, vLLM 0.32 takes a kernel that has no float32 activations.
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
     def quantise(weights: Weights) -> Weights:
         for name in projections(weights):
