@@ -143,9 +143,7 @@ def evaluate(
     candidates = find_candidates(profile or [MODEL_NAME], sink, window)
     splits = plan(candidates, shares)
     source = model_source(model)
-    fingerprint = load_model_fingerprint(source)
-    if model == MODEL_NAME:
-        fingerprint = fingerprint.model_copy(update={"id": MODEL_NAME})
+    fingerprint = load_model_fingerprint(model)
     for choice in candidates.values():
         check_matches(choice.profile, fingerprint)
         if write_rows:

@@ -8,7 +8,7 @@ import torch
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
-from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source
+from rlkv_vllm.models import load_model_fingerprint, model_source
 from rlkv_vllm.profile import ModelFingerprint
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = model_source(name)
-    fingerprint = load_model_fingerprint(source, revision)
-    if name == MODEL_NAME:
-        fingerprint = fingerprint.model_copy(update={"id": MODEL_NAME})
+    fingerprint = load_model_fingerprint(name, revision)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
