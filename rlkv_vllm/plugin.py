@@ -7,10 +7,15 @@ def register() -> None:
     Without ``additional_config["rlkv"]`` nothing changes: every registered class then does what
     vLLM's own does.
     """
-    from rlkv_vllm.engine.compat import check_vllm_version, register_builtin_cache_specs
+    from rlkv_vllm.engine.compat import (
+        check_vllm_version,
+        exit_without_collecting,
+        register_builtin_cache_specs,
+    )
 
     check_vllm_version()
     register_builtin_cache_specs()
+    exit_without_collecting()
 
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry

@@ -1,4 +1,4 @@
-"""The command line of ``rlkv serve``: vLLM's server flags and five of our own."""
+"""The command line of ``rlkv serve``: vLLM's server flags and our own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rlkv_vllm import models
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
+from rlkv_vllm.serving.flags import FlagParser, bad_flags
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -40,7 +41,7 @@ vLLM flags used most (every flag of `vllm serve` is accepted, unchanged):
                         32 wastes memory)
   --tensor-parallel-size N, --max-num-seqs N, --enforce-eager
   --reasoning-parser P  how to separate the chain of thought, e.g. deepseek_r1, qwen3
-  --api-key KEY         required from clients under /v1
+  --api-key KEY         required from clients on every route but /health, /rlkv and /metrics
   --served-model-name NAME
   --config FILE         all of this from a YAML file; flags win
 
@@ -77,17 +78,28 @@ _OWN_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "last tokens that streaming heads keep "
         "(default: the profile's; gated: 256, embedded 16)",
     },
+    "--guard-metrics": {
+        "action": "store_true",
+        "help": "with --api-key: /metrics needs the key, too",
+    },
+    "--open-routes": {
+        "action": "store_true",
+        "help": "with --api-key: only routes under /v1 need the key, as in vLLM",
+    },
 }
 
 
-def own_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Our own flags of a command line; needs no vLLM."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+def parse_early(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags of a command line as they are given; needs no vLLM.
+
+    Raises:
+        RlkvError: a flag does not exist, or has no or a wrong value.
+    """
+    parser = FlagParser(add_help=False)
     _add_own_options(parser)
-    try:
-        return parser.parse_known_args(list(arguments))[0]
-    except argparse.ArgumentError as error:
-        raise _bad_flags(error) from error
+    args = parser.parse_flags(arguments)
+    _fill_in_model(args)
+    return args
 
 
 def short_help() -> str:
@@ -101,10 +113,6 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("split KV cache")
     for flag, settings in _OWN_OPTIONS.items():
         group.add_argument(flag, **settings)
-
-
-def _bad_flags(reason: object) -> RlkvError:
-    return RlkvError(f"{' '.join(str(reason).split())}: see `rlkv serve --help`")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -125,7 +133,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     except RlkvError:
         raise
     except (ValueError, OSError, IndexError) as error:  # --config FILE, dotted flags
-        raise _bad_flags(error) from error
+        raise bad_flags(error) from error
+    _fill_in_model(args)
+    args.dtype = args.dtype or "auto"
+    args.enforce_eager = bool(args.enforce_eager)
+    return args
+
+
+def _fill_in_model(args: argparse.Namespace) -> None:
     args.model_name = args.model_tag or args.model or models.MODEL_NAME
     args.model = args.model_tag = models.model_source(args.model_name)
     for name, value in models.serving_defaults(args.model_name).items():
@@ -133,9 +148,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             continue
         if not getattr(args, name) and getattr(args, name) is not False:
             setattr(args, name, value)
-    args.dtype = args.dtype or "auto"
-    args.enforce_eager = bool(args.enforce_eager)
-    return args
 
 
 def _server_parser() -> FlexibleArgumentParser:
@@ -144,7 +156,7 @@ def _server_parser() -> FlexibleArgumentParser:
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise _bad_flags(message)
+            raise bad_flags(message)
 
     parser = make_arg_parser(Parser(prog="rlkv serve", usage=_USAGE))
     _add_own_options(parser)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.responses import JSONResponse
 
 from rlkv_vllm.serving.arguments import SHUTDOWN_TIMEOUT_S
+from rlkv_vllm.serving.supervise import tell_supervisor
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,6 +49,7 @@ async def watch_signals(app: FastAPI) -> AsyncIterator[None]:
     timeout = getattr(args, "shutdown_timeout", SHUTDOWN_TIMEOUT_S)
     in_main_thread = threading.current_thread() is threading.main_thread()
     with _signals_first(asyncio.get_running_loop(), timeout) if in_main_thread else nullcontext():
+        tell_supervisor()
         yield
     # Nothing has been shut down yet: an engine that fails now was not told to end.
     engine = getattr(app.state, "engine_client", None)

@@ -7,7 +7,6 @@ the workers are asked what they built.
 from __future__ import annotations
 
 import logging
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -17,6 +16,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving.drain import TurnAway, watch_signals
+from rlkv_vllm.serving.guard import api_keys, guard_routes
 from rlkv_vllm.serving.page import page
 from rlkv_vllm.serving.status import (
     CacheFigures,
@@ -67,9 +67,10 @@ class RlkvEndpoint:
     engine_client: EngineClient | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the page and the JSON routes, and refuse requests once the server stops."""
+        """Add the page, the JSON routes, the check of the key, and the end of a stopping server."""
         app.include_router(router)
         app.add_middleware(TurnAway)
+        guard_routes(app)
         self._app = app
 
     async def init_state(
@@ -113,7 +114,7 @@ class RlkvEndpoint:
 @router.get("/rlkv", include_in_schema=False)
 async def show_page(request: Request) -> Response:
     """The page; its figures come from the JSON routes."""
-    return page(_needs_key(request.app.state.args))
+    return page(bool(api_keys(request.app.state.args)))
 
 
 @router.get("/v1/rlkv", response_model=SplitStatus, responses=_REFUSALS)
@@ -153,10 +154,6 @@ def _served(request: Request) -> ServedSplit:
             "in --additional-config",
         )
     return served
-
-
-def _needs_key(args: Namespace) -> bool:
-    return any(args.api_key or [os.environ.get("VLLM_API_KEY")])
 
 
 def _stat_logger(engine_client: Any) -> RlkvStatLogger:

@@ -1,6 +1,6 @@
 """The flags of vLLM's server, read without importing vLLM.
 
-:file:`flags.json` has them by version of vLLM: all spellings of each flag, and argparse's ``nargs``.
+:file:`flags.json` has them by version of vLLM: the spellings of each flag, and its ``nargs``.
 ``python -m rlkv_vllm.serving.flags`` writes it for the installed version.
 """
 
@@ -19,7 +19,8 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 
 FLAGS_FILE = Path(__file__).with_name("flags.json")
-_TYPES = {"port": int}
+_TYPES = {"port": int, "api_server_count": int}
+_DEFAULTS = {"port": 8000}
 
 
 def bad_flags(reason: object) -> RlkvError:
@@ -39,32 +40,27 @@ class FlagParser(argparse.ArgumentParser):
             message = f"{name}: no such flag" + (f", did you mean {close[0]}?" if close else "")
         raise bad_flags(message)
 
+    def parse_flags(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse a command line of ``rlkv serve`` before vLLM is imported.
 
-def parse_early(parser: FlagParser, arguments: Sequence[str]) -> argparse.Namespace | None:
-    """Parse a command line of ``rlkv serve`` before vLLM is imported.
+        Returns:
+            Our flags, ``model_tag``, and vLLM's: None where they are not given.
 
-    Args:
-        parser: has our own flags; vLLM's are added.
-        arguments: after ``rlkv serve``.
-
-    Returns:
-        The flags that were given, with ``model_tag``; None: the flags of the installed version of
-        vLLM are not known.
-
-    Raises:
-        RlkvError: a flag that does not exist, without its value, or with a wrong one.
-    """
-    known = json.loads(FLAGS_FILE.read_text(encoding="utf-8")).get(_vllm_version())
-    if known is None:
-        return None
-    parser.add_argument("model_tag", nargs="?")
-    for spellings, nargs in known:
-        name = max(spellings, key=len).lstrip("-").replace("-", "_")
-        settings: dict[str, Any] = {"action": "store_true"} if nargs == 0 else {"nargs": nargs}
-        if name in _TYPES:
-            settings["type"] = _TYPES[name]
-        parser.add_argument(*spellings, default=argparse.SUPPRESS, **settings)
-    return parser.parse_args(_plain(arguments))
+        Raises:
+            RlkvError: a flag does not exist, or has no or a wrong value. Flags of a version of
+                vLLM that is not in the file are not checked.
+        """
+        versions = json.loads(FLAGS_FILE.read_text(encoding="utf-8"))
+        known = versions.get(_vllm_version())
+        self.add_argument("model_tag", nargs="?")
+        for spellings, nargs in known or next(iter(versions.values())):
+            name = max(spellings, key=len).lstrip("-").replace("-", "_")
+            settings: dict[str, Any] = {"nargs": nargs, "type": _TYPES.get(name)}
+            if nargs == 0:
+                settings = {"action": "store_const", "const": True}
+            self.add_argument(*spellings, default=_DEFAULTS.get(name), **settings)
+        plain = _plain(arguments)
+        return self.parse_args(plain) if known else self.parse_known_args(plain)[0]
 
 
 def _vllm_version() -> str | None:

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import socket
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlkv_vllm.files import one_line
 from rlkv_vllm.profile.choice import choose_profile
 from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile
-from rlkv_vllm.profile.schema import HeadProfile
+from rlkv_vllm.serving.arguments import parse_early
 
 if TYPE_CHECKING:
     from rlkv_vllm.engine.config import SplitPlan
@@ -35,14 +36,29 @@ _OTHER_PLUGIN_GROUPS = (
 )
 
 
-def split_options(
-    args: argparse.Namespace, found: tuple[HeadProfile, Path] | None = None
-) -> dict[str, Any]:
+def check_early(arguments: Sequence[str]) -> None:
+    """Check what needs no vLLM: flags, profile, model, their fit, and the address.
+
+    vLLM's import takes long. All is checked again after it, then with what ``--config`` says.
+
+    Raises:
+        RlkvError: as `split_options`, `gated_options` and `check_address`.
+    """
+    args = parse_early(arguments)
+    if args.config is not None:  # vLLM reads it
+        return
+    if args.mode == "gated":
+        gated_options(args)
+    else:
+        split_options(args)
+    check_address(args)
+
+
+def split_options(args: argparse.Namespace) -> dict[str, Any]:
     """Check profile, model and split options against each other.
 
     Args:
         args: parsed flags of ``rlkv serve``.
-        found: the profile of ``--profile``, if it was read before.
 
     Returns:
         ``additional_config["rlkv"]``.
@@ -55,7 +71,7 @@ def split_options(
             f"--profile is missing: name the head profile of {one_line(args.model)}, see "
             "`rlkv profile list`"
         )
-    found = found or find_profile(args.profile)
+    found = find_profile(args.profile)
     check_matches(found[0], models.load_model_fingerprint(args.model, args.revision))
     choice = choose_profile(
         args.profile, args.sparsity, sink=args.sink, window=args.window, found=found

@@ -1,19 +1,24 @@
-"""``rlkv serve``: check everything that needs no weights, then run vLLM's own server."""
+"""``rlkv serve``: check everything that needs no weights, then run vLLM's own server.
+
+Two processes: the one that the user starts checks what needs no vLLM and passes signals on to the
+other, which is vLLM's server.
+"""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
 from rlkv_vllm import models
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
-from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving import preflight, progress
-from rlkv_vllm.serving.arguments import add_split, own_options, parse, short_help
+from rlkv_vllm.serving.arguments import add_split, parse, short_help
 from rlkv_vllm.serving.messages import reason
 from rlkv_vllm.serving.summary import served_names
+from rlkv_vllm.serving.supervise import follow_supervisor, run_supervised
 
 #: Exit status: stopped by the user; ended because the engine's process died.
 STOPPED, ENGINE_DIED = 0, 1
@@ -35,10 +40,19 @@ def serve(arguments: Sequence[str]) -> int:
         print(short_help(), end="")
         return 0
     progress.quiet_logging(arguments)
+    if follow_supervisor():
+        return run_server(arguments)
     progress.say("checking profile, model and flags", must=True)
-    own = own_options(arguments)
-    # The most common mistake, reported before vLLM's long import.
-    found = None if own.profile is None else find_profile(own.profile)
+    try:
+        preflight.check_early(arguments)
+    except KeyboardInterrupt:
+        progress.say("stopped")
+        return 128 + signal.SIGINT
+    return run_supervised([sys.executable, "-m", "rlkv_vllm", "serve", *arguments])
+
+
+def run_server(arguments: Sequence[str]) -> int:
+    """Serve in this process; arguments, status and errors as `serve`."""
     preflight.check_plugin()
     preflight.select_plugins()
     _require_vllm()
@@ -46,7 +60,7 @@ def serve(arguments: Sequence[str]) -> int:
     if args.mode == "gated":
         options = preflight.gated_options(args)
     else:
-        options = preflight.split_options(args, found if args.profile == own.profile else None)
+        options = preflight.split_options(args)
     add_split(args, options)
     preflight.check_server_mode(args)
     preflight.check_address(args)

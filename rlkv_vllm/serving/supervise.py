@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -72,17 +71,22 @@ def run_supervised(command: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def follow_supervisor() -> None:
-    """In the server's process: end the group when the supervisor is gone."""
+def follow_supervisor() -> bool:
+    """End the process group when the supervisor is gone.
+
+    Returns:
+        Whether this is the server's process, so that there is a supervisor.
+    """
     lifeline = os.environ.pop(_LIFELINE, None)
     if lifeline is None:
-        return
+        return False
 
     def watch() -> None:
         os.read(int(lifeline), 1)  # nothing is written: it returns at the end of the supervisor
         _kill_group(os.getpgrp())
 
     threading.Thread(target=watch, name="rlkv-lifeline", daemon=True).start()
+    return True
 
 
 def tell_supervisor() -> None:

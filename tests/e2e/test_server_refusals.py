@@ -15,11 +15,13 @@ from tests.support.server import RLKV, START_TIMEOUT_S, Server, environment
 
 #: The check of the installation is left out, so that only the proof at start is left.
 _WITHOUT_PREFLIGHT = """
-from rlkv_vllm.serving import preflight
-from rlkv_vllm.cli import main
+import sys
+from rlkv_vllm import cli
+from rlkv_vllm.serving import preflight, serve
 if __name__ == "__main__":
     preflight.check_plugin = lambda: None
-    main()
+    serve.serve = serve.run_server
+    cli.main()
 """
 
 

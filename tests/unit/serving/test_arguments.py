@@ -8,8 +8,8 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving import arguments as arguments_module
 from rlkv_vllm.serving.arguments import (
     add_split,
-    own_options,
     parse,
+    parse_early,
 )
 from tests.support.profiles import assert_one_line
 
@@ -89,10 +89,10 @@ def test_a_failing_plugin_of_somebody_else_is_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_own_options_are_found_among_vllms() -> None:
-    own = own_options(["m", "-tp", "2", "--profile", "p", "--profiler-config", "{}"])
-    assert (own.profile, own.sparsity) == ("p", None)
+    own = parse_early(["m", "-tp", "2", "--profile", "p", "--profiler-config", "{}"])
+    assert (own.profile, own.sparsity, own.model_tag) == ("p", None, "m")
     with pytest.raises(RlkvError, match="--window"):
-        own_options(["--window", "wide"])
+        parse_early(["--window", "wide"])
 
 
 def test_the_split_joins_the_users_additional_config() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.server import wait_for
+from tests.support.server import outliving, wait_for
 
 #: A server that ignores signals while it starts, as vLLM does, and has a child.
 _SERVER = """
@@ -56,7 +56,7 @@ def start(folder: Path, how: str) -> tuple[subprocess.Popen[str], list[psutil.Pr
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=30)[1]
+    return not outliving(processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
