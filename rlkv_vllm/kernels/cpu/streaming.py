@@ -72,7 +72,7 @@ def prefill_tile(window: int) -> int:
 
 def plan_step(step: StreamingStep) -> StepPlan:
     """Index tensors for all streaming heads that read the step's block table."""
-    counts = step.query_start_loc.diff()
+    counts = step.query_start_loc[1:] - step.query_start_loc[:-1]
     write_rows, write_slots = None, step.slot_mapping.long()
     owned = write_slots >= step.block_size
     if not owned.all():
