@@ -82,8 +82,8 @@ def plan_step(step: StreamingStep) -> StepPlan:
     return StepPlan(
         write_rows,
         write_slots,
-        _plan_decode(step, single) if len(single) else None,
-        _plan_prefill(step, several) if len(several) else None,
+        _plan_decode(step, single) if single.numel() else None,
+        _plan_prefill(step, several) if several.numel() else None,
     )
 
 
