@@ -20,28 +20,20 @@ from rlkv_vllm.bench.random_model import write_model
 from rlkv_vllm.planning.fleet import Lengths, Replica
 from rlkv_vllm.planning.roofline import ModelSize
 
+#: Of a step, as `Roofline.step_seconds` counts.
+_WORK = ("decodes", "head_tokens", "prompts", "prompt_tokens", "prompt_pairs")
+
 
 @dataclass(frozen=True)
 class Simulated:
-    """A replica under simulated traffic.
+    """A replica under simulated traffic."""
 
-    Attributes:
-        requests_per_s: completed requests.
-        tokens_per_s: generated tokens.
-        running: mean requests at once.
-        step_seconds: mean time of a step.
-        waiting: requests that wait at the end.
-        preemptions: of all requests.
-        ttft_seconds: median time to the first token.
-    """
-
-    requests_per_s: float
-    tokens_per_s: float
-    running: float
-    step_seconds: float
-    waiting: int
-    preemptions: int
-    ttft_seconds: float
+    requests_per_s: float  # completed
+    tokens_per_s: float  # generated
+    running: float  # mean requests at once
+    step_seconds: float  # mean
+    waiting: int  # at the end
+    ttft_seconds: float  # median
 
 
 def simulate(
@@ -52,14 +44,9 @@ def simulate(
     requests: int = 400,
     seed: int = 0,
 ) -> Simulated:
-    """Let a replica serve requests, and count from the second half of them on.
+    """Let a replica complete `requests` of random lengths; only the second half of them counts.
 
-    Args:
-        replica: the engine.
-        lengths: of its requests, sampled at random.
-        requests_per_s: rate of Poisson arrivals; None: some requests always wait.
-        requests: how many it completes.
-        seed: of lengths and times.
+    They arrive at a rate (Poisson) of `requests_per_s`; None: some requests always wait.
     """
     from vllm import SamplingParams
     from vllm.v1.outputs import ModelRunnerOutput
@@ -71,9 +58,9 @@ def simulate(
     arrived: dict[str, float] = {}
     first_token: dict[str, float] = {}
     clock = next_arrival = 0.0
-    made = done = tokens = preemptions = steps = 0
-    running = busy = 0.0
-    counted_from: float | None = None
+    made = done = 0
+    log: list[tuple[int, float, int]] = []  # running requests, seconds and tokens of every step
+    half: tuple[float, int, int] | None = None
     typical = lengths.mean_in_flight(lambda context: context)
     at_first = min(replica.max_num_seqs, replica.num_blocks // replica.blocks(round(typical)))
 
@@ -86,14 +73,7 @@ def simulate(
         made += 1
         arrived[name] = at
         sampling = SamplingParams(max_tokens=output, ignore_eos=True, detokenize=False)
-        scheduler.add_request(
-            Request(
-                request_id=name,
-                prompt_token_ids=[0] * prompt,
-                sampling_params=sampling,
-                pooling_params=None,
-            )
-        )
+        scheduler.add_request(Request(name, [0] * prompt, sampling, pooling_params=None))
 
     while done < requests:
         if requests_per_s is None:
@@ -105,78 +85,52 @@ def simulate(
             while next_arrival <= clock:
                 arrive(next_arrival)
                 next_arrival += rng.expovariate(requests_per_s)
-        if counted_from is None and done >= requests // 2:
-            counted_from = clock
-            done_before, tokens, preemptions, steps, running, busy = done, 0, 0, 0, 0.0, 0.0
+        if half is None and done >= requests // 2:
+            half = clock, done, len(log)
         scheduled = scheduler.schedule()
-        names, sampled = [], []
-        decodes = prompts = prompt_tokens = 0
-        head_tokens = prompt_pairs = 0.0
+        sampled = {}
+        work = dict.fromkeys(_WORK, 0.0)
         for name, count in scheduled.num_scheduled_tokens.items():
             request = scheduler.requests[name]
             last = request.num_computed_tokens  # already that after the step
             if count == 1 and last > request.num_prompt_tokens:
-                decodes += 1
-                head_tokens += cache.head_tokens(last)
+                work["decodes"] += 1
+                work["head_tokens"] += cache.head_tokens(last)
             else:
-                prompts += 1
-                prompt_tokens += count
-                prompt_pairs += cache.pairs(last - count, last)
-            names.append(name)
-            sampled.append([1] if last >= request.num_tokens else [])
-        seconds = roofline.step_seconds(
-            decodes,
-            head_tokens,
-            prompts=prompts,
-            prompt_tokens=prompt_tokens,
-            prompt_pairs=prompt_pairs,
-        )
+                work["prompts"] += 1
+                work["prompt_tokens"] += count
+                work["prompt_pairs"] += cache.pairs(last - count, last)
+            sampled[name] = [1] if last >= request.num_tokens else []
+        seconds = roofline.step_seconds(**work)
         clock += seconds
-        busy += seconds
-        steps += 1
-        running += len(scheduler.running)
-        preemptions += len(scheduled.preempted_req_ids or ())
-        for name, ids in zip(names, sampled, strict=True):
+        log.append((len(scheduler.running), seconds, sum(map(len, sampled.values()))))
+        for name, ids in sampled.items():
             if ids:
-                tokens += 1
                 first_token.setdefault(name, clock)
         before = len(scheduler.requests)
-        scheduler.update_from_output(
-            scheduled,
-            ModelRunnerOutput(
-                req_ids=names,
-                req_id_to_index={name: i for i, name in enumerate(names)},
-                sampled_token_ids=sampled,
-            ),
-        )
+        places = {name: i for i, name in enumerate(sampled)}
+        output = ModelRunnerOutput(list(sampled), places, list(sampled.values()))
+        scheduler.update_from_output(scheduled, output)
         done += before - len(scheduler.requests)
-    assert counted_from is not None
-    took = clock - counted_from
+    assert half is not None
+    clock_before, done_before, first = half
+    running, step_seconds, tokens = zip(*log[first:], strict=True)
+    took = clock - clock_before
     return Simulated(
         requests_per_s=(done - done_before) / took,
-        tokens_per_s=tokens / took,
-        running=running / steps,
-        step_seconds=busy / steps,
+        tokens_per_s=sum(tokens) / took,
+        running=statistics.fmean(running),
+        step_seconds=statistics.fmean(step_seconds),
         waiting=len(scheduler.waiting),
-        preemptions=preemptions,
         ttft_seconds=statistics.median(at - arrived[name] for name, at in first_token.items()),
     )
 
 
 def make_scheduler(replica: Replica, max_model_len: int) -> Any:
-    """The scheduler of a replica: vLLM's, or that of the split cache.
-
-    Args:
-        replica: the engine; its forecast says which cache groups there are.
-        max_model_len: longest request.
-    """
+    """The scheduler of a replica, vLLM's or the split's, with the cache groups of its forecast."""
     import torch
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import (
-        FullAttentionSpec,
-        KVCacheConfig,
-        KVCacheGroupSpec,
-    )
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
     from rlkv_vllm.engine.cache.scheduler import SplitScheduler
