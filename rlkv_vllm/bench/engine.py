@@ -67,7 +67,6 @@ class Engine:
         return [rng.randrange(5, self.vocab) for _ in range(length)]
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request."""
         request: Any = {"prompt_token_ids": list(prompt)}
         self.llm.llm_engine.add_request(f"bench-{next(self._numbers)}", request, params)
 
@@ -196,12 +195,10 @@ def cpu_seconds(pid: int | None = None) -> float:
 
 
 def has_cuda() -> bool:
-    """Whether engines run on a GPU."""
     return bool(torch.cuda.is_available())
 
 
 def free_bytes(is_cuda: bool) -> int:
-    """Memory for engines."""
     if is_cuda:
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)

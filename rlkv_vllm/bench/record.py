@@ -78,7 +78,6 @@ class Record:
         return Device(**stored) if stored else None
 
     def set_device(self, target: str, device: Device) -> None:
-        """Keep the measured speed of a target's device."""
         self.content["devices"][target] = asdict(device)
 
     def add(self, result: Result) -> None:

@@ -65,7 +65,6 @@ class Server:
             raise
 
     def close(self) -> None:
-        """End the server and its engine."""
         self._process.terminate()
         try:
             self._process.wait(timeout=60)

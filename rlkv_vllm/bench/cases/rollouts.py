@@ -39,7 +39,6 @@ class TransformersRollouts:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, gates: Gates
     ) -> list[Answer]:
-        """One answer per prompt, in their order, all in one batch."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 

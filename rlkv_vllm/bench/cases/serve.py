@@ -93,7 +93,6 @@ class Monitoring(Serve):
         _load(engine, point)
 
     def turn(self, engine: Server, point: Point, state: Any) -> dict[str, float]:
-        """The load without scrapes and with them, then scrapes alone."""
         is_status_of_stock = engine.variant == STOCK and point["path"] == STATUS
         path = METRICS if is_status_of_stock else point["path"]
         speed, cpu = _load(engine, point)
