@@ -168,7 +168,7 @@ def explained_failures(
     """
 
     @wraps(job)
-    def run(config: _Config, *args: _P.args, **options: _P.kwargs) -> _Result:
+    def run(config: _Config, /, *args: _P.args, **options: _P.kwargs) -> _Result:
         try:
             return job(config, *args, **options)
         except (OSError, RuntimeError, RlkvError) as error:
