@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rlkv_vllm.allocation.heads import allocate
@@ -81,13 +82,6 @@ def measure_gates(
     full = None
     for sparsity in sorted({0.0, *sparsities}):
         split = HeadSplit(allocate(gates, sparsity).full, sink, window) if sparsity else None
-        solved = 0
-
-        def count(batch: int, stage: str = f"sparsity {sparsity:g}") -> None:
-            nonlocal solved
-            solved += batch
-            report(stage, solved, len(problems))
-
         result = solve(
             model,
             tokenizer,
@@ -96,7 +90,7 @@ def measure_gates(
             split=split,
             sampling=Sampling(max_tokens=max_new_tokens, temperature=0),
             batch_size=batch_size,
-            report=count,
+            report=partial(report, f"sparsity {sparsity:g}"),
         )
         full = full or result
         yield evaluation_row(

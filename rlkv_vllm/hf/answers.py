@@ -81,7 +81,7 @@ def solve(
     sampling: Sampling,
     split: HeadSplit | Sequence[HeadSplit] | None = None,
     batch_size: int = 64,
-    report: Callable[[int], None] = lambda solved: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> TaskResult:
     """Answer `problems` in batches padded on the left.
 
@@ -94,7 +94,7 @@ def solve(
         split: which heads are streaming heads; a list has one per problem, all with the same
             sink and window; None is the plain model.
         batch_size: problems decoded together.
-        report: called after every batch with the number of problems in it.
+        report: called after every batch with (problems answered, problems in all).
 
     Returns:
         The answers, in the order of `problems`.
@@ -142,7 +142,7 @@ def solve(
                         is_correct=is_solved(task, text, problems[i]),
                         hit_cap=ids[-1] not in ends,
                     )
-                report(len(batch))
+                report(len(answers), len(problems))
     finally:
         model.train(was_training)
     return TaskResult([answers[i] for i in range(len(problems))])
