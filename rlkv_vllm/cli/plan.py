@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rlkv_vllm.cli.sizes import parse_size, show_size
@@ -17,19 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClusterFlags:
-    """Flags of the traffic, as given.
-
-    Attributes:
-        gpu: name, or MEMORY,GB/s,TFLOP/s.
-        rate: requests per second.
-        prompt_tokens: lengths.
-        output_tokens: lengths.
-        tpot: most milliseconds between two tokens.
-        load: share of a replica's capacity that is used.
-        efficiency: share of the GPU's data sheet that kernels achieve.
-        max_num_seqs: most requests at once in a replica.
-        simulate: run vLLM's scheduler beside the plan.
-    """
+    """Flags of the traffic, as given; ``rlkv profile plan --help`` describes them."""
 
     gpu: str | None
     rate: float | None
@@ -41,23 +29,14 @@ class ClusterFlags:
     max_num_seqs: int
     simulate: bool
 
-    @property
-    def is_given(self) -> bool:
-        """Whether a cluster is wanted."""
-        return self.rate is not None
-
     def check(self) -> None:
-        """Refuse an incomplete description of the traffic.
-
-        Raises:
-            RlkvError: naming what is missing or out of range.
-        """
+        """Refuse an incomplete description of the traffic."""
         traffic = {
             "--gpu": self.gpu,
             "--prompt-tokens": self.prompt_tokens,
             "--output-tokens": self.output_tokens,
         }
-        if not self.is_given:
+        if self.rate is None:
             if any(traffic.values()):
                 given = ", ".join(flag for flag, value in traffic.items() if value)
                 raise RlkvError(f"{given}: needs --rate, the requests per second")
@@ -95,11 +74,10 @@ def find_gpu(text: str, efficiency: float) -> Device:
                 "80GiB,3350,989"
             ) from None
         device = Device(text, parse_size("--gpu", memory), gigabytes * 1e9, teraflops * 1e12)
-    return Device(
-        device.name,
-        device.memory_bytes,
-        device.bytes_per_s * efficiency,
-        device.flops_per_s * efficiency,
+    return replace(
+        device,
+        bytes_per_s=device.bytes_per_s * efficiency,
+        flops_per_s=device.flops_per_s * efficiency,
     )
 
 
@@ -182,8 +160,6 @@ def print_cluster(
 
 def _simulated(replica: Replica, found: Sustained, lengths: Lengths) -> str:
     """Tokens per second by vLLM's scheduler, with as many requests at once as in the plan."""
-    from dataclasses import replace
-
     from rlkv_vllm.bench.simulate import simulate
 
     if found.limit == "--tpot":

@@ -294,7 +294,7 @@ def plan(
         gpu, rate, prompt_tokens, output_tokens, tpot, load, efficiency, max_num_seqs, simulate
     )
     flags.check()
-    if memory is None and not flags.is_given:
+    if memory is None and rate is None:
         raise RlkvError("--memory: needed, e.g. 8GiB; with --rate and --gpu it is what they leave")
     for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
         if value is not None and value < 1:
@@ -367,10 +367,8 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
     at_once = forecast.requests_at_once(num_tokens, memory_bytes)
     stock_at_once = forecast.stock_requests_at_once(num_tokens, memory_bytes)
     token, stock_token = forecast.bytes_per_token(deciding), forecast.stock_bytes_per_token
-    blocks, stock_blocks = (
-        forecast.num_blocks(memory_bytes),
-        forecast.stock_num_blocks(memory_bytes),
-    )
+    blocks = forecast.num_blocks(memory_bytes)
+    stock_blocks = forecast.stock_num_blocks(memory_bytes)
     for name, split, stock, show_as in (
         ("one more token", token, stock_token, show_size),
         (f"a request of {num_tokens} tokens", need, stock_need, show_size),
