@@ -21,34 +21,26 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: 
 class StageProgress:
     """A bar per stage with the time left on a terminal, a line per finished stage elsewhere.
 
-    Args:
-        threads: CPU threads of the job; None leaves PyTorch's choice.
+    `threads` are those of the job on the CPU; None leaves PyTorch's choice.
     """
 
     def __init__(self, threads: int | None = None) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
 
         if threads is not None:
             from rlkv_vllm.hf.loading import set_threads
 
             set_threads(threads)
         console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"),
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description:<12}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[state]}"),
             console=console,
             disable=not console.is_terminal,
         )
