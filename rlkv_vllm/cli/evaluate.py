@@ -173,7 +173,7 @@ def evaluate(
     title += sampling.describe()
     rows: list[Row] = []
 
-    def on_row(row: Row, *, reused: bool) -> None:
+    def on_row(row: Row, reused: bool) -> None:
         rows.append(row)
         _print_progress(row, len(rows), len(splits), reused)
 

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.statistics import mcnemar_p
 from rlkv_vllm.store import Store
+from rlkv_vllm.tasks.measurement import Measurement
 
 FORMATS = ("json", "csv")
 

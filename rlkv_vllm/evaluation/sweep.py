@@ -8,11 +8,10 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.plot import Point
 from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
@@ -23,20 +22,14 @@ from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.lookup import packaged_folders
 from rlkv_vllm.profile.schema import ModelFingerprint
 from rlkv_vllm.tasks import Problem
-
-
-class OnRow(Protocol):
-    """Called as soon as a row is finished."""
-
-    def __call__(self, row: Row, *, reused: bool) -> None:
-        """`reused` says that no engine was needed."""
+from rlkv_vllm.tasks.measurement import Measurement
 
 
 def run(
     splits: Sequence[Split],
     answer: Callable[[Split], Measurement],
     record: Record,
-    on_row: OnRow = lambda row, *, reused: None,
+    on_row: Callable[[Row, bool], None],
 ) -> list[Row]:
     """Measure all splits, those that serve alike once.
 
@@ -44,7 +37,7 @@ def run(
         splits: as `plan` makes them, the full cache first.
         answer: starts an engine and answers the problems.
         record: where rows are kept; finished ones are not measured again.
-        on_row: called after every row.
+        on_row: called after every row, with whether it was read back from the record.
 
     Raises:
         RlkvError: an engine failed; the rows before it are in the record's files.
@@ -67,7 +60,7 @@ def run(
         full = rows[0].measurement if rows else measurement
         row = record.add(split, measurement, full)
         rows.append(row)
-        on_row(row, reused=reused)
+        on_row(row, reused)
     return rows
 
 
@@ -82,14 +75,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings that all rows of one table share.
 
-    Args:
-        model: what the engine serves.
-        source: folder or Hub id of its weights.
-        task: name of the task.
-        problems: all of them.
-        seed: of the problems.
-        sampling: how answers are sampled.
-        options: of the engine and the scoring, as far as they change answers.
+    `source` is the folder or Hub id of the weights; `options`, of the engine and the scoring, are
+    those that change answers.
     """
     asked = [[problem.messages, problem.answer] for problem in problems]
     return {
@@ -99,10 +86,7 @@ def settings_of(
         "n": len(problems),
         "seed": seed,
         "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
+        **sampling.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"}),
         **options,
         "vllm": _vllm_version(),
     }
@@ -126,9 +110,6 @@ def _vllm_version() -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
-
-
-# --- rows in plots and profiles ----------------------------------------------------------
 
 
 def points(rows: Sequence[Row], candidates: Mapping[str, ProfileChoice]) -> dict[str, list[Point]]:
@@ -199,15 +180,7 @@ def write_rows(
             )
         new = [
             evaluation_row(
-                task,
-                row.measurement.n,
-                row.split.sparsity,
-                row.measurement,
-                full,
-                seed=seed,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                seconds_per_solved=row.measurement.seconds_per_solved,
+                task, row.split.sparsity, row.measurement, full, seed=seed, sampling=sampling
             )
             for row in rows
             if concerns(row.split, label, choice)

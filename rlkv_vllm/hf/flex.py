@@ -29,9 +29,7 @@ _NEVER = 2**31 - 1
 
 
 class BlockMasks:
-    """Which keys the queries of one forward pass see, as block masks.
-
-    A block mask is made when a layer first asks for it and shared by all that ask again.
+    """Which keys the queries of one forward pass see, as block masks, shared by the layers.
 
     Keys are counted per sequence over real tokens only, as `local_mask` does, so that the sink
     is a row's first real tokens under padding on either side. A query sees a key if the key's
@@ -53,14 +51,7 @@ class BlockMasks:
     def get(
         self, full_heads: tuple[bool, ...], sink: int, window: int, device: torch.device
     ) -> BlockMask:
-        """The block mask of one layer.
-
-        Args:
-            full_heads: per query head, whether it sees all earlier tokens.
-            sink: first tokens that the other heads see.
-            window: last tokens that the other heads see, the query's own included.
-            device: of the layer, which may not be that of the first one.
-        """
+        """The block mask of a layer on `device`; `full_heads` has a value per query head."""
         key = (full_heads, sink, window, device)
         if key not in self._made:
             self._made[key] = _block_mask(

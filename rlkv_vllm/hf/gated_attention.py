@@ -36,18 +36,10 @@ _HANDLE_NAME = "_rlkv_gated_attention"
 
 
 def local_mask(allowed_B1TS: torch.Tensor, sink: int, window: int) -> torch.Tensor:
-    """The keys that a streaming head sees, of those that a full head sees.
+    """The keys that a streaming head sees, of those that a full head sees (boolean).
 
     Counts allowed keys instead of using positions: right under padding on either side and with
-    any cache.
-
-    Args:
-        allowed_B1TS: boolean causal mask, padding included.
-        sink: number of first tokens that every query sees (tokens).
-        window: number of last tokens, the query's own included (tokens).
-
-    Returns:
-        Boolean ``[B, 1, T, S]``.
+    any cache. The window includes the query's own token.
     """
     rank = allowed_B1TS.cumsum(-1, dtype=torch.int32)
     total = rank[..., -1:]
@@ -66,10 +58,6 @@ class GatedAttention:
     with values, `values` and `mean` together.
 
     Attributes:
-        model: the model.
-        sink: first tokens that local attention sees.
-        window: last tokens that local attention sees, the query's own included.
-        num_kv_heads: H.
         is_hard: whether heads are full or streaming as `set_hard` said, whatever the gates.
     """
 
@@ -108,8 +96,7 @@ class GatedAttention:
     def gates(self) -> list[nn.Parameter]:
         """The parameter of every layer, float32 ``[H]``, lowest layer first.
 
-        They are parameters of the model named ``...self_attn.rlkv_gate``. Ask again after the
-        model has been wrapped: sharding replaces parameters.
+        Ask again after the model has been wrapped: sharding replaces parameters.
         """
         return [getattr(layer, GATE_NAME) for layer in self._layers]
 
@@ -132,10 +119,7 @@ class GatedAttention:
         self.is_hard = False
 
     def set_hard(self, full_heads: Sequence[Collection[int]]) -> None:
-        """Make `full_heads` full heads and all others streaming heads, whatever the gates.
-
-        Args:
-            full_heads: KV heads per layer, as `rlkv_vllm.allocation.Allocation.full`.
+        """Make `full_heads` (per layer) full heads, all others streaming, whatever the gates.
 
         Raises:
             RlkvError: if the number of layers is wrong or a head does not exist.
@@ -147,13 +131,7 @@ class GatedAttention:
     def set_hard_each(self, allocations: Sequence[Sequence[Collection[int]]]) -> None:
         """As `set_hard`, with other full heads for every sequence of the next forward passes.
 
-        Only with a boolean mask: attach with the backend `sdpa`.
-
-        Args:
-            allocations: one per sequence of the batch, each as `set_hard` takes it.
-
-        Raises:
-            RlkvError: as `set_hard`.
+        Only with a boolean mask: attach with the backend `sdpa`. Errors as `set_hard`.
         """
         self._full_BLH = torch.tensor(
             [self._table(full_heads) for full_heads in allocations], device=self.model.device
@@ -172,16 +150,14 @@ class GatedAttention:
                 f"full heads are given for {len(full_heads)} layers: the model has "
                 f"{len(self._layers)}"
             )
+        known = range(self.num_kv_heads)
         for layer, heads in enumerate(full_heads):
-            for head in heads:
-                if not 0 <= head < self.num_kv_heads:
-                    raise RlkvError(
-                        f"full head {head} of layer {layer} does not exist: the model has KV "
-                        f"heads 0 to {self.num_kv_heads - 1}"
-                    )
-        return tuple(
-            tuple(head in heads for head in range(self.num_kv_heads)) for heads in full_heads
-        )
+            if unknown := [head for head in heads if head not in known]:
+                raise RlkvError(
+                    f"full head {unknown[0]} of layer {layer} does not exist: the model has KV "
+                    f"heads 0 to {self.num_kv_heads - 1}"
+                )
+        return tuple(tuple(head in heads for head in known) for heads in full_heads)
 
     def values(self) -> list[list[float]]:
         """The present gates, ``[L][H]``."""
@@ -198,11 +174,11 @@ class GatedAttention:
         float32 copies. Give torch's own optimizer, before accelerate prepares it.
         """
 
+        @torch.no_grad()
         def clamp(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            with torch.no_grad():
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        parameter.clamp_(0.0, 1.0)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.clamp_(0.0, 1.0)
 
         optimizer.register_step_post_hook(clamp)
 
@@ -348,14 +324,12 @@ def attach_gates(
             f"model {kind} does not support transformers' AttentionInterface: use an "
             "architecture that does, such as Qwen3, Qwen2, Llama or Mistral"
         )
-    layers = sorted(
-        (
-            module
-            for module in model.modules()
-            if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
-        ),
-        key=lambda module: module.layer_idx,
-    )
+    layers = [
+        module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+    ]
+    layers.sort(key=lambda module: module.layer_idx)
     if [layer.layer_idx for layer in layers] != list(range(config.num_hidden_layers)):
         raise RlkvError(
             f"model {kind} has {len(layers)} attention layers with KV heads, its config says "
@@ -389,8 +363,7 @@ def _attention(
 def _boolean_mask(**kwargs: Any) -> torch.Tensor | None:
     # Without a mask there would be nothing to derive the local mask from.
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: torch.Tensor | None = sdpa_mask(**(kwargs | skips))
-    return mask
+    return sdpa_mask(**(kwargs | skips))
 
 
 def _block_masks(**kwargs: Any) -> torch.Tensor | flex.BlockMasks | None:
@@ -419,10 +392,7 @@ def _auto_mask(**kwargs: Any) -> torch.Tensor | flex.BlockMasks | None:
 
 
 # Both or neither: a name missing from the mask registry silently means no mask at all.
-for _backend, _make_mask in {
-    "auto": _auto_mask,
-    "sdpa": _boolean_mask,
-    "flex": _block_masks,
-}.items():
-    AttentionInterface.register(IMPLEMENTATIONS[_backend], _attention)
-    AttentionMaskInterface.register(IMPLEMENTATIONS[_backend], _make_mask)
+_MASKS = {"auto": _auto_mask, "sdpa": _boolean_mask, "flex": _block_masks}
+for _backend, _name in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _MASKS[_backend])

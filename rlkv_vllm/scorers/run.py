@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.allocation.heads import check_sparsity
@@ -172,13 +173,6 @@ def own_correct_answers(
         RlkvError: if there is none.
     """
     problems = task.problems(config.n, config.seed)
-    done = 0
-
-    def count(batch: int) -> None:
-        nonlocal done
-        done += batch
-        report("answering", done, len(problems))
-
     result = solve(
         model,
         tokenizer,
@@ -186,7 +180,7 @@ def own_correct_answers(
         problems,
         sampling=Sampling(max_tokens=config.max_new_tokens, temperature=0),
         batch_size=config.batch_size,
-        report=count,
+        report=partial(report, "answering"),
     )
     solved = [
         (problem, Sample(answer.prompt_ids, answer.token_ids))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.answers import Sampling
-from rlkv_vllm.hf.answers import HeadSplit, TaskResult, solve
+from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.profile import ModelFingerprint
 from rlkv_vllm.tasks import Problem, Task
+from rlkv_vllm.tasks.measurement import Measurement
 from rlkv_vllm.training.config import JobConfig
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Solver:
         sampling: Sampling,
         batch_size: int,
         split: Sequence[HeadSplit] | None = None,
-    ) -> TaskResult:
+    ) -> Measurement:
         """Answer problems.
 
         Args:
