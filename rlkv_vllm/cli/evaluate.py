@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rlkv_vllm.evaluation.record import Row
+    from rlkv_vllm.evaluation.splits import Split
+    from rlkv_vllm.tasks.measurement import Measurement
 
 _NOTE = (
     "s/solved: seconds of the whole run per solved problem, all problems in flight together; a "
@@ -106,12 +108,7 @@ def evaluate(
     from rlkv_vllm.evaluation.record import Record, output_format
     from rlkv_vllm.evaluation.served import answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
-    from rlkv_vllm.models import (
-        MODEL_NAME,
-        load_model_fingerprint,
-        model_source,
-        serving_defaults,
-    )
+    from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source, serving_defaults
     from rlkv_vllm.profile.io import check_matches
     from rlkv_vllm.serving.progress import quiet_logging
     from rlkv_vllm.tasks import get_task, skip_note
@@ -148,13 +145,8 @@ def evaluate(
         check_matches(choice.profile, fingerprint)
         if write_rows:
             sweep.check_can_take_rows(choice)
-    chosen = get_task(
-        task,
-        prompt_column=prompt_column,
-        answer_column=answer_column,
-        split=split,
-        reward=reward,
-    )
+    columns = {"prompt_column": prompt_column, "answer_column": answer_column}
+    chosen = get_task(task, **columns, split=split, reward=reward)
     if note := skip_note(chosen):
         typer.echo(note, err=True)
     problems = chosen.problems(n, seed)
@@ -162,11 +154,11 @@ def evaluate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     changing = {**given, "dtype": options.get("dtype"), "reward": reward}
-    settings = (
-        sweep.settings_of(fingerprint, source, chosen.name, problems, seed, sampling, changing)
-        if outputs
-        else {}
-    )
+    settings: dict[str, Any] = {}
+    if outputs:  # takes the digest of the weights
+        settings = sweep.settings_of(
+            fingerprint, source, chosen.name, problems, seed, sampling, changing
+        )
     record = Record(outputs, settings, fresh=fresh)
 
     title = f"{fingerprint.id}, task {chosen.name}: {n} problems, seed {seed}, "
@@ -177,14 +169,12 @@ def evaluate(
         rows.append(row)
         _print_progress(row, len(rows), len(splits), reused)
 
+    def serve(one: Split) -> Measurement:
+        return answer(source, one, chosen, problems, sampling, options)
+
     quiet_logging([])
     try:
-        sweep.run(
-            splits,
-            lambda one: answer(source, one, chosen, problems, sampling, options),
-            record,
-            on_row,
-        )
+        sweep.run(splits, serve, record, on_row)
     finally:
         if rows:
             _print_table(title, rows)
@@ -221,17 +211,13 @@ def _print_progress(row: Row, done: int, of: int, reused: bool) -> None:
 
 
 def _print_table(title: str, rows: Sequence[Row]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from rlkv_vllm.cli.tables import new_table, print_plain
 
-    console = Console(markup=False)
-    if not console.is_terminal:
-        console = Console(markup=False, width=120)  # no broken columns in a file
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("profile", overflow="fold")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right")
+    table = new_table("profile", *_COLUMNS)
+    table.title = title
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
     for row in rows:
         measured = row.measurement
         low, high = measured.interval
@@ -247,5 +233,5 @@ def _print_table(title: str, rows: Sequence[Row]) -> None:
             "-" if seconds is None else f"{seconds:.3g}",
             "-" if row.p_full is None else f"{row.p_full:.2g}",
         )
-    console.print(table, highlight=False)
+    print_plain(table)
     typer.echo(_NOTE)

@@ -14,15 +14,7 @@ _MARKERS = "osD^vPX*"
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement as the plot shows it.
-
-    Attributes:
-        sparsity: share of streaming KV heads.
-        accuracy: share of problems solved.
-        interval: lower and upper end of what the accuracy may be.
-        mean_output_tokens: mean length of the answers (tokens).
-        p95_output_tokens: 95th percentile of the lengths (tokens), if known.
-    """
+    """One measurement as the plot shows it; `interval` is that of the accuracy."""
 
     sparsity: float
     accuracy: float
@@ -35,9 +27,9 @@ def accuracy_figure(series: Mapping[str, Sequence[Point]], title: str) -> Figure
     """Plot one line per profile, accuracy on the left and output length on the right.
 
     Args:
-        series: the points of every profile by its label, at least one. A point at sparsity 0
-            (full cache) gives the line that the others are compared with.
-        title: what is above both.
+        series: points by label, at least one. A point at sparsity 0 (full cache) becomes the line
+            that the others are compared with.
+        title: above both plots.
     """
     from matplotlib.figure import Figure  # a Figure of its own: no display, no global state
 
@@ -56,12 +48,8 @@ def accuracy_figure(series: Mapping[str, Sequence[Point]], title: str) -> Figure
         points = sorted(given, key=lambda point: point.sparsity)
         shift = step * (index - (len(series) - 1) / 2)
         x = [point.sparsity + shift for point in points]
-        style = {
-            "color": f"C{index % 10}",
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "markersize": 5,
-            "linewidth": 1.5,
-        }
+        style = {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)]}
+        style |= {"markersize": 5, "linewidth": 1.5}
         below = [max(0.0, point.accuracy - point.interval[0]) for point in points]
         above = [max(0.0, point.interval[1] - point.accuracy) for point in points]
         handles[label.replace("$", r"\$")] = accuracy.errorbar(

@@ -27,12 +27,9 @@ _PER_PROBLEM = ("split", "correct", "output_lengths")  # not in CSV
 
 @dataclass(frozen=True)
 class Row:
-    """A finished row of the table.
+    """A finished row of the table; `p_full` is McNemar's p against the full cache.
 
-    Attributes:
-        split: what was served.
-        measurement: how the problems were answered.
-        p_full: McNemar's p against the full cache; None for the full cache itself.
+    It is None for the full cache itself.
     """
 
     split: Split
@@ -46,8 +43,7 @@ class Row:
         return {
             "profile": self.split.label,
             "sparsity": self.split.sparsity,
-            "sink": self.split.span.sink,
-            "window": self.split.span.window,
+            **self.split.span._asdict(),
             "n": measured.n,
             "solved": measured.solved,
             "accuracy": measured.accuracy,
@@ -90,9 +86,9 @@ class Record:
     """The output files of one evaluation.
 
     Args:
-        paths: `.json` and `.csv` files, any number of them; only JSON can be continued.
-        settings: what all rows have in common, `n` among it; plain JSON values.
-        fresh: overwrite what a file holds instead of continuing.
+        paths: any number of `.json` and `.csv` files; only JSON can be continued.
+        settings: of all rows, `n` included; plain JSON values.
+        fresh: overwrite files instead of continuing.
 
     Raises:
         RlkvError: if a file exists that this evaluation cannot continue.
@@ -101,12 +97,11 @@ class Record:
     def __init__(
         self, paths: Sequence[Path], settings: Mapping[str, Any], *, fresh: bool = False
     ) -> None:
-        formats = {path: output_format(path) for path in paths}
-        self._tables = [path for path in paths if formats[path] == "csv"]
+        self._tables = [path for path in paths if output_format(path) == "csv"]
         self._stores = [
             Store(path, _FORMAT, settings, fresh=fresh, fix=_FIX)
             for path in paths
-            if formats[path] == "json"
+            if path not in self._tables
         ]
         self._rows: list[dict[str, Any]] = []  # as they are written
         self._known: dict[str, Measurement] = {}
@@ -114,16 +109,11 @@ class Record:
             self._read(store)
 
     def find(self, split: Split) -> Measurement | None:
-        """The measurement of a split that serves alike, if there is one."""
+        """The measurement of this split or of one that serves alike."""
         return self._known.get(split.digest)
 
     def add(self, split: Split, measurement: Measurement, full: Measurement) -> Row:
-        """A finished row; all files are written at once.
-
-        Args:
-            split: what was served.
-            measurement: how the problems were answered.
-            full: the same with the full cache.
+        """Add a row and write all files; `full` is the measurement with the full cache.
 
         Raises:
             RlkvError: if a file cannot be written.

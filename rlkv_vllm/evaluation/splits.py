@@ -27,9 +27,7 @@ _NO_NAMES = ("profile", "head_profile")  # files that every run calls the same
 class Split:
     """One row of the table: what one engine is started with.
 
-    Attributes:
-        label: the profile's, or that of a baseline.
-        choice: profile, sparsity, sink and window.
+    `label` is that of the profile or of the baseline.
     """
 
     label: str
@@ -71,11 +69,8 @@ def find_candidates(
         sink: instead of the profiles'.
         window: instead of the profiles'.
 
-    Returns:
-        The profiles by label, at sparsity 0.
-
     Raises:
-        RlkvError: if there is no such profile, it is not valid, or two have the same label.
+        RlkvError: a profile does not exist or is not valid, or two have the same label.
     """
     found: dict[str, list[ProfileChoice]] = {}
     for given in names:
@@ -102,15 +97,11 @@ def find_candidates(
 def plan(candidates: Mapping[str, ProfileChoice], sparsities: Sequence[float]) -> list[Split]:
     """The rows of the table: the full cache, every profile at every sparsity, all streaming.
 
-    The baselines do not depend on the gates, so there is one of each; profiles of different
-    sink or window need one all-streaming row for each of them.
-
-    Args:
-        candidates: profiles by label, at least one, all of the same model.
-        sparsities: shares of streaming heads; 0 and 1 are always there.
+    The baselines do not depend on the gates, so there is one of each, but one all-streaming row
+    for every pair of sink and window. All profiles are of the same model.
 
     Raises:
-        RlkvError: if a sparsity is not in [0, 1].
+        RlkvError: a sparsity is not in [0, 1].
     """
     for share in sparsities:
         check_sparsity(share)
@@ -132,7 +123,7 @@ def plan(candidates: Mapping[str, ProfileChoice], sparsities: Sequence[float]) -
 
 
 def concerns(split: Split, label: str, choice: ProfileChoice) -> bool:
-    """Whether `split` is one of the profile's own or one of its baselines."""
+    """Whether `split` is of this profile or one of its baselines."""
     if split.sparsity == 1:
         return split.span == choice.span
     return split.label in (FULL, label)

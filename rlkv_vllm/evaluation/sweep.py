@@ -30,19 +30,19 @@ def run(
     answer: Callable[[Split], Measurement],
     record: Record,
     on_row: Callable[[Row, bool], None],
-) -> list[Row]:
+) -> None:
     """Measure all splits, those that serve alike once.
 
     Args:
         splits: as `plan` makes them, the full cache first.
         answer: starts an engine and answers the problems.
-        record: where rows are kept; finished ones are not measured again.
+        record: keeps the rows; finished ones are not measured again.
         on_row: called after every row, with whether it was read back from the record.
 
     Raises:
         RlkvError: an engine failed; the rows before it are in the record's files.
     """
-    rows: list[Row] = []
+    full: Measurement | None = None
     for split in splits:
         measurement = record.find(split)
         reused = measurement is not None
@@ -57,11 +57,8 @@ def run(
                     f"({type(error).__name__}: {one_line(error)}): finished rows are kept with "
                     "--output, the same command continues; VLLM_LOGGING_LEVEL=INFO shows vLLM's log"
                 ) from error
-        full = rows[0].measurement if rows else measurement
-        row = record.add(split, measurement, full)
-        rows.append(row)
-        on_row(row, reused)
-    return rows
+        full = full or measurement
+        on_row(record.add(split, measurement, full), reused)
 
 
 def settings_of(
