@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlkv_vllm.errors import RlkvError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -103,7 +105,6 @@ def evaluate(
     from rlkv_vllm.allocation.heads import read_sparsities
     from rlkv_vllm.answers import Sampling
     from rlkv_vllm.cli.sizes import parse_size
-    from rlkv_vllm.errors import RlkvError
     from rlkv_vllm.evaluation import sweep
     from rlkv_vllm.evaluation.record import Record, output_format
     from rlkv_vllm.evaluation.served import answer
@@ -146,7 +147,7 @@ def evaluate(
         if write_rows:
             sweep.check_can_take_rows(choice)
     columns = {"prompt_column": prompt_column, "answer_column": answer_column}
-    chosen = get_task(task, **columns, split=split, reward=reward)
+    chosen = get_task(task, split=split, reward=reward, **columns)
     if note := skip_note(chosen):
         typer.echo(note, err=True)
     problems = chosen.problems(n, seed)
@@ -167,7 +168,13 @@ def evaluate(
 
     def on_row(row: Row, reused: bool) -> None:
         rows.append(row)
-        _print_progress(row, len(rows), len(splits), reused)
+        measured = row.measurement
+        how = "already measured" if reused else f"{measured.seconds:.1f} s"
+        typer.echo(
+            f"[{len(rows)}/{len(splits)}] {row.split.label}, sparsity {row.split.sparsity:g}: "
+            f"{measured.solved} of {measured.n} solved, {measured.mean_output_tokens:.0f} tokens "
+            f"on average ({how})"
+        )
 
     def serve(one: Split) -> Measurement:
         return answer(source, one, chosen, problems, sampling, options)
@@ -180,34 +187,24 @@ def evaluate(
             _print_table(title, rows)
     for path in outputs:
         typer.echo(f"wrote {path}")
+    found = sweep.profile_rows(rows, candidates, task=chosen.name, seed=seed, sampling=sampling)
     if plot is not None:
         from rlkv_vllm.evaluation.plot import accuracy_figure
         from rlkv_vllm.profile.plot import save_figure
 
-        save_figure(accuracy_figure(sweep.points(rows, candidates), title), plot)
+        save_figure(accuracy_figure(found, title), plot)
         typer.echo(f"wrote {plot}")
     if write_rows:
-        sweep.write_rows(candidates, rows, task=chosen.name, seed=seed, sampling=sampling)
+        sweep.write_rows(candidates, found)
         for choice in candidates.values():
             typer.echo(f"wrote rows into {choice.path}")
 
 
 def _require_folder(flag: str, path: Path) -> None:
-    from rlkv_vllm.errors import RlkvError
-
     if path.is_dir():
         raise RlkvError(f"{flag} {path}: is a folder: name a file in it")
     if not path.parent.is_dir():
         raise RlkvError(f"{flag} {path}: there is no folder {path.parent}: make it first")
-
-
-def _print_progress(row: Row, done: int, of: int, reused: bool) -> None:
-    measured, split = row.measurement, row.split
-    how = "already measured" if reused else f"{measured.seconds:.1f} s"
-    typer.echo(
-        f"[{done}/{of}] {split.label}, sparsity {split.sparsity:g}: {measured.solved} of "
-        f"{measured.n} solved, {measured.mean_output_tokens:.0f} tokens on average ({how})"
-    )
 
 
 def _print_table(title: str, rows: Sequence[Row]) -> None:

@@ -55,22 +55,8 @@ def measure_gates(
 ) -> Iterator[EvaluationRow]:
     """Solve `problems` greedily at every sparsity, 0 included, in ascending order.
 
-    Args:
-        model: ungated.
-        tokenizer: with a chat template.
-        task: of the problems.
-        problems: at least one, made with `seed`.
-        gates: ``[layers][KV heads]``.
-        sink: first tokens that a streaming head sees.
-        window: last tokens that a streaming head sees.
-        sparsities: shares of streaming heads.
-        max_new_tokens: where an answer is cut off.
-        batch_size: problems decoded together.
-        seed: of the problems.
-        report: called after every batch.
-
-    Yields:
-        A row as soon as it is measured.
+    The model is ungated; `gates` are ``[layers][KV heads]``; `problems`, at least one, were made
+    with `seed`. Yields a row as soon as it is measured, and reports after every batch.
     """
     sampling = Sampling(max_tokens=max_new_tokens, temperature=0)
     full = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.splits import Split
@@ -64,8 +64,6 @@ class Row:
 
 class _StoredRow(BaseModel):
     """What is read back of a row; the rest follows from it."""
-
-    model_config = ConfigDict(extra="ignore")
 
     profile: str
     sparsity: float

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.profile.schema import EvaluationRow, HeadProfile
+from rlkv_vllm.statistics import wilson_interval
 from rlkv_vllm.tasks.measurement import Measurement
 
 #: A sparsity is recommended if it solves this share of the problems.
@@ -39,6 +40,11 @@ def evaluation_row(
         seconds_per_solved=result.seconds_per_solved,
         seed=seed,
     )
+
+
+def accuracy_interval(row: EvaluationRow) -> tuple[float, float]:
+    """95% Wilson interval of the accuracy of a row."""
+    return wilson_interval(round(row.accuracy * row.n), row.n)
 
 
 def recommended_sparsity(rows: Sequence[EvaluationRow]) -> float | None:

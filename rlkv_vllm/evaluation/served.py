@@ -26,15 +26,9 @@ def answer(
     sampling: Sampling,
     engine_options: dict[str, Any] | None = None,
 ) -> Measurement:
-    """Answer all problems at once by an engine of their own.
+    """Answer all problems, at least one, at once by a new engine.
 
-    Args:
-        model: model folder or Hub id.
-        split: which heads are streaming heads.
-        task: scores the answers.
-        problems: of that task, at least one.
-        sampling: how answers are sampled.
-        engine_options: more arguments of ``vllm.LLM``.
+    `model` is a folder or Hub id; `engine_options` are more arguments of ``vllm.LLM``.
 
     Raises:
         RlkvError: the cache of the engine is not split.

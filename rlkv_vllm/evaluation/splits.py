@@ -35,12 +35,10 @@ class Split:
 
     @property
     def sparsity(self) -> float:
-        """Share of streaming KV heads."""
         return self.choice.sparsity
 
     @property
     def span(self) -> Span:
-        """Sink and window of the streaming heads."""
         return self.choice.span
 
     @cached_property

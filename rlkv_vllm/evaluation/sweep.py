@@ -12,7 +12,6 @@ from typing import Any
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.plot import Point
 from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
 from rlkv_vllm.evaluation.splits import Split, concerns
@@ -20,7 +19,7 @@ from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.profile.choice import ProfileChoice
 from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.lookup import packaged_folders
-from rlkv_vllm.profile.schema import ModelFingerprint
+from rlkv_vllm.profile.schema import EvaluationRow, ModelFingerprint
 from rlkv_vllm.tasks import Problem
 from rlkv_vllm.tasks.measurement import Measurement
 
@@ -31,13 +30,10 @@ def run(
     record: Record,
     on_row: Callable[[Row, bool], None],
 ) -> None:
-    """Measure all splits, those that serve alike once.
+    """Measure all splits, the full cache first, those that serve alike once.
 
-    Args:
-        splits: as `plan` makes them, the full cache first.
-        answer: starts an engine and answers the problems.
-        record: keeps the rows; finished ones are not measured again.
-        on_row: called after every row, with whether it was read back from the record.
+    `answer` starts an engine and answers the problems. Rows in the record are not measured again.
+    `on_row` is called after every row, with whether it was known already.
 
     Raises:
         RlkvError: an engine failed; the rows before it are in the record's files.
@@ -109,16 +105,20 @@ def _vllm_version() -> str | None:
     return None
 
 
-def points(rows: Sequence[Row], candidates: Mapping[str, ProfileChoice]) -> dict[str, list[Point]]:
-    """The points of a plot: every profile with both baselines."""
+def profile_rows(
+    rows: Sequence[Row],
+    candidates: Mapping[str, ProfileChoice],
+    *,
+    task: str,
+    seed: int,
+    sampling: Sampling,
+) -> dict[str, list[EvaluationRow]]:
+    """The rows of every profile, those of both baselines included."""
+    full = rows[0].measurement
     return {
         label: [
-            Point(
-                row.split.sparsity,
-                row.measurement.accuracy,
-                row.measurement.interval,
-                row.measurement.mean_output_tokens,
-                row.measurement.p95_output_tokens,
+            evaluation_row(
+                task, row.split.sparsity, row.measurement, full, seed=seed, sampling=sampling
             )
             for row in rows
             if concerns(row.split, label, choice)
@@ -131,8 +131,8 @@ def check_can_take_rows(choice: ProfileChoice) -> None:
     """Refuse to write into profiles that are not the user's own, or would not fit the rows.
 
     Raises:
-        RlkvError: the profile came with the package or from the Hub, cannot be written, or was
-            evaluated with another sink or window than its own.
+        RlkvError: the profile is of the package or the Hub, cannot be written, or was evaluated
+            with another sink or window than its own.
     """
     name, path, profile = one_line(choice.name), choice.path, choice.profile
     folders = [folder.resolve() for folder in packaged_folders()]
@@ -151,22 +151,13 @@ def check_can_take_rows(choice: ProfileChoice) -> None:
 
 
 def write_rows(
-    candidates: Mapping[str, ProfileChoice],
-    rows: Sequence[Row],
-    *,
-    task: str,
-    seed: int,
-    sampling: Sampling,
+    candidates: Mapping[str, ProfileChoice], rows: Mapping[str, Sequence[EvaluationRow]]
 ) -> None:
-    """Put the rows into the profiles, into all or none of them.
-
-    Rows of the same task, n and sparsity are replaced, and the recommended sparsity is that of
-    all rows.
+    """Put the rows, by label, into all profiles or none, as `with_rows`.
 
     Raises:
         RlkvError: if a profile changed its gates in the meantime or cannot be written.
     """
-    full = rows[0].measurement
     files: dict[Path, bytes] = {}
     for label, choice in candidates.items():
         profile = load_profile(choice.path)
@@ -175,12 +166,5 @@ def write_rows(
                 f"--write-rows: {choice.path}: the gates changed during the evaluation: run it "
                 "again"
             )
-        new = [
-            evaluation_row(
-                task, row.split.sparsity, row.measurement, full, seed=seed, sampling=sampling
-            )
-            for row in rows
-            if concerns(row.split, label, choice)
-        ]
-        files[choice.path] = profile_text(with_rows(profile, new)).encode()
+        files[choice.path] = profile_text(with_rows(profile, rows[label])).encode()
     write_bytes_atomic(files)

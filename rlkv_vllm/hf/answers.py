@@ -52,14 +52,14 @@ def solve(
 
     Args:
         model: a Hugging Face decoder; ungated, and unchanged afterwards.
-        tokenizer: its tokenizer, with a chat template.
+        tokenizer: with a chat template.
         task: scores the answers.
-        problems: of that task, at least one.
-        sampling: of all answers; without a repetition penalty.
-        split: which heads are streaming heads; a list has one per problem, all with the same
-            sink and window; None is the plain model.
+        problems: at least one.
+        sampling: without a repetition penalty.
+        split: None is the plain model; a list has one per problem, all with the same sink and
+            window.
         batch_size: problems decoded together.
-        report: called after every batch with the number of answers so far and of problems.
+        report: called after every batch with (problems answered, problems in all).
 
     Raises:
         RlkvError: the sampling parameters have a repetition penalty.

@@ -53,12 +53,9 @@ class GatedAttention:
     leaving it detaches.
 
     The model may be wrapped in DDP, FSDP2 (`fully_shard`, accelerate's `fsdp_version: 2`) or
-    DeepSpeed ZeRO afterwards: gates are parameters of the attention modules, are sharded and
-    reduced with them, and are the only ones that train. All processes must then call `set_soft`
-    with values, `values` and `mean` together.
-
-    Attributes:
-        is_hard: whether heads are full or streaming as `set_hard` said, whatever the gates.
+    DeepSpeed ZeRO afterwards: gates are parameters of the attention modules, sharded and reduced
+    with them, and the only ones that train. All processes must then call `set_soft` with values,
+    `values` and `mean` together. `is_hard` tells whether `set_hard` decides instead of the gates.
     """
 
     def __init__(
@@ -107,11 +104,11 @@ class GatedAttention:
             RlkvError: if `values_LH` is not ``[L][H]``.
         """
         if values_LH is not None:
-            shape = (len(self._layers), self.num_kv_heads)
-            if len(values_LH) != shape[0] or any(len(row) != shape[1] for row in values_LH):
+            given = [len(row) for row in values_LH]
+            if given != [self.num_kv_heads] * len(self._layers):
                 raise RlkvError(
-                    f"gates have {[len(row) for row in values_LH]} values per layer: the model "
-                    f"has {shape[0]} layers of {shape[1]} KV heads"
+                    f"gates have {given} values per layer: the model has {len(self._layers)} "
+                    f"layers of {self.num_kv_heads} KV heads"
                 )
             sharding.reshard(self.model)
             for gate, row in zip(self.gates, values_LH, strict=True):
@@ -174,11 +171,11 @@ class GatedAttention:
         float32 copies. Give torch's own optimizer, before accelerate prepares it.
         """
 
-        @torch.no_grad()
         def clamp(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.clamp_(0.0, 1.0)
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.clamp_(0.0, 1.0)
 
         optimizer.register_step_post_hook(clamp)
 
@@ -245,22 +242,18 @@ class GatedAttention:
 
         A tensor of full heads is ``[B, H]``.
         """
-        if isinstance(full_H, torch.Tensor):
-            return torch.where(full_H[..., None, None], allowed_B1TS, self._local(allowed_B1TS))
-        if all(full_H):
+        if isinstance(full_H, tuple) and all(full_H):
             return allowed_B1TS
-        local_B1TS = self._local(allowed_B1TS)
-        if not any(full_H):
-            return local_B1TS
-        full_H11 = torch.tensor(full_H, device=allowed_B1TS.device)[:, None, None]
-        return torch.where(full_H11, allowed_B1TS, local_B1TS)
-
-    def _local(self, allowed_B1TS: torch.Tensor) -> torch.Tensor:
-        """The local mask of a forward pass: made by its first layer, shared by the others."""
+        # The local mask is made by the first layer of a forward pass and shared by the others.
         # Keeping the causal mask alive is what makes the comparison by identity safe.
         if self._masks is None or self._masks[0] is not allowed_B1TS:
             self._masks = (allowed_B1TS, local_mask(allowed_B1TS, self.sink, self.window))
-        return self._masks[1]
+        local_B1TS = self._masks[1]
+        if isinstance(full_H, tuple):
+            if not any(full_H):
+                return local_B1TS
+            full_H = torch.tensor(full_H, device=allowed_B1TS.device)
+        return torch.where(full_H[..., None, None], allowed_B1TS, local_B1TS)
 
 
 def _attend_one(

@@ -41,12 +41,10 @@ class Measurement:
 
     @property
     def n(self) -> int:
-        """Number of problems."""
         return len(self.correct)
 
     @property
     def solved(self) -> int:
-        """Number of problems with the right answer."""
         return sum(self.correct)
 
     @property

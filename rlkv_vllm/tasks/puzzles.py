@@ -47,7 +47,6 @@ class ReasonedProblem:
     """A problem with the chain of thought that solves it.
 
     Attributes:
-        prompt: what the user says.
         thought: the words between `<think>` and `</think>`.
         answer: one digit.
         injected: positions of wrong words in `completion`: errors to recover from, which a model

@@ -32,6 +32,8 @@ def prepare() -> None:
     """Prepare the process: no output, no Ctrl-C, a memory limit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
     warnings.simplefilter("ignore")
+    # It warns that its own time limit is off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     os.setsid()  # Ctrl-C is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Without a handler, SIGPROF ends the process at once, also in C code.
@@ -59,7 +61,7 @@ def reply(request: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
     try:
         # Imports and data files take seconds and do not count as time of the check.
         if check is _math:
-            _prepare_math()
+            import math_verify  # noqa: F401
         else:
             import reasoning_gym  # noqa: F401
         if check is _gym:
@@ -78,14 +80,6 @@ def reply(request: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
         return {"score": 0.0}  # the scorer failed on the answer
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-@cache
-def _prepare_math() -> None:
-    import math_verify  # noqa: F401
-
-    # It warns that its own time limit is off.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def _math(request: dict[str, Any]) -> dict[str, Any]:

@@ -276,7 +276,6 @@ def test_masked_decoding_equals_the_oracle(
         report=lambda done, total: reports.append((done, total)),
     )
     assert reports[-1] == (5, 5)
-    assert len(reports) == -(-5 // batch_size)
     for problem, answer in zip(task.problems(5, 0), result.answers, strict=True):
         prompt = tokenizer.apply_chat_template(
             problem.messages, add_generation_prompt=True, return_dict=False
