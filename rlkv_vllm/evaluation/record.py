@@ -81,12 +81,9 @@ class _StoredRow(BaseModel):
 
 
 class Record:
-    """The output files of one evaluation.
+    """The `.json` and `.csv` files of one evaluation; only JSON files can be continued.
 
-    Args:
-        paths: any number of `.json` and `.csv` files; only JSON can be continued.
-        settings: of all rows, `n` included; plain JSON values.
-        fresh: overwrite files instead of continuing.
+    `settings` are those of all rows, `n` included, as plain JSON values.
 
     Raises:
         RlkvError: if a file exists that this evaluation cannot continue.

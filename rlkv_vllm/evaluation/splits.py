@@ -60,12 +60,8 @@ def find_candidates(
     """Load the profiles to evaluate and give each of them a label of its own.
 
     The label is the name of the file, or the method where the file is called `profile.json` or
-    `head_profile.json`.
-
-    Args:
-        names: what `find_profile` takes, or LABEL=NAME.
-        sink: instead of the profiles'.
-        window: instead of the profiles'.
+    `head_profile.json`. `names` are what `find_profile` takes, or LABEL=NAME; `sink` and `window`
+    replace those of the profiles.
 
     Raises:
         RlkvError: a profile does not exist or is not valid, or two have the same label.
@@ -105,19 +101,12 @@ def plan(candidates: Mapping[str, ProfileChoice], sparsities: Sequence[float]) -
         check_sparsity(share)
     inner = sorted({float(share) for share in sparsities} - {0.0, 1.0})
     spans = {choice.span: choice for choice in candidates.values()}
-
-    def name(span: Span) -> str:
-        return STREAMING if len(spans) == 1 else f"{STREAMING} {span.sink}+{span.window}"
-
-    return [
-        Split(FULL, replace(next(iter(candidates.values())), sparsity=0.0)),
-        *(
-            Split(label, replace(choice, sparsity=share))
-            for label, choice in candidates.items()
-            for share in inner
-        ),
-        *(Split(name(span), replace(choice, sparsity=1.0)) for span, choice in spans.items()),
-    ]
+    rows = [(FULL, next(iter(candidates.values())), 0.0)]
+    rows += [(label, choice, share) for label, choice in candidates.items() for share in inner]
+    for span, choice in spans.items():
+        label = STREAMING if len(spans) == 1 else f"{STREAMING} {span.sink}+{span.window}"
+        rows.append((label, choice, 1.0))
+    return [Split(label, replace(choice, sparsity=share)) for label, choice, share in rows]
 
 
 def concerns(split: Split, label: str, choice: ProfileChoice) -> bool:

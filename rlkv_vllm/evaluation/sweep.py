@@ -68,8 +68,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings that all rows of one table share.
 
-    `source` is the folder or Hub id of the weights; `options`, of the engine and the scoring, are
-    those that change answers.
+    `source` is the folder or Hub id of the weights; `options` are all others that change answers.
     """
     asked = [[problem.messages, problem.answer] for problem in problems]
     return {

@@ -54,9 +54,8 @@ class BlockMasks:
         """The block mask of a layer on `device`; `full_heads` has a value per query head."""
         key = (full_heads, sink, window, device)
         if key not in self._made:
-            self._made[key] = _block_mask(
-                self._rank_BS.to(device), self._seen_BT.to(device), full_heads, sink, window
-            )
+            ranks = self._rank_BS.to(device), self._seen_BT.to(device)
+            self._made[key] = _block_mask(*ranks, full_heads, sink, window)
         return self._made[key]
 
 

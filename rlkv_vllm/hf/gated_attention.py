@@ -142,11 +142,9 @@ class GatedAttention:
 
     def _table(self, full_heads: Sequence[Collection[int]]) -> tuple[tuple[bool, ...], ...]:
         """Whether a head is full, ``[L][H]``."""
-        if len(full_heads) != len(self._layers):
-            raise RlkvError(
-                f"full heads are given for {len(full_heads)} layers: the model has "
-                f"{len(self._layers)}"
-            )
+        given, expected = len(full_heads), len(self._layers)
+        if given != expected:
+            raise RlkvError(f"full heads are given for {given} layers: the model has {expected}")
         known = range(self.num_kv_heads)
         for layer, heads in enumerate(full_heads):
             if unknown := [head for head in heads if head not in known]:
@@ -292,8 +290,8 @@ def attach_gates(
             `auto` is flex on CUDA, else sdpa.
 
     Raises:
-        RlkvError: if the model has sliding-window layers, has gates already, or does not look up
-            its attention function by name; if sink, window or backend are out of range.
+        RlkvError: the model has sliding-window layers or gates already, or does not look up its
+            attention function by name; sink, window or backend are out of range.
     """
     kind = type(model).__name__
     if backend not in IMPLEMENTATIONS:
@@ -302,10 +300,9 @@ def attach_gates(
         raise RlkvError(f"sink {sink}, window {window}: sink must be >= 0 and window >= 1")
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        sliding = getattr(config, "sliding_window", None) is not None
-        layer_types = ["sliding_attention" if sliding else "full_attention"]
-    other = sorted(set(layer_types) - {"full_attention"})
+    if layer_types is None and getattr(config, "sliding_window", None) is not None:
+        layer_types = ["sliding_attention"]
+    other = sorted(set(layer_types or ()) - {"full_attention"})
     if other:
         raise RlkvError(
             f"model {kind} has layers of type {', '.join(other)}: only models whose layers all "

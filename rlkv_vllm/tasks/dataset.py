@@ -25,7 +25,7 @@ def read_dataset_task(name: str, split: str, columns: Columns) -> RowsTask:
         name: `ORG/NAME` or `ORG/NAME/CONFIG` on the Hugging Face hub, or the path of a local
             folder or a .parquet, .csv, .json or .jsonl file.
         split: as `load_dataset` takes it, slices such as `train[:1000]` included.
-        columns: what to read.
+        columns: of the questions and answers.
 
     Raises:
         RlkvError: it cannot be loaded, lacks a column or holds no problem.
@@ -67,15 +67,13 @@ def _local_path(name: str) -> Path | None:
 
 def _load(where: str, name: str, split: str, local: Path | None) -> Any:
     parts = name.split("/", 2)
-    if local is not None:
-        if not local.exists():
-            raise RlkvError(f"{where}: no such file or folder: check the path")
-        if local.is_file() and local.suffix not in _READERS:
-            raise RlkvError(
-                f"{where}: not a file that can be read: give one of {', '.join(_READERS)}, or a "
-                "folder"
-            )
-    elif not all(part.strip() for part in parts):
+    if local is not None and not local.exists():
+        raise RlkvError(f"{where}: no such file or folder: check the path")
+    if local is not None and local.is_file() and local.suffix not in _READERS:
+        raise RlkvError(
+            f"{where}: not a file that can be read: give one of {', '.join(_READERS)}, or a folder"
+        )
+    if local is None and not all(part.strip() for part in parts):
         raise RlkvError(
             f"{where}: not a name: give ORG/NAME or ORG/NAME/CONFIG on the Hugging Face hub, or a "
             "local path"

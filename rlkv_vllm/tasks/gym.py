@@ -24,9 +24,6 @@ INSTRUCTION = (
 class GymTask:
     """One of reasoning-gym's tasks in its default difficulty, with its own scorer.
 
-    Args:
-        name: as reasoning-gym calls it, such as `leg_counting`.
-
     Raises:
         RlkvError: there is no such task, it needs options, or reasoning-gym is not installed.
     """

@@ -272,7 +272,7 @@ def make_problem(
     Args:
         family: one of `FAMILIES` or `LONG_FAMILIES`.
         rng: gives all random numbers.
-        scale: greatest size in (0, 1], 1 for the full size; sizes vary by a fifth.
+        scale: greatest size in (0, 1]; sizes vary by a fifth.
         with_faults: put errors to recover from into an audit, as in training texts.
     """
     make, full = _FAMILIES[family]

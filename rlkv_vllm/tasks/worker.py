@@ -56,8 +56,7 @@ def _end_with_parent() -> None:
 
 def reply(request: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
     """The reply to a request; after `cpu_seconds`, unless 0, SIGPROF ends the process."""
-    checks = {"math": _math, "gym": _gym, "gym-problems": _gym_problems}
-    check = checks[request["check"]]
+    check = {"math": _math, "gym": _gym, "gym-problems": _gym_problems}[request["check"]]
     try:
         # Imports and data files take seconds and do not count as time of the check.
         if check is _math:
