@@ -58,7 +58,7 @@ def run(
 
     def evaluate(which: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
         mine = range(rank, len(which), world)
-        correct: list[bool] = []
+        correct: Sequence[bool] = []
         if mine:  # the last few answers may be fewer than processes
             full = [full_heads(streaming[i], model.num_layers, model.num_kv_heads) for i in mine]
             correct = solver.solve(

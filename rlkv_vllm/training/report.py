@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.evaluation.plot import Point, accuracy_figure
+from rlkv_vllm.evaluation.plot import accuracy_figure
+from rlkv_vllm.evaluation.rows import accuracy_interval
 from rlkv_vllm.files import one_line, write_text_atomic
 from rlkv_vllm.profile.plot import profile_figure
 from rlkv_vllm.profile.schema import EvaluationRow, HeadProfile
-from rlkv_vllm.statistics import wilson_interval
 from rlkv_vllm.training import report_charts as charts
 from rlkv_vllm.training.report_charts import data_uri
 from rlkv_vllm.training.run_folder import RunFolder
@@ -115,28 +115,14 @@ def _byline(run: RunFolder, profile: HeadProfile | None) -> str:
 
 def _accuracy(rows: list[EvaluationRow], tasks: list[tuple[str, int]]) -> Figure:
     series = {
-        f"{task}, {n} problems": [
-            Point(
-                row.sparsity,
-                row.accuracy,
-                _interval(row),
-                row.mean_output_tokens,
-                row.p95_output_tokens,
-            )
-            for row in rows
-            if (row.task, row.n) == (task, n)
-        ]
+        f"{task}, {n} problems": [row for row in rows if (row.task, row.n) == (task, n)]
         for task, n in tasks
     }
     return accuracy_figure(series, "Fresh problems")
 
 
-def _interval(row: EvaluationRow) -> tuple[float, float]:
-    return wilson_interval(round(row.accuracy * row.n), row.n)
-
-
 def _interval_text(row: EvaluationRow) -> str:
-    return "{:.3f}-{:.3f}".format(*_interval(row))
+    return "{:.3f}-{:.3f}".format(*accuracy_interval(row))
 
 
 def _number(value: object, spec: str) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.hf.answers import TaskResult, solve
+from rlkv_vllm.hf.answers import solve
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.profile import ModelFingerprint
 from rlkv_vllm.tasks import Problem, Task
+from rlkv_vllm.tasks.measurement import Measurement
 from rlkv_vllm.training.config import JobConfig
 
 if TYPE_CHECKING:
@@ -37,6 +38,6 @@ class Solver:
         }
         return cls(model, tokenizer, fingerprint, task, settings)
 
-    def solve(self, problems: Sequence[Problem], **options: Any) -> TaskResult:
+    def solve(self, problems: Sequence[Problem], **options: Any) -> Measurement:
         """Answer problems of the task; options as of `rlkv_vllm.hf.answers.solve`."""
         return solve(self.model, self.tokenizer, self.task, problems, **options)

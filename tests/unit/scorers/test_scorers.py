@@ -19,7 +19,7 @@ from rlkv_vllm.answers import Sampling
 from rlkv_vllm.cli.score import score
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import fresh_problems
-from rlkv_vllm.hf.answers import HeadSplit, TaskResult, solve
+from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.options import Positive, Section, override
 from rlkv_vllm.profile.io import load_profile
@@ -348,7 +348,7 @@ def test_sampling_parameters_change_the_answers(model: Any, tokenizer: Any) -> N
 
 def test_results_count_what_the_task_accepts(model: Any, tokenizer: Any) -> None:
     task = WordTask(accept=(True, False, False, True, True))
-    result: TaskResult = solve(model, tokenizer, task, task.problems(5, 0), sampling=greedy(2))
+    result = solve(model, tokenizer, task, task.problems(5, 0), sampling=greedy(2))
     assert result.correct == [True, False, False, True, True]
     assert result.accuracy == 0.6
 

@@ -10,8 +10,8 @@ import pytest
 
 from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.hf.answers import TaskResult
 from rlkv_vllm.tasks import Problem
+from rlkv_vllm.tasks.measurement import Measurement
 from rlkv_vllm.training.curriculum import Curriculum, make_curriculum
 from rlkv_vllm.training.solver import Solver
 
@@ -45,7 +45,7 @@ class Model:
         self.seeds.append(kw["sampling"].seed)
         numbers = [int(problem.answer) for problem in problems]
         self.asked += numbers
-        return TaskResult(
+        return Measurement.of(
             [
                 Answer([2] * 10, [1] * 5, is_correct=i % 2 == 0 and not self._odd_only)
                 for i in numbers
