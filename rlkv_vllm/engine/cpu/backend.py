@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionLayer, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
@@ -32,9 +33,7 @@ from rlkv_vllm.engine.support import check_layer_supported
 from rlkv_vllm.kernels.cpu.ring_tiles import serves
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 class SplitCPUBackend(CPUAttentionBackend):
@@ -71,14 +70,14 @@ class StockCPUImpl(CPUAttentionBackendImpl):
     def forward(
         self,
         layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
         attn_metadata: CPUAttentionMetadata | None,
         *args: Any,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         shares_cache = getattr(layer, "kv_sharing_target_layer_name", None) is not None
         if attn_metadata is not None and key is not None and value is not None and not shares_cache:
             self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
@@ -88,16 +87,11 @@ class StockCPUImpl(CPUAttentionBackendImpl):
 class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     """Keeps the step's tensors; vLLM's builder for a model without a split."""
 
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        self.split = split_config(vllm_config) is not None
-        base = AttentionMetadataBuilder if self.split else CPUAttentionMetadataBuilder
-        base.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        AttentionMetadataBuilder.__init__(self, *args, **kwargs)
+        self.split = split_config(self.vllm_config) is not None
+        if not self.split:
+            super().__init__(*args, **kwargs)
 
     def build(
         self,
@@ -112,15 +106,12 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 @dataclass(frozen=True)
 class _HeadIndex:
-    """Which heads of a layer each group has.
-
-    Attributes:
-        heads: KV heads and query heads of each group.
-        order: where each query head of the layer is found in the groups' side by side.
+    """KV and query heads of each group, and where each query head of the layer is found in the
+    groups' side by side.
     """
 
-    heads: list[tuple[torch.Tensor, torch.Tensor]]
-    order: torch.Tensor
+    heads: list[tuple[Tensor, Tensor]]
+    order: Tensor
 
     @classmethod
     def of(cls, layer: LayerHeads, queries_per_kv: int) -> _HeadIndex | None:
@@ -145,7 +136,6 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         self._bound: list[Heads] | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Register the layer's head caches: the only hook before vLLM collects cache specs."""
         super().process_weights_after_loading(act_dtype)
         assert self.plan is not None
         if self.heads is None:
@@ -179,14 +169,14 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
     def forward(
         self,
         layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
         attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
+        output: Tensor,
         **_: None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if attn_metadata is None:  # vLLM profiles the model
             return output
         assert self.heads is not None

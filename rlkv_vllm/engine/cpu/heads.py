@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 _RING_ISA = "vec16"
 
 #: vLLM's names of 8-bit caches, which it keeps as bytes.
-_FP8 = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+_FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 @dataclass
@@ -45,14 +41,9 @@ class Heads(Protocol):
     """
 
     def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Write the step's keys and values, then attend.
+        """Write the step's keys and values, attend, and fill ``out``, which is dense.
 
-        Args:
-            step: of the heads' block table.
-            q: ``[tokens, query heads, head_dim]``.
-            k: ``[tokens, KV heads, head_dim]``.
-            v: as ``k``.
-            out: as ``q``, dense; filled in place.
+        All are ``[tokens, heads, head_dim]``; ``step`` is that of the heads' block table.
         """
 
 
@@ -68,6 +59,10 @@ class FullHeads:
             step.full = PagedRequests(step.block_table, step.seq_lens, step.query_start_loc)
         self._cache.write(k, v, step.slot_mapping)
         step.full.attend(self._cache, q, out, self._scale)
+
+
+#: Which rows of the step, None for all, and their requests.
+_Part = tuple[Tensor | None, PagedRequests]
 
 
 class _RingRequests:
@@ -89,7 +84,7 @@ class _RingRequests:
         self.prefill = self._part(plan.prefill)
         self.scratch = plan.scratch
 
-    def _part(self, tiles: Tiles | None) -> tuple[Tensor | None, PagedRequests] | None:
+    def _part(self, tiles: Tiles | None) -> _Part | None:
         if tiles is None:
             return None
         requests = PagedRequests(tiles.tables, tiles.lengths, tiles.starts, self._visible)
@@ -116,19 +111,13 @@ class RingHeads:
         ring = step.ring
         self._cache.write(k, v, ring.slots)
         if ring.decode is not None:
-            self._part(*ring.decode, self._cache, q, out)
+            self._attend(ring.decode, self._cache, q, out)
         if ring.prefill is not None and ring.scratch is not None:
             rows = ring.prefill[0]
-            self._part(*ring.prefill, self._gather(ring.scratch, k[rows], v[rows]), q, out)
+            self._attend(ring.prefill, self._gather(ring.scratch, k[rows], v[rows]), q, out)
 
-    def _part(
-        self,
-        rows: Tensor | None,
-        requests: PagedRequests,
-        cache: PagedCache,
-        q: Tensor,
-        out: Tensor,
-    ) -> None:
+    def _attend(self, part: _Part, cache: PagedCache, q: Tensor, out: Tensor) -> None:
+        rows, requests = part
         if rows is None:
             requests.attend(cache, q, out, self._scale)
             return
