@@ -26,7 +26,9 @@ NULL_BLOCKS = 1  # vLLM reserves one block of the pool as the null block
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """Sizes of one model's KV cache; KV heads per layer of the whole model, the rest in tokens."""
+    """Sizes of one model's KV cache: KV heads per layer of the whole model; block, sink and window
+    in tokens.
+    """
 
     num_layers: int
     num_kv_heads: int

@@ -194,7 +194,6 @@ def _plan(
     steps_in_flight: int,
 ) -> SplitPlan:
     # instance_id: every engine reads the profile anew, all layers of one engine the same.
-    del instance_id
     choice = choose_profile(config.profile, config.sparsity, sink=config.sink, window=config.window)
     profile, path = choice.profile, Path(config.profile)
     if config.sha256 is not None and profile.sha256() != config.sha256:

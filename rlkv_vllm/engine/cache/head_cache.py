@@ -66,7 +66,6 @@ class HeadCacheLayer(AttentionLayerBase):
         return self.backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        del vllm_config
         return self.spec
 
 

@@ -94,18 +94,13 @@ def register_layer(
 
         def report_too() -> None:
             on_bind()
-            _report_capacity(plan, vllm_config, len(first.kv_cache))
+            num_blocks = len(first.kv_cache)
+            # A cache that is bound only to profile CUDA graphs is not the pool.
+            if num_blocks and num_blocks == vllm_config.cache_config.num_gpu_blocks:
+                # What it really holds: vLLM's own figure counts a ring's admission cap.
+                logger.info_once("%s", SplitReport.of(plan, 0, num_blocks).sentence())
 
         first.on_bind = report_too
     # The attention layer owns no cache but needs an entry in the step's metadata.
     layer.kv_sharing_target_layer_name = heads.groups[0].metadata_name
     return heads
-
-
-def _report_capacity(plan: SplitPlan, vllm_config: VllmConfig, num_blocks: int) -> None:
-    """Log what the pool really holds: vLLM's own figure counts a ring's admission cap.
-
-    A cache that is bound only to profile CUDA graphs is not the pool.
-    """
-    if num_blocks and num_blocks == vllm_config.cache_config.num_gpu_blocks:
-        logger.info_once("%s", SplitReport.of(plan, 0, num_blocks).sentence())

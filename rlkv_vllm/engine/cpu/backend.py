@@ -7,7 +7,6 @@ Full heads use vLLM's own C++ paged attention. Streaming heads use it over the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,26 +103,6 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return SplitMetadata(**StepMetadata.fields_of(common_attn_metadata))
 
 
-@dataclass(frozen=True)
-class _HeadIndex:
-    """KV and query heads of each group, and where each query head of the layer is found in the
-    groups' side by side.
-    """
-
-    heads: list[tuple[Tensor, Tensor]]
-    order: Tensor
-
-    @classmethod
-    def of(cls, layer: LayerHeads, queries_per_kv: int) -> _HeadIndex | None:
-        """The index of a layer, or None when one group has all its heads."""
-        if len(layer.groups) == 1:
-            return None
-        kv_heads = [torch.tensor(group.kv_heads) for group in layer.groups]
-        each = torch.arange(queries_per_kv)
-        query_heads = [(heads[:, None] * queries_per_kv + each).flatten() for heads in kv_heads]
-        return cls(list(zip(kv_heads, query_heads, strict=True)), torch.cat(query_heads).argsort())
-
-
 class SplitCPUImpl(CPUAttentionBackendImpl):
     """Attention of one layer of a split model."""
 
@@ -149,8 +128,16 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         self._isa = _get_attn_isa(
             act_dtype, self.plan.geometry.block_size, self.head_size, self.kv_cache_dtype
         )
-        self._names = [group.metadata_name for group in self.heads.groups]
-        self._split = _HeadIndex.of(self.heads, self.num_queries_per_kv)
+        groups = self.heads.groups
+        self._names = [group.metadata_name for group in groups]
+        # KV and query heads of each group, and where each query head of the layer is found in the
+        # groups' side by side; not needed by a group that has all heads.
+        self._picked: list[tuple[Tensor, Tensor]] = []
+        if len(groups) > 1:
+            kv_heads, each = [torch.tensor(g.kv_heads) for g in groups], self.num_queries_per_kv
+            q_heads = [(h[:, None] * each + torch.arange(each)).flatten() for h in kv_heads]
+            self._picked = list(zip(kv_heads, q_heads, strict=True))
+            self._order = torch.cat(q_heads).argsort()
 
     def _bind(self, group: HeadGroup, layer: AttentionLayer) -> Heads:
         assert self.heads is not None
@@ -187,16 +174,16 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         answer = output
         if len(query) != n:  # padded; four slices cost as much as a call of the operator
             query, key, value, answer = query[:n], key[:n], value[:n], output[:n]
-        if self._split is None:
+        if not self._picked:
             self._bound[0].attend(metadata[self._names[0]], query, key, value, answer)
             return output
         parts = []
         for heads, name, (kv_heads, query_heads) in zip(
-            self._bound, self._names, self._split.heads, strict=True
+            self._bound, self._names, self._picked, strict=True
         ):
             q = query.index_select(1, query_heads)
             k, v = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
             parts.append(torch.empty_like(q))
             heads.attend(metadata[name], q, k, v, parts[-1])
-        torch.index_select(torch.cat(parts, 1), 1, self._split.order, out=answer)
+        torch.index_select(torch.cat(parts, 1), 1, self._order, out=answer)
         return output

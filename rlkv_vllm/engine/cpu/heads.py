@@ -43,7 +43,7 @@ class Heads(Protocol):
     def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Write the step's keys and values, attend, and fill ``out``, which is dense.
 
-        All are ``[tokens, heads, head_dim]``; ``step`` is that of the heads' block table.
+        ``q`` to ``out``: ``[tokens, heads, head_dim]``; ``step``: that of the heads' block table.
         """
 
 

@@ -77,5 +77,5 @@ class GatedLayer(AttentionImpl[Any]):
     ) -> None:
         """Write the step's keys and values into the layer's cache, attend, and fill ``out``.
 
-        All are ``[tokens, heads, head_dim]``; ``step`` is the backend's metadata of the step.
+        ``q`` to ``out``: ``[tokens, heads, head_dim]``; ``step``: the backend's metadata.
         """
