@@ -62,7 +62,8 @@ class RingManager(SlidingWindowManager):
         return len(self._holders)
 
     def _hold(self, blocks: Iterable[KVCacheBlock]) -> None:
-        self._holders.update(block.block_id for block in blocks)
+        for block in blocks:
+            self._holders[block.block_id] += 1
 
     def _drop(self, blocks: Iterable[KVCacheBlock]) -> None:
         for block in blocks:
@@ -324,7 +325,18 @@ class RingManager(SlidingWindowManager):
         return blocks, hit_length
 
     @classmethod
-    def reachable_block_mask(cls, *_: Any, **__: Any) -> None:
+    def reachable_block_mask(
+        cls,
+        start_block: int,
+        end_block: int,
+        alignment_tokens: int | None,
+        kv_cache_spec: KVCacheSpec,
+        use_eagle: bool,
+        retention_interval: int | None = None,
+        reachable_boundaries: Sequence[int] = (),
+        dcp_world_size: int = 1,
+        final_segment_end_block: int | None = None,
+    ) -> None:
         """Enter every real block into the prefix cache; what is not worth keeping leaves
         it again in :meth:`remove_skipped_blocks`, so that the end of an answer stays.
         """
