@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -125,18 +126,14 @@ def cache_specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
             dtype=torch.bfloat16,
         )
         return dict.fromkeys(names, spec)
-    for layer, name in enumerate(names):
-        register_head_caches(
-            plan,
-            config,
-            SplitCPUBackend,
-            layer_name=name,
-            layer_index=layer,
-            rank=0,
-            num_q_heads=SHAPE.q_heads,
-            head_dim=SHAPE.head_dim,
-            dtype=torch.bfloat16,
-        )
+    attention = SimpleNamespace(
+        get_attn_backend=lambda: SplitCPUBackend,
+        num_heads=SHAPE.q_heads,
+        head_size=SHAPE.head_dim,
+        kv_cache_torch_dtype=torch.bfloat16,
+    )
+    for name in names:
+        register_head_caches(plan, config, name, attention, rank=0)
     context = config.compilation_config.static_forward_context
     return {n: c.spec for n, c in context.items() if isinstance(c, HeadCacheLayer)}
 

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 _RING_ISA = "vec16"
 
 #: vLLM's names of 8-bit caches, which it keeps as bytes.
-_FP8 = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+_FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 @dataclass
@@ -46,14 +42,9 @@ class Heads(Protocol):
     """
 
     def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Write the step's keys and values, then attend.
+        """Write the step's keys and values, attend, and fill ``out``, which is dense.
 
-        Args:
-            step: of the heads' block table.
-            q: ``[tokens, query heads, head_dim]``.
-            k: ``[tokens, KV heads, head_dim]``.
-            v: as ``k``.
-            out: as ``q``, dense; filled in place.
+        ``q`` to ``out``: ``[tokens, heads, head_dim]``; ``step``: that of the heads' block table.
         """
 
 
@@ -83,7 +74,7 @@ def _streaming_step(step: StepMetadata, geometry: CacheGeometry) -> StreamingSte
     )
 
 
-#: Rows of the step, None for all of them, and the tiles that answer them.
+#: Which rows of the step, None for all, and their requests.
 _Part = tuple[Tensor | None, PagedRequests]
 
 
