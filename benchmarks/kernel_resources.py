@@ -10,50 +10,36 @@ Exits with 1 if the decode kernel spills registers.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from common import environment, header, numbers, parser, row, write_json
+from common import Requests, environment, header, numbers, parser, row, write_json
 from kernels import Layers, Shape
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-#: Bytes of shared memory per multiprocessor by compute capability (CUDA C programming guide).
-SHARED_PER_SM = {
-    80: 164 << 10,
-    86: 100 << 10,
-    89: 100 << 10,
-    90: 228 << 10,
-    100: 228 << 10,
-    120: 100 << 10,
-}
+#: Bytes of shared memory per multiprocessor by compute capability (CUDA C programming guide), where
+#: they are not 100 KiB.
+SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 
-class CompileOnlyDriver:
-    """Stands in for a GPU's driver as far as compiling needs it."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        del device
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
+def driver_without_device(capability: int) -> Any:
+    """As much of a GPU's driver as compiling needs."""
+    return SimpleNamespace(
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
 
 
 def compile_case(
@@ -63,9 +49,9 @@ def compile_case(
     compiled: list[dict[str, Any]] = []
     run = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
         del warmup
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = run(self, *args, warmup=True, **kwargs)
         name = self.fn.__name__
         if not gated or name != "write_kernel":  # gates do not change it
             compiled.append(
@@ -85,22 +71,19 @@ def compile_case(
 
     layers = Layers(
         shape,
-        batch=4,
-        length=16 * shape.block_size,
-        sparsity=0.5,
-        device=torch.device("cpu"),
-        new=16,
+        Requests(4, 16 * shape.block_size, 16),
+        0.5,
+        torch.device("cpu"),
         gated=gated,
         target_programs=target_programs,
         capability=capability,
     )
-    driver.set_active(CompileOnlyDriver(capability))
-    JITFunction.run = compile_only
+    driver.set_active(driver_without_device(capability))
     try:
-        layers.write()
-        layers.attend()
+        with patch.object(JITFunction, "run", compile_only):
+            layers.write()
+            layers.attend()
     finally:
-        JITFunction.run = run
         driver.set_active(None)
     return compiled
 
@@ -108,14 +91,9 @@ def compile_case(
 def resources(kernel: Any, capability: int) -> dict[str, int]:
     """Registers and spilled bytes per thread, shared bytes and warps per program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     by_registers = 65536 // (max(usage["REG"], 1) * 32 * warps)
@@ -129,20 +107,16 @@ def resources(kernel: Any, capability: int) -> dict[str, int]:
     }
 
 
-def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
-    found = parser(__doc__)
-    found.add_argument("--capability", type=numbers, default=[80, 90])
-    found.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    found.add_argument("--head-dim", type=numbers, default=[64, 96, 128, 256])
-    found.add_argument("--group", type=numbers, default=[1, 4, 7, 16])
-    found.add_argument("--block-size", type=numbers, default=[16])
-    found.add_argument("--target-programs", type=int, default=528, help="4 per multiprocessor")
-    found.add_argument("--json", type=Path, help="write the figures here too")
-    return found.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_args(arguments)
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--capability", type=numbers, default=[80, 90])
+    options.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    options.add_argument("--head-dim", type=numbers, default=[64, 96, 128, 256])
+    options.add_argument("--group", type=numbers, default=[1, 4, 7, 16])
+    options.add_argument("--block-size", type=numbers, default=[16])
+    options.add_argument("--target-programs", type=int, default=528, help="4 per multiprocessor")
+    options.add_argument("--json", type=Path, help="write the figures here too")
+    args = options.parse_args()
     rows: list[dict[str, Any]] = []
     for capability, head_dim, group, block_size, gated in itertools.product(
         args.capability, args.head_dim, args.group, args.block_size, (False, True)

@@ -18,18 +18,18 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from common import environment, header, parser, row, write_json
+from common import Requests, environment, header, parser, row, write_json
 from triton.runtime.errors import OutOfResources
 
 from rlkv_vllm.kernels.reference import reference_attention
@@ -97,85 +97,55 @@ class Layers:
     def __init__(
         self,
         shape: Shape,
-        batch: int,
-        length: int,
+        requests: Requests,
         sparsity: float,
         device: torch.device,
         *,
-        new: int = 1,
         gated: bool = False,
         target_programs: int = 8,
         capability: int = INTERPRETER,
     ) -> None:
-        self.shape, self.batch, self.length, self.new = shape, batch, length, new
-        on_gpu = device.type == "cuda"
-        bs, num_streaming = shape.block_size, round(sparsity * shape.num_kv_heads)
-        num_full = shape.num_kv_heads - num_streaming
-        self.streaming = [h >= num_full for h in range(shape.num_kv_heads)]
-        blocks = triton.cdiv(length, bs)
-        ring_blocks = min(blocks, triton.cdiv(SINK, bs) + triton.cdiv(WINDOW + new, bs) + 1)
-        generator = torch.Generator().manual_seed(0)
-        order = 1 + torch.randperm(batch * blocks, generator=generator)
-        self.full_table = order.view(batch, blocks).int().to(device)
-        # A ring's table is as long as a full one; only its sinks and its window have blocks.
-        ring = torch.zeros(batch, blocks, dtype=torch.int32)
-        ring_ids = 1 + torch.randperm(batch * ring_blocks, generator=generator).view(batch, -1)
-        num_sink = min(triton.cdiv(SINK, bs), ring_blocks)
-        ring[:, :num_sink] = ring_ids[:, :num_sink]
-        if ring_blocks > num_sink:
-            ring[:, num_sink - ring_blocks :] = ring_ids[:, num_sink:]
-        self.ring_table = ring.to(device)
-        self.kv_bytes = (
-            batch
-            * shape.row_bytes
-            * (num_full * length + num_streaming * min(length, SINK + WINDOW))
-        )
-        stored = [1 + batch * (ring_blocks if kind else blocks) for kind in self.streaming]
-        layer_bytes = sum(stored) * bs * shape.row_bytes
+        self.shape, self.requests, on_gpu = shape, requests, device.type == "cuda"
+        heads, bs = shape.num_kv_heads, shape.block_size
+        num_streaming = round(sparsity * heads)
+        num_full = heads - num_streaming
+        self.streaming = [h >= num_full for h in range(heads)]
+        full = requests.block_table(bs)
+        ring = full if gated else requests.block_table(bs, SINK, WINDOW)
+        self.full_table, self.ring_table = full.table.to(device), ring.table.to(device)
+        self.slots = full.slots.to(device), ring.slots.to(device)
+        self.starts, self.seq_lens = requests.starts.to(device), requests.lengths.to(device)
+        tokens = num_full * requests.context
+        tokens += num_streaming * min(requests.context, SINK + WINDOW)
+        self.kv_bytes = requests.batch * shape.row_bytes * tokens
+        blocks = num_full * full.num_blocks + num_streaming * ring.num_blocks
+        layer_bytes = blocks * bs * shape.row_bytes
         free = torch.cuda.mem_get_info(device)[0] if on_gpu else 4 << 30
         wanted = triton.cdiv(LEAST_BYTES if on_gpu else 0, max(self.kv_bytes, 1))
         self.num_layers = max(1, min(wanted, int(free * 0.8) // layer_bytes, 64))
         if layer_bytes * self.num_layers > free * 0.9:
             raise MemoryError(f"needs {layer_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+
+        def normal(*sizes: int) -> torch.Tensor:
+            return torch.empty(*sizes, shape.head_dim, dtype=shape.dtype, device=device).normal_()
+
+        self.normal = normal
         self.caches = []
-        self.full_pages = []  # [heads, blocks, block_size, 2 * head_dim], as vLLM's buffers lie
+        self.full_pages = []  # [heads, blocks, block_size, 2, head_dim], as vLLM's buffers lie
         for _ in range(self.num_layers):
-            kinds = [
-                torch.empty(
-                    count, n, bs, 2 * shape.head_dim, dtype=shape.dtype, device=device
-                ).normal_()
-                for count, n in (
-                    (num_full, 1 + batch * blocks),
-                    (num_streaming, 1 + batch * ring_blocks),
-                )
-            ]
-            self.full_pages.append(kinds[0])
-            self.caches.append(
-                LayerCache.of([*kinds[0], *kinds[1]], [gated or kind for kind in self.streaming])
-            )
-        n = batch * new
-        num_q = shape.num_kv_heads * shape.group
-        make = {"dtype": shape.dtype, "device": device}
-        self.q = torch.randn(n, num_q, shape.head_dim, **make)
-        self.k, self.v = (
-            torch.randn(n, shape.num_kv_heads, shape.head_dim, **make) for _ in range(2)
-        )
+            pages = normal(num_full, full.num_blocks, bs, 2)
+            self.full_pages.append(pages)
+            caches = [*pages.flatten(3), *normal(num_streaming, ring.num_blocks, bs, 2).flatten(3)]
+            self.caches.append(LayerCache.of(caches, [gated or kind for kind in self.streaming]))
+        n = requests.batch * requests.new
+        self.q, self.k, self.v = normal(n, heads * shape.group), normal(n, heads), normal(n, heads)
         self.out = torch.empty_like(self.q)
-        self.starts = (torch.arange(batch + 1, dtype=torch.int32) * new).to(device)
-        self.seq_lens = torch.full((batch,), length, dtype=torch.int32, device=device)
-        positions = (length - new + torch.arange(new)).to(device)
-
-        def slots(table: torch.Tensor) -> torch.Tensor:
-            return (table[:, positions // bs].long() * bs + positions % bs).flatten()
-
-        if gated:
-            self.ring_table = self.full_table
-        self.gates = torch.linspace(0.1, 0.9, shape.num_kv_heads).to(device) if gated else None
-        self.full_slots, self.ring_slots = slots(self.full_table), slots(self.ring_table)
+        self.gates = torch.linspace(0.1, 0.9, heads).to(device) if gated else None
+        self.spans = {"sink": SINK, "window": WINDOW, "scale": shape.head_dim**-0.5}
         self.workspace = Workspace.of(
-            max_requests=batch,
-            num_q_heads=num_q,
-            num_kv_heads=shape.num_kv_heads,
+            max_requests=requests.batch,
+            num_q_heads=heads * shape.group,
+            num_kv_heads=heads,
             head_dim=shape.head_dim,
             device=device,
             gated=gated,
@@ -185,11 +155,9 @@ class Layers:
 
     def write(self) -> None:
         for cache in self.caches:
-            write_cache(self.k, self.v, cache, self.full_slots, self.ring_slots)
+            write_cache(self.k, self.v, cache, *self.slots)
 
-    def attend(
-        self, decode: DecodeConfig | None = None, prefill: PrefillConfig | None = None
-    ) -> None:
+    def attend(self, **configs: DecodeConfig | PrefillConfig) -> None:
         for cache in self.caches:
             split_attention(
                 self.q,
@@ -201,110 +169,88 @@ class Layers:
                 ring_table_RB=self.ring_table,
                 query_start_loc=self.starts,
                 seq_lens=self.seq_lens,
-                max_query_len=self.new,
+                max_query_len=self.requests.new,
                 workspace=self.workspace,
-                sink=SINK,
-                window=WINDOW,
-                scale=self.shape.head_dim**-0.5,
                 gates_H=self.gates,
-                decode_with=decode,
-                prefill_with=prefill,
+                **self.spans,
+                **configs,
             )
 
     def error(self) -> float:
         """Relative error of the last layer's output against the oracle, worst of two requests."""
-        cache, bs = self.caches[-1], self.shape.block_size
-        position = torch.arange(self.length, device=self.q.device)
-        last = min(self.new, 256)  # they see most; the oracle holds all scores at once
-        spans = {"sink": SINK, "window": WINDOW, "scale": self.shape.head_dim**-0.5}
+        bs, new = self.shape.block_size, self.requests.new
+        position = torch.arange(self.requests.context, device=self.q.device)
+        last = min(new, 256)  # they see most; the oracle holds all scores at once
         full_heads = [h for h, kind in enumerate(self.streaming) if not kind]
         worst = 0.0
-        for r in {0, self.batch - 1}:
+        for r in {0, self.requests.batch - 1}:
             tables = [self.ring_table[r] if kind else self.full_table[r] for kind in self.streaming]
             heads = [
                 pages[table[position // bs].long(), position % bs]
-                for pages, table in zip(cache.caches, tables, strict=True)
+                for pages, table in zip(self.caches[-1].caches, tables, strict=True)
             ]
-            k, v = torch.stack(heads, dim=1).float().split(self.shape.head_dim, dim=-1)
-            rows = slice(r * self.new, (r + 1) * self.new)
-            if self.new > 1:  # what lean prefill does not keep comes from the step's inputs
-                k = torch.cat([k[: self.length - self.new], self.k[rows].float()])
-                v = torch.cat([v[: self.length - self.new], self.v[rows].float()])
-            q = self.q[rows][-last:].float()
-            expected = reference_attention(q, k, v, full_heads=full_heads, **spans)
+            k, v = torch.stack(heads, dim=1).float().chunk(2, -1)
+            rows = slice(r * new, (r + 1) * new)
+            # What lean prefill does not keep comes from the step's inputs.
+            k[-new:], v[-new:] = self.k[rows], self.v[rows]
+            attend = partial(reference_attention, self.q[rows][-last:].float(), k, v, **self.spans)
+            expected = attend(full_heads=full_heads)
             if self.gates is not None:
                 gates = self.gates.repeat_interleave(self.shape.group)[:, None]
-                local = reference_attention(q, k, v, full_heads=[], **spans)
-                expected = gates * expected + (1 - gates) * local
+                expected = gates * expected + (1 - gates) * attend(full_heads=[])
             found = self.out[rows][-last:].float()
             worst = max(worst, float((found - expected).norm() / expected.norm()))
         return worst
 
 
-def dense_kernels(layers: Layers) -> dict[str, Callable[[], None]]:
+def dense_kernels(layers: Layers) -> Iterator[tuple[str, Callable[[], None]]]:
     """Dense attention of others over the same number of tokens, where installed."""
-    found: dict[str, Callable[[], None]] = {}
-    shape, device = layers.shape, layers.q.device
-    if device.type != "cuda":
-        return found
-    size = (shape.block_size, shape.num_kv_heads, shape.head_dim)
-    make = {"dtype": shape.dtype, "device": device}
-    pages = [
-        torch.empty(2, 1 + layers.full_table.numel(), *size, **make).normal_()
-        for _ in range(layers.num_layers)
-    ]
-    out, scale = torch.empty_like(layers.q), shape.head_dim**-0.5
+    if not layers.q.is_cuda:
+        return
+    shape, requests, scale = layers.shape, layers.requests, layers.spans["scale"]
+    size = (1 + layers.full_table.numel(), shape.block_size, shape.num_kv_heads)
+    pages = [layers.normal(2, *size) for _ in range(layers.num_layers)]
     shared = {
         "cu_seqlens_q": layers.starts,
-        "max_seqlen_q": layers.new,
+        "max_seqlen_q": requests.new,
         "seqused_k": layers.seq_lens,
-        "max_seqlen_k": layers.length,
+        "max_seqlen_k": requests.context,
         "softmax_scale": scale,
         "causal": True,
         "block_table": layers.full_table,
-        "out": out,
+        "out": torch.empty_like(layers.q),
     }
-    try:
+
+    def each(attend: Callable[..., Any], caches: Sequence[torch.Tensor]) -> None:
+        for k, v in caches:
+            attend(q=layers.q, k=k, v=v, **shared)
+
+    with suppress(ImportError):
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-    except ImportError:
-        pass
-    else:
-        rows = (max(layers.batch, 1), shape.num_kv_heads * shape.group, 16)
-        make = {"dtype": torch.float32, "device": device}
-        segments = {
-            "seq_threshold_3D": 128 // shape.num_kv_heads,
-            "num_par_softmax_segments": rows[-1],
-            "softmax_segm_output": torch.empty(
-                *rows, triton.next_power_of_2(shape.head_dim), **make
-            ),
-            "softmax_segm_max": torch.empty(rows, **make),
-            "softmax_segm_expsum": torch.empty(rows, **make),
-        }
-        nothing = {"softcap": 0, "q_descale": None, "k_descale": None, "v_descale": None}
 
-        def unified() -> None:
-            for k, v in pages:
-                unified_attention(
-                    q=layers.q, k=k, v=v, window_size=(-1, -1), **shared, **segments, **nothing
-                )
-
-        found["vLLM Triton unified"] = unified
-    try:
+        rows = (requests.batch, shape.num_kv_heads * shape.group, 16)
+        empty = partial(torch.empty, dtype=torch.float32, device=layers.q.device)
+        unified = partial(
+            unified_attention,
+            window_size=(-1, -1),
+            seq_threshold_3D=128 // shape.num_kv_heads,
+            num_par_softmax_segments=rows[-1],
+            softmax_segm_output=empty(*rows, triton.next_power_of_2(shape.head_dim)),
+            softmax_segm_max=empty(rows),
+            softmax_segm_expsum=empty(rows),
+            softcap=0,
+            **dict.fromkeys(("q_descale", "k_descale", "v_descale")),
+        )
+        yield "vLLM Triton unified", partial(each, unified, pages)
+    with suppress(ImportError):
         from vllm.vllm_flash_attn import flash_attn_varlen_func, is_fa_version_supported
-    except ImportError:
-        pass
-    else:
-        version = 3 if is_fa_version_supported(3) else 2
 
-        def flash(caches: Any) -> None:
-            for k, v in caches:
-                flash_attn_varlen_func(layers.q, k, v, fa_version=version, **shared)
-
-        found["FlashAttention"] = partial(flash, pages)
+        flash = partial(flash_attn_varlen_func, fa_version=3 if is_fa_version_supported(3) else 2)
+        yield "FlashAttention", partial(each, flash, pages)
         # The same on our pages: what full heads could use instead of our kernel.
-        strided = [full.permute(1, 2, 0, 3).split(shape.head_dim, -1) for full in layers.full_pages]
-        found["FlashAttention, our pages"] = partial(flash, strided)
-    if layers.new == layers.length and layers.batch == 1:
+        strided = [full.permute(3, 1, 2, 0, 4) for full in layers.full_pages]
+        yield "FlashAttention, our pages", partial(each, flash, strided)
+    if requests.new == requests.context and requests.batch == 1:
         q, k, v = (t.transpose(0, 1)[None] for t in (layers.q, layers.k, layers.v))
 
         def sdpa() -> None:
@@ -313,18 +259,16 @@ def dense_kernels(layers: Layers) -> dict[str, Callable[[], None]]:
                     q, k, v, is_causal=True, scale=scale, enable_gqa=True
                 )
 
-        found["torch SDPA"] = sdpa
-    return found
+        yield "torch SDPA", sdpa
 
 
 class Bench:
     """Runs cases until the time is up; what was measured is on disk after each."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        self.shape = Shape(
-            args.kv_heads, args.group, args.head_dim, args.block_size, getattr(torch, args.dtype)
-        )
+        self.output, self.device = args.output, device
+        dtype = getattr(torch, args.dtype)
+        self.shape = Shape(args.kv_heads, args.group, args.head_dim, args.block_size, dtype)
         self.deadline = time.monotonic() + args.time_limit
         self.results: list[Result] = []
         self.environment = environment()
@@ -334,14 +278,13 @@ class Bench:
     def is_over(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def time(self, result: Result, run: Callable[[], None]) -> None:
+    def time(self, result: Result, run: Callable[[], Any]) -> None:
         """Time as a CUDA graph, per layer; without a GPU run once."""
         if self.device.type != "cuda":
             run()
             return
-        times = triton.testing.do_bench_cudagraph(run, return_mode="all")
-        result.ms = statistics.median(times) / result.layers
-        result.spread = (max(times) - min(times)) / statistics.median(times)
+        median, least, most = triton.testing.do_bench_cudagraph(run, quantiles=(0.5, 0, 1))
+        result.ms, result.spread = median / result.layers, (most - least) / median
 
     def add(self, result: Result) -> None:
         self.results.append(result)
@@ -353,8 +296,8 @@ class Bench:
             "copy_gb_per_s": self.copy_gb_per_s,
             "results": [{**asdict(r), "gb_per_s": r.gb_per_s} for r in self.results],
         }
-        write_json(self.args.output.with_suffix(".json"), figures)
-        print(row(self.cells(result)), flush=True)
+        write_json(self.output.with_suffix(".json"), figures)
+        print(self.table_row(result), flush=True)
 
     def copy(self) -> None:
         """Device copy bandwidth: read plus written bytes per second."""
@@ -389,19 +332,17 @@ class Bench:
             name = ",".join(str(value) for value in asdict(config).values())
         result = Result(part, name, batch, length, sparsity, new)
         try:
-            layers = Layers(self.shape, batch, length, sparsity, self.device, new=new, gated=gated)
+            requests = Requests(batch, length, new)
+            layers = Layers(self.shape, requests, sparsity, self.device, gated=gated)
             result.layers = layers.num_layers
-            moved = 2 * 2 * layers.k.nbytes if part == "write" else layers.kv_bytes
             if part == "write":
-                run = layers.write
+                result.gbytes = 2 * 2 * layers.k.nbytes / 1e9
+                self.time(result, layers.write)
             else:
-                moved += 2 * layers.q.nbytes
+                if part == "decode":
+                    result.gbytes = (layers.kv_bytes + 2 * layers.q.nbytes) / 1e9
                 layers.write()
-                key = "decode" if isinstance(config, DecodeConfig) else "prefill"
-                run = partial(layers.attend, **({key: config} if config else {}))
-            result.gbytes = moved / 1e9 if part != "prefill" else None
-            self.time(result, run)
-            if part != "write":
+                self.time(result, partial(layers.attend, **{f"{part}_with": config}))
                 self.check(result, layers)
             self.add(result)
             if dense:
@@ -423,9 +364,8 @@ class Bench:
 
     def time_dense(self, ours: Result, layers: Layers) -> None:
         """Dense kernels on the same shapes; one that does not run is left out."""
-        for name, run in dense_kernels(layers).items():
-            result = Result(ours.part, name, ours.batch, ours.length, ours.sparsity, ours.new)
-            result.layers, result.gbytes = ours.layers, ours.gbytes
+        for name, run in dense_kernels(layers):
+            result = replace(ours, kernel=name, ms=None, spread=None, error=None, note="")
             try:
                 self.time(result, run)
             except (RuntimeError, AttributeError, TypeError) as error:
@@ -433,38 +373,19 @@ class Bench:
             else:
                 self.add(result)
 
-    def cells(self, result: Result) -> list[object]:
-        """Row of the table."""
-        speed = result.gb_per_s
-        return [
-            result.part,
-            result.kernel,
-            result.batch,
-            result.length,
-            f"{result.sparsity:g}",
-            f"{result.ms:.4f}" if result.ms else None,
+    def table_row(self, found: Result) -> str:
+        speed, copy = found.gb_per_s, self.copy_gb_per_s
+        case = (found.part, found.kernel, found.batch, found.length, f"{found.sparsity:g}")
+        figures = (
+            f"{found.ms:.4f}" if found.ms else None,
             f"{speed:,.0f}" if speed else None,
-            f"{speed / self.copy_gb_per_s:.2f}" if speed and self.copy_gb_per_s else None,
-            result.note or (None if result.error is None else f"{result.error:.1e}"),
-        ]
+            f"{speed / copy:.2f}" if speed and copy else None,
+            found.note or (None if found.error is None else f"{found.error:.1e}"),
+        )
+        return row([*case, *figures])
 
 
-COLUMNS = ("part", "kernel", "batch", "length", "s", "ms", "GB/s", "of copy", "error")
-
-
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    found = parser(__doc__)
-    found.add_argument("--output", type=Path, default=Path("runs/kernels/kernels"))
-    found.add_argument("--quick", action="store_true", help="few cases")
-    found.add_argument("--tune", action="store_true", help="launch parameters, not the cases")
-    found.add_argument("--dry-run", action="store_true", help="tiny cases, no GPU, no times")
-    found.add_argument("--time-limit", type=float, default=480, help="seconds; then it stops")
-    found.add_argument("--kv-heads", type=int, default=8)
-    found.add_argument("--group", type=int, default=4, help="query heads per KV head")
-    found.add_argument("--head-dim", type=int, default=128)
-    found.add_argument("--block-size", type=int, default=16)
-    found.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    return found.parse_args(arguments)
+HEADER = header("part", "kernel", "batch", "length", "s", "ms", "GB/s", "of copy", "error")
 
 
 def run_tuning(bench: Bench, batches: Sequence[int], lengths: Sequence[int]) -> None:
@@ -485,47 +406,55 @@ def run_cases(bench: Bench, quick: bool, dry: bool) -> None:
         batches, lengths, prompts = (1, 64), (1024, 8192, 32768), (8192,)
     if dry:
         batches, lengths, prompts = (2,), (96,), (96,)
-    for length, batch in sorted(itertools.product(lengths, batches), key=lambda c: c[0] * c[1]):
+    decodes = sorted(itertools.product(lengths, batches), key=lambda c: c[0] * c[1])
+    cases = [("decode", batch, length, 1) for length, batch in decodes]
+    cases += [("prefill", 1, length, length) for length in prompts]
+    for part, batch, length, new in cases:
         for sparsity in SPARSITIES:
-            bench.case("decode", batch, length, sparsity, dense=sparsity == 0)
-        bench.case("decode", batch, length, 0.0, gated=True)
-    for length in prompts:
-        for sparsity in SPARSITIES:
-            bench.case("prefill", 1, length, sparsity, new=length, dense=sparsity == 0)
-        bench.case("prefill", 1, length, 0.0, new=length, gated=True)
-    for length in prompts[-1:]:
-        for sparsity in (0.0, 0.5):
-            bench.case("prefill", 1, length, sparsity, new=max(2, length // 4), dense=sparsity == 0)
+            bench.case(part, batch, length, sparsity, new=new, dense=sparsity == 0)
+        bench.case(part, batch, length, 0.0, new=new, gated=True)
+    for sparsity in (0.0, 0.5):
+        new = max(2, prompts[-1] // 4)
+        bench.case("prefill", 1, prompts[-1], sparsity, new=new, dense=sparsity == 0)
     for batch in batches:
         bench.case("write", batch, lengths[0], 0.5)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_args(arguments)
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--output", type=Path, default=Path("runs/kernels/kernels"))
+    options.add_argument("--quick", action="store_true", help="few cases")
+    options.add_argument("--tune", action="store_true", help="launch parameters, not the cases")
+    options.add_argument("--dry-run", action="store_true", help="tiny cases, no GPU, no times")
+    options.add_argument("--time-limit", type=float, default=480, help="seconds; then it stops")
+    options.add_argument("--kv-heads", type=int, default=8)
+    options.add_argument("--group", type=int, default=4, help="query heads per KV head")
+    options.add_argument("--head-dim", type=int, default=128)
+    options.add_argument("--block-size", type=int, default=16)
+    options.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    args = options.parse_args()
     device = torch.device("cpu" if args.dry_run else "cuda")
+    problem = ""
     if args.dry_run:
-        if not triton.knobs.runtime.interpret:
-            print("error: --dry-run needs TRITON_INTERPRET=1 in the environment", file=sys.stderr)
-            return 2
         args.dtype = "float32"
+        if not triton.knobs.runtime.interpret:
+            problem = "--dry-run needs TRITON_INTERPRET=1 in the environment"
     elif not torch.cuda.is_available():
-        print(
-            "error: no CUDA GPU: run it on one, or TRITON_INTERPRET=1 python "
-            "benchmarks/kernels.py --dry-run",
-            file=sys.stderr,
-        )
+        dry_run = "TRITON_INTERPRET=1 python benchmarks/kernels.py --dry-run"
+        problem = f"no CUDA GPU: run it on one, or {dry_run}"
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     bench = Bench(args, device)
-    print(header(*COLUMNS))
+    print(HEADER)
     bench.copy()
     if args.tune:
-        batches, lengths = ((2,), (96,)) if args.dry_run else ((1, 64), (4096, 8192))
-        run_tuning(bench, batches, lengths)
+        run_tuning(bench, *(((2,), (96,)) if args.dry_run else ((1, 64), (4096, 8192))))
     else:
         run_cases(bench, args.quick, args.dry_run)
     where = ", ".join(f"{key} {value}" for key, value in bench.environment.items())
-    head = [f"{where}. Device copy {bench.copy_gb_per_s:,.0f} GB/s.", "", header(*COLUMNS)]
-    rows = [row(bench.cells(result)) for result in bench.results]
+    head = [f"{where}. Device copy {bench.copy_gb_per_s:,.0f} GB/s.", "", HEADER]
+    rows = [bench.table_row(result) for result in bench.results]
     args.output.with_suffix(".md").write_text("\n".join([*head, *rows, ""]))
     if bench.is_over:
         print("time limit reached: not all cases were run", file=sys.stderr)

@@ -69,11 +69,7 @@ class Child:
             raise
 
     def ask(self, question: Any) -> Any:
-        """The reply to a question.
-
-        Raises:
-            RlkvError: the function that answers raised, or the process died.
-        """
+        """The reply to a question; an `RlkvError` if that function raised or the process died."""
         try:
             self._pipe.send(question)
         except OSError:
@@ -179,9 +175,8 @@ def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
 
     def put(values: Mapping[str, str | None]) -> None:
         for name, value in values.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+            os.environ.pop(name, None)
+            if value is not None:
                 os.environ[name] = value
 
     put(changes)

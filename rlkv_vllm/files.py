@@ -57,11 +57,7 @@ def write_bytes_atomic(files: Mapping[Path, bytes]) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, or leave the file as it was.
-
-    Raises:
-        RlkvError: if the file cannot be written.
-    """
+    """Write `text` as UTF-8 to `path`, or leave the file as it was."""
     write_bytes_atomic({Path(path): text.encode()})
 
 
@@ -109,26 +105,22 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
     Stricter than `json.load`: no NaN or Infinity, no number too large for a float, no key
     given twice, limited size and depth.
-
-    Raises:
-        RlkvError: naming the file and what is wrong.
     """
     return parse_json_object(path, read_text(path))
 
 
 def parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
     """As `read_json_object`, of a text that was read from `path`."""
+    where = one_line(path)
 
     def no_constant(name: str) -> NoReturn:
-        raise RlkvError(
-            f"{one_line(path)}: holds {name}, which JSON does not allow: use a finite number"
-        )
+        raise RlkvError(f"{where}: holds {name}, which JSON does not allow: use a finite number")
 
     def finite(number: str) -> float:
         value = float(number)
         if not math.isfinite(value):
             raise RlkvError(
-                f"{one_line(path)}: number {one_line(number)} is out of range: use a finite number"
+                f"{where}: number {one_line(number)} is out of range: use a finite number"
             )
         return value
 
@@ -137,9 +129,7 @@ def parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
         if len(result) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise RlkvError(
-                f'{one_line(path)}: key "{one_line(twice)}" is given twice: keep one of them'
-            )
+            raise RlkvError(f'{where}: key "{one_line(twice)}" is given twice: keep one of them')
         return result
 
     try:
@@ -147,18 +137,16 @@ def parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
             text, parse_constant=no_constant, parse_float=finite, object_pairs_hook=no_duplicates
         )
     except RecursionError as error:
-        raise RlkvError(f"{one_line(path)}: nested too deeply to be a profile") from error
+        raise RlkvError(f"{where}: nested too deeply to be a profile") from error
     except RlkvError:
         raise
     except ValueError as error:
         raise RlkvError(
-            f"{one_line(path)}: not valid JSON ({one_line(error)}): the file may be truncated; "
+            f"{where}: not valid JSON ({one_line(error)}): the file may be truncated; "
             "fetch or make it again"
         ) from error
     if not isinstance(value, dict):
-        raise RlkvError(
-            f"{one_line(path)}: holds a JSON {type(value).__name__}, expected an object"
-        )
+        raise RlkvError(f"{where}: holds a JSON {type(value).__name__}, expected an object")
     return value
 
 

@@ -169,10 +169,5 @@ def default_cache_bytes(model: str) -> int | None:
 
 
 def default_span(model: str, default: Span) -> Span:
-    """Sink and window for a model where the user gives none.
-
-    Args:
-        model: its name.
-        default: of any model but the embedded one.
-    """
+    """Sink and window for a model where the user gives none; `default` but for `embedded`."""
     return EMBEDDED_SPAN if model == MODEL_NAME else default

@@ -58,22 +58,17 @@ for _kind in (_Loader, _Dumper):
 
 
 def read_options(path: Path, hint: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        path: of the file.
-        hint: what such a file is, for errors.
+    """The mapping in a YAML file; `hint` says in errors what such a file is.
 
     Raises:
         RlkvError: there is no such file, or it holds no mapping.
     """
     if not path.exists():
         raise RlkvError(f"{one_line(path)}: no such file: give {hint}")
+    text = read_text(path)
     try:
-        content = yaml.load(read_text(path), _Loader)
+        content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, RlkvError):
-            raise
         raise RlkvError(f"{one_line(path)}: not valid YAML ({one_line(error)}): fix it") from error
     if not isinstance(content, dict):
         raise RlkvError(f"{one_line(path)}: holds no mapping: give `key: value` lines of {hint}")
@@ -83,12 +78,9 @@ def read_options(path: Path, hint: str) -> dict[str, Any]:
 def override(
     content: Mapping[str, Any], changes: Sequence[str], flag: str = "--set"
 ) -> dict[str, Any]:
-    """Options with some of them changed.
+    """Nested options with some of them changed by ``section.key=value``.
 
-    Args:
-        content: nested options.
-        changes: ``section.key=value``; values are YAML: ``lr=1e-2``, ``sparsities=[.4,.5]``.
-        flag: what the user calls them, for errors.
+    Values are YAML: ``lr=1e-2``, ``sparsities=[.4,.5]``.
 
     Raises:
         RlkvError: a change has no key or no value, goes through a value, or is no YAML.
@@ -116,14 +108,8 @@ def override(
 def validate(schema: type[SectionT], content: Mapping[str, Any], where: str, docs: str) -> SectionT:
     """Check options against their schema.
 
-    Args:
-        schema: of the options.
-        content: the options.
-        where: file or flag that they come from, for errors.
-        docs: page that lists them.
-
     Raises:
-        RlkvError: naming `where`, the key and what is allowed.
+        RlkvError: naming `where` (file or flag), the key, what is allowed, and the `docs`.
     """
     try:
         return schema.model_validate(content)

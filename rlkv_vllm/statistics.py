@@ -8,12 +8,7 @@ from typing import Literal
 
 
 def wilson_interval(solved: int, n: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927, the score interval), within [0, 1].
-
-    Args:
-        solved: problems solved, 0 to `n`.
-        n: problems, at least 1.
-    """
+    """95% interval of a share of at least one problem (Wilson 1927, the score interval)."""
     from scipy.stats import binomtest
 
     interval = binomtest(solved, n).proportion_ci(0.95, method="wilson")
@@ -25,13 +20,7 @@ def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
 
     Problems that both or neither solved say nothing; of the others each side wins half under
     the null hypothesis (McNemar 1947, with the binomial distribution instead of chi-squared).
-
-    Args:
-        first: per problem, whether it is solved.
-        second: the same problems in the same order.
-
-    Returns:
-        The p-value; 1 if the results do not differ.
+    The p-value is 1 if the results do not differ.
     """
     pairs = list(zip(first, second, strict=True))
     only_first = sum(a and not b for a, b in pairs)
@@ -42,12 +31,7 @@ def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
 def sign_test_p(first: Sequence[float], second: Sequence[float]) -> float:
     """Exact one-sided sign test: is `first` higher more often than lower, on the same problems?
 
-    Args:
-        first: a value per problem.
-        second: the same problems in the same order.
-
-    Returns:
-        The p-value; 1 if the values do not differ.
+    The p-value is 1 if the values do not differ.
     """
     pairs = list(zip(first, second, strict=True))
     higher, lower = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)

@@ -71,25 +71,13 @@ class Store:
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, others: Mapping[Path, bytes] | None = None) -> None:
-        """Write the file.
-
-        Args:
-            others: files to write with it, all or none.
-
-        Raises:
-            RlkvError: a file cannot be written; all are as they were.
-        """
+        """Write the file, and `others` with it; if one cannot be written, none is."""
         if self._is_writer:
             write_bytes_atomic({**(others or {}), self.path: self.text().encode()})
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between two nested settings, in words; keys of `wanted` only.
-
-    Args:
-        stored: as they were.
-        wanted: as they are now.
-    """
+    """What differs between two nested settings, in words; keys of `wanted` only."""
     found = []
     for key, value in wanted.items():
         old = stored.get(key)

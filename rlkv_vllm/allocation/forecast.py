@@ -26,16 +26,8 @@ NULL_BLOCKS = 1  # vLLM reserves one block of the pool as the null block
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """Sizes of one model's KV cache.
-
-    Attributes:
-        num_layers: attention layers.
-        num_kv_heads: KV heads per layer of the whole model.
-        head_dim: elements of one key or value.
-        dtype_bytes: bytes per element of the cache.
-        block_size: tokens per block.
-        sink: first tokens that streaming heads keep.
-        window: last tokens that streaming heads keep.
+    """Sizes of one model's KV cache: KV heads per layer of the whole model; block, sink and window
+    in tokens.
     """
 
     num_layers: int
@@ -72,10 +64,6 @@ class Forecast:
     """Memory of a split model, against stock vLLM and against the ideal.
 
     Memory is per rank, as vLLM's `kv_cache_memory_bytes` is.
-
-    Attributes:
-        geometry: sizes of the cache.
-        groups: the split.
     """
 
     geometry: CacheGeometry
@@ -112,12 +100,7 @@ class Forecast:
         return full + self.groups.num_ring_groups * ring
 
     def admission_blocks(self, num_tokens: int, steps_in_flight: int = 1) -> int:
-        """Blocks that must be free to admit it.
-
-        Args:
-            num_tokens: length of the request.
-            steps_in_flight: 2 with asynchronous scheduling.
-        """
+        """Blocks that must be free to admit it; 2 steps in flight with asynchronous scheduling."""
         return self.blocks_per_request(num_tokens, 1 + steps_in_flight)
 
     def bytes_per_request(self, num_tokens: int, rank: int) -> int:

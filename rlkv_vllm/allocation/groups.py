@@ -10,6 +10,7 @@ holds more blocks.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -30,9 +31,7 @@ class CacheGroups:
     it has no full heads there, up to two ring groups.
 
     Attributes:
-        allocation: the heads that are grouped.
         group_of: [layers][KV heads]: `FULL_GROUP`, or a ring group 1..num_ring_groups.
-        num_ring_groups: number of ring groups; 0 if there are no streaming heads.
     """
 
     allocation: Allocation
@@ -45,17 +44,13 @@ class CacheGroups:
         first = FULL_GROUP if self.allocation.num_full else FULL_GROUP + 1
         return tuple(range(first, self.num_ring_groups + 1))
 
-    def heads_of(self, rank: int) -> range:
-        """Global ids of the KV heads that `rank` holds of every layer."""
-        return self.allocation.heads_of(rank)
-
     def size(self, rank: int, group: int) -> int:
         """Cache layers (KV heads) of `group` on `rank`, without padding."""
         return self._sizes[rank][group]
 
     def pages_per_block(self, rank: int) -> int:
         """Pages that a block costs on `rank`: cache layers of its largest group."""
-        return max(self._sizes[rank])
+        return max(self._sizes[rank].values())
 
     def padding(self, rank: int, group: int) -> int:
         """Dummy cache layers that make `group` as large as the largest group of `rank`.
@@ -66,15 +61,9 @@ class CacheGroups:
         return self.pages_per_block(rank) - self.size(rank, group) if group in self.groups else 0
 
     @cached_property
-    def _sizes(self) -> tuple[tuple[int, ...], ...]:
-        sizes = []
-        for rank in range(self.allocation.tp_size):
-            count = [0] * (self.num_ring_groups + 1)
-            for row in self.group_of:
-                for head in self.heads_of(rank):
-                    count[row[head]] += 1
-            sizes.append(tuple(count))
-        return tuple(sizes)
+    def _sizes(self) -> tuple[Counter[int], ...]:
+        local = map(self.allocation.heads_of, range(self.allocation.tp_size))
+        return tuple(Counter(row[head] for row in self.group_of for head in ids) for ids in local)
 
 
 @lru_cache(maxsize=64)
@@ -86,11 +75,6 @@ def pack(allocation: Allocation, *, full_blocks: int, ring_blocks: int) -> Cache
     that minimum the fewest groups win. The full group, which holds nearly all blocks, is
     padded only if it is smaller than what the ring heads of a single layer need: then, at
     sparsities close to 1, the waste is large (`Forecast.waste`). Deterministic.
-
-    Args:
-        allocation: full and streaming heads.
-        full_blocks: blocks that the request holds in the full group.
-        ring_blocks: blocks that it holds in each ring group.
     """
     if full_blocks < 1 or ring_blocks < 1:
         raise ValueError(f"{full_blocks=} and {ring_blocks=} must be at least 1")
@@ -157,8 +141,7 @@ class _Rank:
         """
         pages = self.least_pages(num_bins)
         while pages <= most_pages:
-            bins = self._fill(num_bins, pages)
-            if bins is not None:
+            if (bins := self._fill(num_bins, pages)) is not None:
                 return pages, bins
             pages += 1
         return None

@@ -14,14 +14,9 @@ from rlkv_vllm.errors import RlkvError
 
 @dataclass(frozen=True)
 class Allocation:
-    """Full and streaming KV heads of every layer, and the rank each head lies on.
+    """Full KV heads of every layer (sorted ids), and the rank each head lies on.
 
     Head ids are global: 0..num_kv_heads-1 in every layer, whatever the rank.
-
-    Attributes:
-        num_kv_heads: KV heads per layer of the whole model.
-        tp_size: tensor-parallel ranks.
-        full: per layer, the sorted ids of its full heads.
     """
 
     num_kv_heads: int
@@ -55,19 +50,9 @@ class Allocation:
         """KV heads that a rank holds of each layer."""
         return max(1, self.num_kv_heads // self.tp_size)
 
-    def streaming(self, layer: int) -> tuple[int, ...]:
-        """Sorted ids of the layer's streaming heads."""
-        full = self.full[layer]
-        return tuple(head for head in range(self.num_kv_heads) if head not in full)
-
     def heads_of(self, rank: int) -> range:
         """Ids of the KV heads that `rank` holds of every layer."""
-        return _heads_of(rank, self.num_kv_heads, self.tp_size)
-
-    def full_on(self, rank: int, layer: int) -> tuple[int, ...]:
-        """Sorted ids of the layer's full heads on `rank`."""
-        local = self.heads_of(rank)
-        return tuple(head for head in self.full[layer] if head in local)
+        return heads_of_rank(rank, self.num_kv_heads, self.tp_size)
 
     def streaming_on(self, rank: int, layer: int) -> tuple[int, ...]:
         """Sorted ids of the layer's streaming heads on `rank`."""
@@ -131,7 +116,7 @@ def allocate(gates: Sequence[Sequence[float]], sparsity: float, tp_size: int = 1
         sorted(
             (-gates[layer][head], layer, head)
             for layer in range(len(gates))
-            for head in _heads_of(owner, num_kv_heads, owners)
+            for head in heads_of_rank(owner, num_kv_heads, owners)
         )
         for owner in range(owners)
     ]
@@ -164,24 +149,15 @@ def read_sparsities(text: str, flag: str) -> list[float]:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Refuse a sparsity that is no number in [0, 1].
-
-    Raises:
-        RlkvError: naming the flag.
-    """
-    if (
-        isinstance(sparsity, bool)
-        or not isinstance(sparsity, int | float)
-        or not 0 <= sparsity <= 1
-    ):
+    """Refuse a sparsity that is no number in [0, 1]."""
+    is_number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
+    if not (is_number and 0 <= sparsity <= 1):
         raise RlkvError(
             f"--sparsity {sparsity}: must be a share of the KV heads in [0, 1], e.g. 0.5"
         )
 
 
-def _heads_of(rank: int, num_kv_heads: int, tp_size: int) -> range:
-    if tp_size > num_kv_heads:
-        head = rank * num_kv_heads // tp_size
-        return range(head, head + 1)
-    local = num_kv_heads // tp_size
-    return range(rank * local, (rank + 1) * local)
+def heads_of_rank(rank: int, num_kv_heads: int, tp_size: int) -> range:
+    """Ids of a rank's KV heads; with more ranks than heads, several ranks hold the same head."""
+    first = rank * num_kv_heads // tp_size
+    return range(first, first + max(1, num_kv_heads // tp_size))

@@ -21,13 +21,7 @@ def ring_blocks(
     Its sink blocks stay. A decoding request holds one window. While chunks of a prompt are
     computed, it also holds the window before each chunk: chunk positions that are out of the
     window when the chunk ends are never allocated, so the length of a chunk does not matter.
-
-    Args:
-        num_tokens: length of the request.
-        sink: first tokens kept.
-        window: last tokens kept.
-        block_size: tokens per block.
-        num_windows: 1 for a decoding request; during prefill 1 + the steps in flight.
+    `num_windows` is 1 for a decoding request, during prefill 1 + the steps in flight.
     """
     ring = num_blocks(sink, block_size) + num_windows * window_blocks(window, block_size)
     return min(num_blocks(num_tokens, block_size), ring)

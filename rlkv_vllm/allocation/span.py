@@ -8,12 +8,7 @@ from rlkv_vllm.errors import RlkvError
 
 
 class Span(NamedTuple):
-    """Sink and window of streaming heads.
-
-    Attributes:
-        sink: first tokens.
-        window: last tokens, the query's own included.
-    """
+    """Sink and window of streaming heads (tokens); the window includes the query's own."""
 
     sink: int
     window: int
@@ -30,13 +25,7 @@ def resolve_span(
     *,
     flags: tuple[str, str] = ("--sink", "--window"),
 ) -> Span:
-    """Sink and window: what the user gave, else the default.
-
-    Args:
-        sink: given by the user, or None.
-        window: given by the user, or None.
-        default: of the profile, the model or the purpose.
-        flags: what the user calls them, for errors.
+    """Sink and window: what the user gave under these `flags`, else the default.
 
     Raises:
         RlkvError: a negative sink, a window below 1, or more than the kernels' integers hold.

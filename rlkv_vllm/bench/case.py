@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rlkv_vllm.allocation.forecast import Forecast
 from rlkv_vllm.allocation.ring import num_blocks
 from rlkv_vllm.planning.roofline import Device, HeadCache, ModelSize, Roofline
 
-STOCK, SPLIT, ALL_FULL = "stock", "split", "all-full"
+#: Variants of an engine; the last two write the answers of a training job.
+STOCK, SPLIT, ALL_FULL, TRANSFORMERS, VLLM = "stock", "split", "all-full", "transformers", "vllm"
+
+#: What takes turns.
+Kind = Literal["engine", "server", "rollouts"]
 
 #: Plain JSON values that say what is measured.
 Point = dict[str, Any]
@@ -18,61 +22,38 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a case.
-
-    Attributes:
-        key: its name in the results.
-        label: column of the report, unit included.
-        more_is_better: whether larger is better.
-        scale: from the results' unit to the label's.
-        is_ratio_shown: whether the report compares split with stock by it.
-    """
+    """One figure of a case, named `key` in its results."""
 
     key: str
-    label: str
+    label: str  # column of the report, unit included
     more_is_better: bool = False
-    scale: float = 1.0
+    scale: float = 1.0  # from the results' unit to the label's
     is_ratio_shown: bool = True
 
-    def gain(self, stock: float, split: float) -> float | None:
-        """How much better `split` is, above 1 if it is; None if one of them is 0."""
-        better, worse = (split, stock) if self.more_is_better else (stock, split)
+    def gain(self, first: float, second: float) -> float | None:
+        """How much better `second` is, above 1 if it is; None if one of them is 0."""
+        better, worse = (second, first) if self.more_is_better else (first, second)
         return better / worse if worse and better else None
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Model, cache and engine, as known before anything is measured.
-
-    Attributes:
-        model: sizes of the model.
-        forecasts: of the split at its sparsity and of the all-full profile, by variant.
-        memory_bytes: KV cache of every engine.
-        max_model_len: longest request.
-        max_num_seqs: most requests at once.
-        stock_block_size: tokens per block of stock vLLM.
-        task: whose problems the case `solve` takes.
-        turn_seconds: length of a turn of the case `capacity`.
-        has_tokenizer: whether the model has one.
-    """
+    """Model, cache and engine, as known before anything is measured."""
 
     model: ModelSize
-    forecasts: Mapping[str, Forecast]
-    memory_bytes: int
+    forecasts: Mapping[str, Forecast]  # of the split at its sparsity and of the all-full profile
+    memory_bytes: int  # KV cache of every engine
     max_model_len: int
     max_num_seqs: int
     stock_block_size: int
-    task: str
-    turn_seconds: float
+    task: str  # whose problems are solved
+    turn_seconds: float  # of the case `capacity`
     has_tokenizer: bool
 
-    def cache(self, variant: str) -> HeadCache:
-        """The keys and values that attention of a variant reads."""
-        return HeadCache.of(self.forecasts[ALL_FULL if variant == STOCK else variant], self.model)
-
     def roofline(self, device: Device, variant: str) -> Roofline:
-        """Bounds of a variant's steps."""
-        return Roofline(device, self.model, self.cache(variant))
+        """Bounds of a variant's steps; without a forecast of its own it has full caches."""
+        forecast = self.forecasts.get(variant, self.forecasts[ALL_FULL])
+        return Roofline(device, self.model, HeadCache.of(forecast, self.model))
 
     def lacks(self, requests: int, tokens: int) -> str | None:
         """Which flag must grow for so many requests of `tokens` in a full cache, or None."""
@@ -103,8 +84,8 @@ class Case:
     """One question, measured at several points.
 
     In the parent process a case chooses its points and says which gains the roofline expects. In
-    the engines' processes it is prepared, takes turns, and is finished, one point at a time. What
-    takes turns is an `Engine`, or a `Server` where `runs_servers`.
+    the engines' processes it is prepared and takes turns, one point at a time. What takes turns is
+    an `Engine`, a `Server` or a `Writer`, as `runs` says.
     """
 
     name: ClassVar[str]
@@ -117,8 +98,7 @@ class Case:
     columns: ClassVar[Mapping[str, str]] = {}
     #: Whether each turn starts an engine of its own.
     starts_engines: ClassVar[bool] = False
-    #: Whether servers take turns instead of engines.
-    runs_servers: ClassVar[bool] = False
+    runs: ClassVar[Kind] = "engine"
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
         """What to measure, `full` or in a few minutes, including points too large for the cache."""
@@ -128,9 +108,14 @@ class Case:
         """Why a point cannot be measured with this memory, or None."""
         return None
 
-    def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
-        """Gains that the roofline expects, by metric; none where it says nothing."""
-        return {}
+    def seconds(self, roofline: Roofline, point: Point) -> float:
+        """Roofline of what the first metric measures; 0 where it says nothing."""
+        return 0.0
+
+    def expected(self, setup: Setup, device: Device, point: Point) -> dict[str, float]:
+        """Gains that the roofline expects, by metric."""
+        first, second = (self.seconds(setup.roofline(device, v), point) for v in self.variants)
+        return {self.metrics[0].key: first / second} if second else {}
 
     def prepare(self, engine: Any, point: Point) -> Any:
         """Bring the engine to where turns can start; the result is given to each turn."""
@@ -139,7 +124,3 @@ class Case:
     def turn(self, engine: Any, point: Point, state: Any) -> dict[str, float]:
         """Measure once: figures by metric, and others worth keeping."""
         raise NotImplementedError
-
-    def finish(self, engine: Any, state: Any) -> None:
-        """Leave the engine idle."""
-        engine.drain()

@@ -10,10 +10,12 @@ import timeit
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
 
 from rlkv_vllm.planning.roofline import Device
 
@@ -23,21 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How an engine is started.
-
-    Attributes:
-        variant: stock, split or all-full.
-        model: folder or Hub id.
-        options: arguments of ``vllm.LLM``.
-        split: ``additional_config["rlkv"]``; None: stock vLLM, the plugin not loaded.
-        threads: of a CPU engine.
-    """
+    """How an engine is started."""
 
     variant: str
-    model: str
-    options: dict[str, Any]
-    split: dict[str, Any] | None
-    threads: int
+    model: str  # folder or Hub id
+    options: dict[str, Any]  # arguments of `vllm.LLM`
+    split: dict[str, Any] | None  # additional_config["rlkv"]; None: stock vLLM without the plugin
+    threads: int  # of a CPU engine
 
     def environment(self) -> dict[str, str | None]:
         """Changes to the parent's environment; None removes a variable."""
@@ -56,37 +50,25 @@ class Engine:
 
     Args:
         llm: started with ``VLLM_ENABLE_V1_MULTIPROCESSING=0``.
-        vocab: size of the vocabulary that prompts are sampled from.
-        variant: stock, split or all-full.
     """
 
-    def __init__(self, llm: LLM, vocab: int, variant: str) -> None:
+    def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self.variant = variant
-        self.vocab = vocab
+        self.vocab = llm.llm_engine.model_config.get_vocab_size()
         self.core: Any = llm.llm_engine.engine_core.engine_core
         self.scheduler: Any = self.core.scheduler
         self.config: Any = llm.llm_engine.vllm_config
-        self._names = 0
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the pool."""
-        return int(self.config.cache_config.num_gpu_blocks)
+        self.num_blocks = int(self.config.cache_config.num_gpu_blocks)
+        self.step = llm.llm_engine.step
+        self._numbers = count()
 
     def prompt(self, length: int, rng: random.Random) -> list[int]:
         """Random tokens, none of them special."""
         return [rng.randrange(5, self.vocab) for _ in range(length)]
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request."""
-        self._names += 1
         request: Any = {"prompt_token_ids": list(prompt)}
-        self.llm.llm_engine.add_request(f"bench-{self._names}", request, params)
-
-    def step(self) -> None:
-        """One step of the engine."""
-        self.llm.llm_engine.step()
+        self.llm.llm_engine.add_request(f"bench-{next(self._numbers)}", request, params)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[RequestOutput]:
         """Answers of exactly `max_tokens` tokens."""
@@ -99,8 +81,6 @@ class Engine:
         On a CPU, pages that were never written are all mapped to one page of zeros, which the
         processor reads from its own cache.
         """
-        import torch
-
         runner = self.core.model_executor.driver_worker.worker.model_runner
         storages = {c.untyped_storage().data_ptr(): c.untyped_storage() for c in runner.kv_caches}
         pattern = torch.randn(1 << 20).to(torch.bfloat16)
@@ -116,10 +96,8 @@ class Engine:
     def enter_into_prefix_cache(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Enter prompts into the prefix cache without computing them.
 
-        The content of the pages stays as it is: the time of a step does not depend on it.
-
-        Returns:
-            Blocks of the pool that a request with each prompt holds.
+        The content of the pages stays as it is: the time of a step does not depend on it. Returns
+        the blocks of the pool that a request with each prompt holds.
         """
         from vllm.v1.request import Request
 
@@ -135,17 +113,16 @@ class Engine:
             )
             before = manager.block_pool.get_num_free_blocks()
             manager.new_step_starts()
-            assert manager.allocate_slots(request, len(prompt)) is not None, (
-                "the cache is too small"
-            )
+            allocated = manager.allocate_slots(request, len(prompt))
+            assert allocated is not None, "the cache is too small"
             manager.take_new_block_ids()
             held.append(before - manager.block_pool.get_num_free_blocks())
             manager.free(request)
         return held
 
-    def run_until_decoding(self, count: int) -> None:
-        """Step until `count` requests run and none of them has prompt tokens left."""
-        while len(self.scheduler.running) < count or any(
+    def run_until_decoding(self, requests: int) -> None:
+        """Step until so many requests run and none of them has prompt tokens left."""
+        while len(self.scheduler.running) < requests or any(
             request.num_computed_tokens < request.num_prompt_tokens
             for request in self.scheduler.running
         ):
@@ -173,9 +150,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 
 def probe_device(dtype_bytes: int) -> Device:
-    """Measure copy bandwidth and matrix products of the device that the engine runs on."""
-    import torch
-
+    """Copy bandwidth and speed of matrix products of the device that engines run on."""
     is_cuda = torch.cuda.is_available()
     kind = "cuda" if is_cuda else "cpu"
     dtype = torch.float32 if dtype_bytes == 4 else torch.bfloat16
@@ -212,17 +187,18 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def has_cuda() -> bool:
-    """Whether engines run on a GPU."""
-    import torch
+def cpu_seconds(pid: int | None = None) -> float:
+    """CPU time so far of a process, by default this one, and of those that it has started."""
+    root = psutil.Process(pid)
+    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+    return float(sum(time.user + time.system for time in times))
 
+
+def has_cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
 def free_bytes(is_cuda: bool) -> int:
-    """Memory for engines."""
     if is_cuda:
-        import torch
-
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)

@@ -31,17 +31,8 @@ Result = dict[str, Any]
 class Record:
     """One `.json` file of results, of one machine and one set of package versions.
 
-    Other cases, and other targets, may be added to it.
-
-    Args:
-        path: of the file; its content is continued.
-        targets: what the results of each model have in common, by key.
-        too_large: points left out, in words, by case.
-        command: how to repeat the run.
-        fresh: ignore the content of the file.
-
-    Attributes:
-        content: plain JSON values.
+    Other cases, and other targets, may be added to it. `targets` are what the results of each
+    model have in common, by key; `too_large` are points left out, in words, by case.
 
     Raises:
         RlkvError: the file has other settings, or is of another kind.
@@ -72,20 +63,14 @@ class Record:
         content["too_large"] = content.get("too_large", {}) | too_large
         content["commands"] = list(dict.fromkeys([*content.get("commands", []), command]))
         content.setdefault("devices", {})
-        content.setdefault("results", [])
-
-    @property
-    def results(self) -> list[Result]:
-        """All of them, in the order in which they were measured."""
-        results: list[Result] = self.content["results"]
-        return results
+        #: In the order in which they were measured.
+        self.results: list[Result] = content.setdefault("results", [])
 
     def find(self, case: str, target: str, point: Point) -> Result | None:
         """The result at a point, if there is one."""
-        for result in self.results:
-            if (result["case"], result["target"], result["point"]) == (case, target, point):
-                return result
-        return None
+        key = case, target, point
+        found = (r for r in self.results if (r["case"], r["target"], r["point"]) == key)
+        return next(found, None)
 
     def device(self, target: str) -> Device | None:
         """Measured speed of the device that a target runs on."""
@@ -93,7 +78,6 @@ class Record:
         return Device(**stored) if stored else None
 
     def set_device(self, target: str, device: Device) -> None:
-        """Keep the measured speed of a target's device."""
         self.content["devices"][target] = asdict(device)
 
     def add(self, result: Result) -> None:
@@ -109,7 +93,6 @@ class Record:
 
 
 def _machine() -> dict[str, Any]:
-    """Hardware and versions."""
     versions = {}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -126,9 +109,3 @@ def _machine() -> dict[str, Any]:
 def median(result: Result, variant: str, key: str) -> float:
     """Median of a metric over a variant's turns."""
     return statistics.median(sample[key] for sample in result["samples"][variant])
-
-
-def spread(result: Result, variant: str, key: str) -> tuple[float, float]:
-    """Least and greatest value of a metric over a variant's turns."""
-    values = [sample[key] for sample in result["samples"][variant]]
-    return min(values), max(values)

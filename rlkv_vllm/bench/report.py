@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,38 +12,38 @@ from jinja2 import Environment, FileSystemLoader
 from rlkv_vllm.bench.case import SPLIT, STOCK, Case, Metric
 from rlkv_vllm.bench.cases import CASES
 from rlkv_vllm.bench.cases.decode import BASE_CONTEXT, Decode
-from rlkv_vllm.bench.record import Result, median, spread
+from rlkv_vllm.bench.record import Result, median
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def gains(case: Case, metric: Metric, result: Result) -> list[float]:
-    """The split's gain over stock in each round, whose turns are neighbours in time."""
+    """The second variant's gain in each round, whose turns are neighbours in time."""
     first, second = (result["samples"].get(variant, []) for variant in case.variants)
     pairs = (metric.gain(a[metric.key], b[metric.key]) for a, b in zip(first, second, strict=False))
     return [gain for gain in pairs if gain is not None]
 
 
+def _compared(case: Case, result: Result) -> Iterator[tuple[Metric, list[float], float | None]]:
+    """Metrics whose ratio is shown, with their gains and the roofline's."""
+    for metric in case.metrics:
+        values = gains(case, metric, result) if metric.is_ratio_shown else []
+        if values:
+            yield metric, values, result["expected"].get(metric.key)
+
+
 def gain_text(case: Case, result: Result) -> str:
     """A result in one line, for progress messages."""
     parts = []
-    for metric in case.metrics:
-        values = gains(case, metric, result)
-        if metric.is_ratio_shown and values:
-            expected = result["expected"].get(metric.key)
-            beside = f" (roofline {expected:.2f})" if expected else ""
-            parts.append(f"{metric.key} {statistics.median(values):.2f}x{beside}")
+    for metric, values, expected in _compared(case, result):
+        beside = f" (roofline {expected:.2f})" if expected else ""
+        parts.append(f"{metric.key} {statistics.median(values):.2f}x{beside}")
     return ", ".join(parts) or "nothing to compare"
 
 
 def markdown(content: Mapping[str, Any], picture: str | None = None) -> str:
-    """The report.
-
-    Args:
-        content: of a `Record`.
-        picture: file name of the plot beside it.
-    """
+    """The report of a `Record`'s content; `picture` is the file name of the plot beside it."""
     results: list[Result] = content["results"]
     dates = sorted(result["date"][:10] for result in results)
     cases = []
@@ -71,10 +71,10 @@ def markdown(content: Mapping[str, Any], picture: str | None = None) -> str:
 
 def _table(case: Case, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a case's results."""
-    stock, split = case.variants
+    first, second = case.variants
     header = [*case.columns.values()]
     for metric in case.metrics:
-        header += [f"{stock}: {metric.label}", split]
+        header += [f"{first}: {metric.label}", second]
         header += ["ratio", "roofline", "reached"] if metric.is_ratio_shown else []
     rows = []
     for result in results:
@@ -90,8 +90,8 @@ def _metric_cells(case: Case, metric: Metric, result: Result) -> list[str]:
         if not result["samples"].get(variant):
             cells.append("-")
             continue
-        figures = (median(result, variant, metric.key), *spread(result, variant, metric.key))
-        middle, low, high = (_number(value * metric.scale) for value in figures)
+        turns = [sample[metric.key] * metric.scale for sample in result["samples"][variant]]
+        middle, low, high = map(_number, (statistics.median(turns), min(turns), max(turns)))
         cells.append(f"{middle} ({low}-{high})")
     if metric.is_ratio_shown:
         values = gains(case, metric, result)
@@ -119,8 +119,8 @@ def _attention(results: Sequence[Result]) -> list[list[str]]:
         )
         if min(stock, split) > 0:
             gain, expected = stock / split, result["expected"]["attention"]
-            added = [f"{1e3 * seconds:.1f}" for seconds in (stock, split)]
-            ratios = [f"**{gain:.2f}**", f"{expected:.2f}", f"{gain / expected:.0%}"]
+            added = f"{1e3 * stock:.1f}", f"{1e3 * split:.1f}"
+            ratios = f"**{gain:.2f}**", f"{expected:.2f}", f"{gain / expected:.0%}"
             rows.append([str(batch), f"{context:,}", *added, *ratios])
     return rows
 
@@ -137,13 +137,9 @@ def figure(content: Mapping[str, Any]) -> Figure | None:
     """Gains beside the roofline on the left, decode steps on the right; None without results."""
     from matplotlib.figure import Figure
 
-    rows = []
-    for result in content["results"]:
-        case = CASES[result["case"]]()
-        for metric in case.metrics:
-            values = gains(case, metric, result) if metric.is_ratio_shown else []
-            if values:
-                rows.append((case, metric, result, values))
+    cases = {name: kind() for name, kind in CASES.items()}
+    results = [(cases[result["case"]], result) for result in content["results"]]
+    rows = [(*each, *compared) for each in results for compared in _compared(*each)]
     if not rows:
         return None
     decode = [r for r in content["results"] if r["case"] == Decode.name]
@@ -152,12 +148,11 @@ def figure(content: Mapping[str, Any]) -> Figure | None:
     plot.set_layout_engine("constrained")
     axes = plot.subplots(1, 2 if wide else 1, squeeze=False)[0]
     left = axes[0]
-    for place, (case, metric, result, values) in enumerate(rows):
+    for place, (case, _, _, values, expected) in enumerate(rows):
         gain = statistics.median(values)
         errors = [[max(0.0, gain - min(values))], [max(0.0, max(values) - gain)]]
         color = f"C{list(CASES).index(case.name) % 10}"
         left.errorbar(gain, place, xerr=errors, fmt="o", color=color, capsize=2, markersize=4)
-        expected = result["expected"].get(metric.key)
         if expected:
             left.plot(expected, place, "D", mfc="none", color="0.4", markersize=5)
     left.axvline(1, color="0.6", linewidth=1)
@@ -173,30 +168,25 @@ def figure(content: Mapping[str, Any]) -> Figure | None:
     return plot
 
 
-def _row_label(case: Case, metric: Metric, result: Result) -> str:
+def _row_label(case: Case, result: Result, metric: Metric) -> str:
     point = " ".join(_value(result["point"][key]) for key in case.columns)
     label = metric.label.split(" (")[0]
-    return f"{case.name} {point} {label}".replace("$", r"\$")
+    over = "" if case.variants[0] == STOCK else f" over {case.variants[0]}"
+    return f"{case.name} {point} {label}{over}".replace("$", r"\$")
 
 
 def _plot_decode(axes: Any, results: Sequence[Result]) -> None:
-    batches = sorted({result["point"]["batch"] for result in results})
-    for index, batch in enumerate(batches):
-        of_batch = sorted(
-            (r for r in results if r["point"]["batch"] == batch),
-            key=lambda r: r["point"]["context"],
-        )
+    for index, batch in enumerate(sorted({result["point"]["batch"] for result in results})):
+        of_batch = [result for result in results if result["point"]["batch"] == batch]
         for variant, line in ((STOCK, "--"), (SPLIT, "-")):
-            known = [r for r in of_batch if r["samples"].get(variant)]
-            axes.plot(
-                [r["point"]["context"] for r in known],
-                [median(r, variant, "seconds") * 1e3 for r in known],
-                line,
-                marker="o",
-                markersize=3,
-                color=f"C{index % 10}",
-                label=f"{variant}, batch {batch}",
-            )
+            steps = {
+                r["point"]["context"]: median(r, variant, "seconds") * 1e3
+                for r in sorted(of_batch, key=lambda r: r["point"]["context"])
+                if r["samples"].get(variant)
+            }
+            style = {"marker": "o", "markersize": 3, "color": f"C{index % 10}"}
+            label = f"{variant}, batch {batch}"
+            axes.plot(list(steps), list(steps.values()), line, label=label, **style)
     axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="decode step (ms)")
     axes.grid(color="0.9", linewidth=0.8)
     axes.legend(frameon=False, fontsize="x-small")

@@ -36,19 +36,10 @@ def run(
     command: str,
     say: Callable[[str], None],
 ) -> list[Path]:
-    """Measure what is missing and write the report.
+    """Measure what is missing, or everything if `fresh`; write and return the report's files.
 
-    Args:
-        options: of the model.
-        cases: names in `CASES`; empty: all.
-        rounds: turns of each variant.
-        stem: the files are this with .json, .md and .png.
-        fresh: measure everything again.
-        command: how to repeat it, for the report.
-        say: prints a line of progress.
-
-    Returns:
-        The files written.
+    They are `stem` with .json, .md and .png. No `cases` are all of them, with `rounds` turns of
+    each variant; `command` is how to repeat them, for the report.
 
     Raises:
         RlkvError: an option is wrong, or an engine failed.
@@ -66,18 +57,16 @@ def run(
             if key not in targets:
                 own = _reasoner(options) if solves_embedded else options
                 targets[key] = find_target(key, own, Path(folder))
-            setup = targets[key].setup
-            points = []
+            setup, points = targets[key].setup, []
             for point in case.points(setup, full=options.full):
-                reason = case.too_large(setup, point)
-                if reason is None:
-                    points.append(point)
-                else:
+                if reason := case.too_large(setup, point):
                     words = f"{describe_point(case, point)} ({reason})"
                     too_large.setdefault(case.name, []).append(words)
+                else:
+                    points.append(point)
             jobs.append(Job(case, targets[key], points))
         record = Record(
-            stem.with_name(stem.name + ".json"),
+            _beside(stem, ".json"),
             {key: target.describe() for key, target in targets.items()},
             too_large=too_large,
             command=command,
@@ -93,17 +82,18 @@ def run(
 
 
 def _write_report(record: Record, stem: Path) -> list[Path]:
-    """Report the results so far."""
     if not record.results:
         return []
-    json_path, text, picture = (
-        stem.with_name(stem.name + suffix) for suffix in (".json", ".md", ".png")
-    )
+    written, picture = [_beside(stem, ".json"), _beside(stem, ".md")], _beside(stem, ".png")
     plot = figure(record.content)
     if plot is not None:
         save_figure(plot, picture)
-    write_text_atomic(text, markdown(record.content, picture.name if plot else None))
-    return [json_path, text, *([picture] if plot else [])]
+    write_text_atomic(written[1], markdown(record.content, picture.name if plot else None))
+    return [*written, picture] if plot else written
+
+
+def _beside(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)
 
 
 def _reasoner(options: Options) -> Options:

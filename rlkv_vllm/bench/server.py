@@ -16,9 +16,7 @@ from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from rlkv_vllm.bench.engine import EngineSpec
+from rlkv_vllm.bench.engine import EngineSpec, cpu_seconds
 from rlkv_vllm.errors import RlkvError
 
 _HOST, _NAME = "127.0.0.1", "bench"
@@ -35,18 +33,7 @@ def free_port() -> int:
 
 
 class Server:
-    """`rlkv serve`, or vLLM's own server.
-
-    Args:
-        spec: how its engine is started.
-        log: file for what it prints; kept only if the server does not start.
-
-    Attributes:
-        variant: stock, split or all-full.
-
-    Raises:
-        RlkvError: it does not start.
-    """
+    """`rlkv serve`, or vLLM's own server; `log` is kept only if it does not start."""
 
     def __init__(self, spec: EngineSpec, log: Path) -> None:
         self.variant, self._model = spec.variant, spec.model
@@ -78,7 +65,6 @@ class Server:
             raise
 
     def close(self) -> None:
-        """End the server and its engine."""
         self._process.terminate()
         try:
             self._process.wait(timeout=60)
@@ -92,17 +78,10 @@ class Server:
     def load(
         self, *, requests: int, prompt: int, output: int, rate: float, at_once: int | None = None
     ) -> dict[str, Any]:
-        """Run vLLM's client once.
+        """Run vLLM's client once, with the same random prompts in every call; returns its figures.
 
-        Args:
-            requests: how many.
-            prompt: tokens of each prompt, random but the same in every call.
-            output: tokens of each answer.
-            rate: mean arrivals per second (Poisson); ``inf`` for all at once.
-            at_once: most requests in flight.
-
-        Returns:
-            The client's figures.
+        Requests of `prompt` and `output` tokens arrive at a `rate` per second (Poisson; ``inf``:
+        all at once), with at most `at_once` of them in flight.
 
         Raises:
             RlkvError: a request failed.
@@ -134,23 +113,14 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """CPU time of all processes of the server so far."""
-        root = psutil.Process(self._process.pid)
-        times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-        return float(sum(time.user + time.system for time in times))
+        return cpu_seconds(self._process.pid)
 
     def scrape(
         self, path: str, rate: float, *, stop: threading.Event, limit: float = math.inf
     ) -> int:
-        """Read a page again and again, over one connection.
+        """Read a page over one connection, `rate` times a second, until `stop` or `limit` reads.
 
-        Args:
-            path: of the page.
-            rate: most reads per second.
-            stop: ends the reading.
-            limit: most reads.
-
-        Returns:
-            How many times it was read.
+        Returns how many times it was read.
 
         Raises:
             RlkvError: the server does not answer with the page.

@@ -1,4 +1,4 @@
-"""Engines and servers that take turns, from the parent's side.
+"""Engines, servers and writers of rollouts that take turns, from the parent's side.
 
 The parent alternates the turns of several child processes, so that a machine whose speed drifts
 treats all variants alike.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.bench.case import Point
+from rlkv_vllm.bench.case import Kind, Point
 from rlkv_vllm.bench.cases import CASES
+from rlkv_vllm.bench.cases.rollouts import Writer
 from rlkv_vllm.bench.engine import Engine, EngineSpec, probe_device
 from rlkv_vllm.bench.server import Server
 from rlkv_vllm.child import Child
@@ -23,23 +25,17 @@ from rlkv_vllm.planning.roofline import Device
 
 @dataclass(frozen=True)
 class Session:
-    """A running engine or server.
+    """One that takes turns, running."""
 
-    Attributes:
-        started: figures of its start.
-        ask: takes the name of a method of `Turns` and its arguments, as one tuple.
-        close: ends it.
-    """
-
-    started: dict[str, float]
-    ask: Callable[[tuple[Any, ...]], Any]
+    started: dict[str, float]  # figures of its start
+    ask: Callable[[tuple[Any, ...]], Any]  # name of a method of `Turns` and its arguments
     close: Callable[[], None]
 
 
 class Turns:
-    """Measures one point of a case after another on an engine or a server."""
+    """Measures one point of a case after another."""
 
-    def __init__(self, engine: Engine | Server) -> None:
+    def __init__(self, engine: Engine | Server | Writer) -> None:
         self._engine = engine
 
     def __call__(self, question: tuple[Any, ...]) -> Any:
@@ -47,37 +43,25 @@ class Turns:
         return getattr(self, name)(*given)
 
     def probe(self, dtype_bytes: int) -> Device:
-        """The device that the engine runs on."""
         return probe_device(dtype_bytes)
 
     def prepare(self, case: str, point: Point) -> None:
-        """Go to another point."""
         self._case, self._point = CASES[case](), point
         self._state = self._case.prepare(self._engine, point)
 
     def turn(self) -> dict[str, float]:
-        """Measure once."""
         return self._case.turn(self._engine, self._point, self._state)
 
     def finish(self) -> None:
-        """Leave the point."""
-        self._case.finish(self._engine, self._state)
+        if isinstance(self._engine, Engine):
+            self._engine.drain()
         self._state = None
 
 
-def start_engine(spec: EngineSpec, log: Path) -> Session:
-    """An engine in a process of its own.
-
-    Args:
-        spec: how it is started.
-        log: file for what it prints; kept only if the engine fails.
-
-    Raises:
-        RlkvError: it does not start, or its cache is not split.
-    """
+def _start_child(set_up: Callable[..., Any], spec: EngineSpec, log: Path) -> Session:
     child = Child(
         f"the {spec.variant} engine",
-        _set_up,
+        set_up,
         spec,
         time.time(),
         # The cases look into the scheduler, so the core must run in the same process.
@@ -88,19 +72,18 @@ def start_engine(spec: EngineSpec, log: Path) -> Session:
     return Session(child.started, child.ask, child.close)
 
 
-def start_server(spec: EngineSpec, log: Path) -> Session:
-    """`rlkv serve`, or vLLM's own server; arguments and errors as `start_engine`."""
+def _start_server(spec: EngineSpec, log: Path) -> Session:
     began = time.monotonic()
     server = Server(spec, log)
     return Session({"process_seconds": time.monotonic() - began}, Turns(server), server.close)
 
 
-def _set_up(spec: EngineSpec, began: float) -> tuple[dict[str, float], Turns]:
-    """Start the engine, in its process; `began` is when that process was started."""
+def _set_up_engine(spec: EngineSpec, began: float) -> tuple[dict[str, float], Turns]:
+    """In its process; `began` is when that was started."""
     before = time.perf_counter()
     llm = start(spec.model, spec.split, **spec.options)
     engine_seconds = time.perf_counter() - before
-    engine = Engine(llm, llm.llm_engine.model_config.get_vocab_size(), spec.variant)
+    engine = Engine(llm)
     engine.generate([[5, 6, 7]], 1)
     process_seconds = time.time() - began
     engine.fill_cache()
@@ -111,3 +94,17 @@ def _set_up(spec: EngineSpec, began: float) -> tuple[dict[str, float], Turns]:
         "block_size": engine.config.cache_config.block_size,
     }
     return started, Turns(engine)
+
+
+def _set_up_writer(spec: EngineSpec, began: float) -> tuple[dict[str, float], Turns]:
+    writer = Writer(spec)
+    return {"process_seconds": time.time() - began}, Turns(writer)
+
+
+#: How each starts: with its options, and a file for what it prints, kept only if it fails. Raises
+#: `RlkvError` if it does not start, or its cache is not split.
+START: dict[Kind, Callable[[EngineSpec, Path], Session]] = {
+    "engine": partial(_start_child, _set_up_engine),
+    "server": _start_server,
+    "rollouts": partial(_start_child, _set_up_writer),
+}

@@ -23,25 +23,15 @@ from rlkv_vllm.planning.roofline import ModelSize
 
 @dataclass(frozen=True)
 class Simulated:
-    """A replica under simulated traffic.
+    """A replica under simulated traffic."""
 
-    Attributes:
-        requests_per_s: completed requests.
-        tokens_per_s: generated tokens.
-        running: mean requests at once.
-        step_seconds: mean time of a step.
-        waiting: requests that wait at the end.
-        preemptions: of all requests.
-        ttft_seconds: median time to the first token.
-    """
-
-    requests_per_s: float
-    tokens_per_s: float
-    running: float
-    step_seconds: float
-    waiting: int
-    preemptions: int
-    ttft_seconds: float
+    requests_per_s: float  # completed
+    tokens_per_s: float  # generated
+    running: float  # mean requests at once
+    step_seconds: float  # mean time of a step
+    waiting: int  # requests at the end
+    preemptions: int  # of all requests
+    ttft_seconds: float  # median time to the first token
 
 
 def simulate(
@@ -52,14 +42,9 @@ def simulate(
     requests: int = 400,
     seed: int = 0,
 ) -> Simulated:
-    """Let a replica serve requests, and count from the second half of them on.
+    """Let a replica complete `requests`, and count from the second half of them on.
 
-    Args:
-        replica: the engine.
-        lengths: of its requests, sampled at random.
-        requests_per_s: rate of Poisson arrivals; None: some requests always wait.
-        requests: how many it completes.
-        seed: of lengths and times.
+    They arrive as a Poisson process of `requests_per_s`; None: some always wait.
     """
     from vllm import SamplingParams
     from vllm.v1.outputs import ModelRunnerOutput
@@ -86,14 +71,7 @@ def simulate(
         made += 1
         arrived[name] = at
         sampling = SamplingParams(max_tokens=output, ignore_eos=True, detokenize=False)
-        scheduler.add_request(
-            Request(
-                request_id=name,
-                prompt_token_ids=[0] * prompt,
-                sampling_params=sampling,
-                pooling_params=None,
-            )
-        )
+        scheduler.add_request(Request(name, [0] * prompt, sampling, pooling_params=None))
 
     while done < requests:
         if requests_per_s is None:
@@ -109,7 +87,7 @@ def simulate(
             counted_from = clock
             done_before, tokens, preemptions, steps, running, busy = done, 0, 0, 0, 0.0, 0.0
         scheduled = scheduler.schedule()
-        names, sampled = [], []
+        sampled: dict[str, list[int]] = {}
         decodes = prompts = prompt_tokens = 0
         head_tokens = prompt_pairs = 0.0
         for name, count in scheduled.num_scheduled_tokens.items():
@@ -122,8 +100,7 @@ def simulate(
                 prompts += 1
                 prompt_tokens += count
                 prompt_pairs += cache.pairs(last - count, last)
-            names.append(name)
-            sampled.append([1] if last >= request.num_tokens else [])
+            sampled[name] = [1] if last >= request.num_tokens else []
         seconds = roofline.step_seconds(
             decodes,
             head_tokens,
@@ -136,19 +113,14 @@ def simulate(
         steps += 1
         running += len(scheduler.running)
         preemptions += len(scheduled.preempted_req_ids or ())
-        for name, ids in zip(names, sampled, strict=True):
+        for name, ids in sampled.items():
             if ids:
                 tokens += 1
                 first_token.setdefault(name, clock)
         before = len(scheduler.requests)
-        scheduler.update_from_output(
-            scheduled,
-            ModelRunnerOutput(
-                req_ids=names,
-                req_id_to_index={name: i for i, name in enumerate(names)},
-                sampled_token_ids=sampled,
-            ),
-        )
+        indices = {name: i for i, name in enumerate(sampled)}
+        output = ModelRunnerOutput(list(sampled), indices, list(sampled.values()))
+        scheduler.update_from_output(scheduled, output)
         done += before - len(scheduler.requests)
     assert counted_from is not None
     took = clock - counted_from
@@ -164,19 +136,10 @@ def simulate(
 
 
 def make_scheduler(replica: Replica, max_model_len: int) -> Any:
-    """The scheduler of a replica: vLLM's, or that of the split cache.
-
-    Args:
-        replica: the engine; its forecast says which cache groups there are.
-        max_model_len: longest request.
-    """
+    """The scheduler of a replica: vLLM's, or that of the split cache."""
     import torch
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import (
-        FullAttentionSpec,
-        KVCacheConfig,
-        KVCacheGroupSpec,
-    )
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
     from rlkv_vllm.engine.cache.scheduler import SplitScheduler

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlkv_vllm.allocation.span import SERVING_SPAN
 from rlkv_vllm.bench import random_model
-from rlkv_vllm.bench.case import ALL_FULL, SPLIT, STOCK, Setup
+from rlkv_vllm.bench.case import ALL_FULL, SPLIT, STOCK, TRANSFORMERS, VLLM, Setup
 from rlkv_vllm.bench.engine import EngineSpec
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
@@ -28,13 +28,7 @@ RANDOM_SPARSITY = 0.5
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `rlkv bench` for one model; None is the default that its help names.
-
-    Attributes:
-        full: all points, not only those of the quick suite.
-        turn_seconds: length of a turn of the case `capacity`.
-        is_cuda: whether the engines run on a GPU.
-    """
+    """The options of `rlkv bench` for one model; None is the default that its help names."""
 
     model: str
     profile: str | None
@@ -55,23 +49,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Target:
-    """One model with its engines.
+    """One model with its engines."""
 
-    Attributes:
-        key: its name in the record.
-        name: of the model.
-        profile: name of its head profile.
-        sparsity: share of streaming heads.
-        setup: what is known before measuring.
-        specs: how to start each variant.
-    """
-
-    key: str
+    key: str  # in the record
     name: str
-    profile: str
+    profile: str  # its name
     sparsity: float
     setup: Setup
-    specs: dict[str, EngineSpec]
+    specs: dict[str, EngineSpec]  # by variant
 
     def describe(self) -> dict[str, Any]:
         """Settings that must agree when a run is continued."""
@@ -98,12 +83,7 @@ class Target:
 
 
 def find_target(key: str, options: Options, folder: Path) -> Target:
-    """Read model and profile, and forecast the cache.
-
-    Args:
-        key: its name in the record.
-        options: the user's.
-        folder: where a random model may be written.
+    """Read model and profile, and forecast the cache; a random model is written to `folder`.
 
     Raises:
         RlkvError: there is no such model or profile, they do not fit, or the longest request
@@ -114,7 +94,7 @@ def find_target(key: str, options: Options, folder: Path) -> Target:
     profile_name = options.profile or (MODEL_NAME if is_embedded else "")
     if is_random:
         shape = random_model.parse_shape(options.model)
-        random_model.write_model(shape, folder, sink=SERVING_SPAN.sink, window=SERVING_SPAN.window)
+        random_model.write_model(shape, folder, **SERVING_SPAN._asdict())
         source = str(folder)
         profile_name = profile_name or str(folder / "profile.json")
     else:
@@ -141,17 +121,12 @@ def find_target(key: str, options: Options, folder: Path) -> Target:
     wanted = FULL_MAX_MODEL_LEN if options.full else MAX_MODEL_LEN
     max_model_len = options.max_model_len or min(longest, wanted)
     memory = options.memory_bytes or (EMBEDDED_MEMORY if is_embedded else MEMORY)
+    span = choice.span._asdict()
+    sizes = {"dtype_bytes": dtype_bytes, "max_model_len": max_model_len, **span}
     setup = Setup(
         model=model,
         forecasts={
-            variant: forecast_profile(
-                one.profile,
-                one.sparsity,
-                dtype_bytes=dtype_bytes,
-                max_model_len=max_model_len,
-                sink=one.span.sink,
-                window=one.span.window,
-            )
+            variant: forecast_profile(one.profile, one.sparsity, **sizes)
             for variant, one in choices.items()
         },
         memory_bytes=memory,
@@ -181,7 +156,11 @@ def find_target(key: str, options: Options, folder: Path) -> Target:
         engine |= {"load_format": "dummy", "skip_tokenizer_init": True}
     if options.is_cuda:
         engine["gpu_memory_utilization"] = 0.4  # the share that must be free; two engines share it
-    splits = {STOCK: None} | {variant: one.engine_config() for variant, one in choices.items()}
+    # The engine beside a trainer is eager also on a GPU.
+    rollouts = engine | {"enforce_eager": options.eager is not False}, {"mode": "gated"} | span
+    started: dict[str, tuple[dict[str, Any], dict[str, Any] | None]]
+    started = {variant: (engine, one.engine_config()) for variant, one in choices.items()}
+    started |= {STOCK: (engine, None), TRANSFORMERS: rollouts, VLLM: rollouts}
     return Target(
         key=key,
         name=options.model,
@@ -189,7 +168,7 @@ def find_target(key: str, options: Options, folder: Path) -> Target:
         sparsity=choice.sparsity,
         setup=setup,
         specs={
-            variant: EngineSpec(variant, source, engine, split, options.threads)
-            for variant, split in splits.items()
+            variant: EngineSpec(variant, source, *how, options.threads)
+            for variant, how in started.items()
         },
     )

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-
-class Suite(StrEnum):
-    """How much is measured."""
-
-    quick = "quick"
-    full = "full"
 
 
 def bench(
@@ -38,13 +30,14 @@ def bench(
         ),
     ] = None,
     suite: Annotated[
-        Suite, typer.Option(help="quick: some minutes; full: all batches and contexts.")
-    ] = Suite.quick,
+        Literal["quick", "full"],
+        typer.Option(help="quick: some minutes; full: all batches and contexts."),
+    ] = "quick",
     cases: Annotated[
         str,
         typer.Option(
             help="Comma-separated, of solve, capacity, decode, short, prefill, prefix, overhead, "
-            "serve, monitoring, startup (default: all)."
+            "serve, monitoring, startup, rollouts (default: all)."
         ),
     ] = "",
     memory: Annotated[
@@ -71,8 +64,8 @@ def bench(
     task: Annotated[
         str,
         typer.Option(
-            help="Problems of the case `solve`: `embedded` for the embedded reasoner, or a .jsonl "
-            "file or another task for MODEL."
+            help="Problems of the cases `solve` and `rollouts`: a task or a .jsonl file. `solve` "
+            "gives those of `embedded` to the embedded reasoner, whatever MODEL is."
         ),
     ] = "embedded",
     sink: Annotated[
@@ -115,7 +108,7 @@ def bench(
     from rlkv_vllm.bench.target import Options
     from rlkv_vllm.cli.sizes import parse_size
 
-    is_cuda, is_full = has_cuda(), suite is Suite.full
+    is_cuda, is_full = has_cuda(), suite == "full"
     options = Options(
         model=model,
         profile=profile,

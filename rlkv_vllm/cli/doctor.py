@@ -11,6 +11,7 @@ def doctor(
 ) -> None:
     """Check versions, platform, plugin, embedded model, memory and port."""
     import json
+    from dataclasses import asdict
 
     from rlkv_vllm.serving.doctor import examine
 
@@ -21,6 +22,6 @@ def doctor(
             typer.echo(finding.line())
     ok = all(finding.ok for finding in findings)
     if as_json:
-        checks = [finding.as_json() for finding in findings]
+        checks = [asdict(finding) for finding in findings]
         typer.echo(json.dumps({"ok": ok, "checks": checks}, indent=2))
     raise typer.Exit(0 if ok else 1)

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlkv_vllm.errors import RlkvError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rlkv_vllm.evaluation.record import Row
+    from rlkv_vllm.evaluation.splits import Split
+    from rlkv_vllm.tasks.measurement import Measurement
 
 _NOTE = (
     "s/solved: seconds of the whole run per solved problem, all problems in flight together; a "
@@ -101,17 +105,11 @@ def evaluate(
     from rlkv_vllm.allocation.heads import read_sparsities
     from rlkv_vllm.answers import Sampling
     from rlkv_vllm.cli.sizes import parse_size
-    from rlkv_vllm.errors import RlkvError
     from rlkv_vllm.evaluation import sweep
     from rlkv_vllm.evaluation.record import Record, output_format
     from rlkv_vllm.evaluation.served import answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
-    from rlkv_vllm.models import (
-        MODEL_NAME,
-        load_model_fingerprint,
-        model_source,
-        serving_defaults,
-    )
+    from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source, serving_defaults
     from rlkv_vllm.profile.io import check_matches
     from rlkv_vllm.serving.progress import quiet_logging
     from rlkv_vllm.tasks import get_task, skip_note
@@ -148,13 +146,8 @@ def evaluate(
         check_matches(choice.profile, fingerprint)
         if write_rows:
             sweep.check_can_take_rows(choice)
-    chosen = get_task(
-        task,
-        prompt_column=prompt_column,
-        answer_column=answer_column,
-        split=split,
-        reward=reward,
-    )
+    columns = {"prompt_column": prompt_column, "answer_column": answer_column}
+    chosen = get_task(task, split=split, reward=reward, **columns)
     if note := skip_note(chosen):
         typer.echo(note, err=True)
     problems = chosen.problems(n, seed)
@@ -162,76 +155,66 @@ def evaluate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     changing = {**given, "dtype": options.get("dtype"), "reward": reward}
-    settings = (
-        sweep.settings_of(fingerprint, source, chosen.name, problems, seed, sampling, changing)
-        if outputs
-        else {}
-    )
+    settings: dict[str, Any] = {}
+    if outputs:  # takes the digest of the weights
+        settings = sweep.settings_of(
+            fingerprint, source, chosen.name, problems, seed, sampling, changing
+        )
     record = Record(outputs, settings, fresh=fresh)
 
     title = f"{fingerprint.id}, task {chosen.name}: {n} problems, seed {seed}, "
     title += sampling.describe()
     rows: list[Row] = []
 
-    def on_row(row: Row, *, reused: bool) -> None:
+    def on_row(row: Row, reused: bool) -> None:
         rows.append(row)
-        _print_progress(row, len(rows), len(splits), reused)
+        measured = row.measurement
+        how = "already measured" if reused else f"{measured.seconds:.1f} s"
+        typer.echo(
+            f"[{len(rows)}/{len(splits)}] {row.split.label}, sparsity {row.split.sparsity:g}: "
+            f"{measured.solved} of {measured.n} solved, {measured.mean_output_tokens:.0f} tokens "
+            f"on average ({how})"
+        )
+
+    def serve(one: Split) -> Measurement:
+        return answer(source, one, chosen, problems, sampling, options)
 
     quiet_logging([])
     try:
-        sweep.run(
-            splits,
-            lambda one: answer(source, one, chosen, problems, sampling, options),
-            record,
-            on_row,
-        )
+        sweep.run(splits, serve, record, on_row)
     finally:
         if rows:
             _print_table(title, rows)
     for path in outputs:
         typer.echo(f"wrote {path}")
+    found = sweep.profile_rows(rows, candidates, task=chosen.name, seed=seed, sampling=sampling)
     if plot is not None:
         from rlkv_vllm.evaluation.plot import accuracy_figure
         from rlkv_vllm.profile.plot import save_figure
 
-        save_figure(accuracy_figure(sweep.points(rows, candidates), title), plot)
+        save_figure(accuracy_figure(found, title), plot)
         typer.echo(f"wrote {plot}")
     if write_rows:
-        sweep.write_rows(candidates, rows, task=chosen.name, seed=seed, sampling=sampling)
+        sweep.write_rows(candidates, found)
         for choice in candidates.values():
             typer.echo(f"wrote rows into {choice.path}")
 
 
 def _require_folder(flag: str, path: Path) -> None:
-    from rlkv_vllm.errors import RlkvError
-
     if path.is_dir():
         raise RlkvError(f"{flag} {path}: is a folder: name a file in it")
     if not path.parent.is_dir():
         raise RlkvError(f"{flag} {path}: there is no folder {path.parent}: make it first")
 
 
-def _print_progress(row: Row, done: int, of: int, reused: bool) -> None:
-    measured, split = row.measurement, row.split
-    how = "already measured" if reused else f"{measured.seconds:.1f} s"
-    typer.echo(
-        f"[{done}/{of}] {split.label}, sparsity {split.sparsity:g}: {measured.solved} of "
-        f"{measured.n} solved, {measured.mean_output_tokens:.0f} tokens on average ({how})"
-    )
-
-
 def _print_table(title: str, rows: Sequence[Row]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from rlkv_vllm.cli.tables import new_table, print_plain
 
-    console = Console(markup=False)
-    if not console.is_terminal:
-        console = Console(markup=False, width=120)  # no broken columns in a file
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("profile", overflow="fold")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right")
+    table = new_table("profile", *_COLUMNS)
+    table.title = title
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
     for row in rows:
         measured = row.measurement
         low, high = measured.interval
@@ -247,5 +230,5 @@ def _print_table(title: str, rows: Sequence[Row]) -> None:
             "-" if seconds is None else f"{seconds:.3g}",
             "-" if row.p_full is None else f"{row.p_full:.2g}",
         )
-    console.print(table, highlight=False)
+    print_plain(table)
     typer.echo(_NOTE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rlkv_vllm.cli.sizes import parse_size, show_size
@@ -17,19 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClusterFlags:
-    """Flags of the traffic, as given.
-
-    Attributes:
-        gpu: name, or MEMORY,GB/s,TFLOP/s.
-        rate: requests per second.
-        prompt_tokens: lengths.
-        output_tokens: lengths.
-        tpot: most milliseconds between two tokens.
-        load: share of a replica's capacity that is used.
-        efficiency: share of the GPU's data sheet that kernels achieve.
-        max_num_seqs: most requests at once in a replica.
-        simulate: run vLLM's scheduler beside the plan.
-    """
+    """Flags of the traffic as given; `rlkv profile plan --help` describes them."""
 
     gpu: str | None
     rate: float | None
@@ -40,11 +28,6 @@ class ClusterFlags:
     efficiency: float
     max_num_seqs: int
     simulate: bool
-
-    @property
-    def is_given(self) -> bool:
-        """Whether a cluster is wanted."""
-        return self.rate is not None
 
     def check(self) -> None:
         """Refuse an incomplete description of the traffic.
@@ -57,13 +40,11 @@ class ClusterFlags:
             "--prompt-tokens": self.prompt_tokens,
             "--output-tokens": self.output_tokens,
         }
-        if not self.is_given:
-            if any(traffic.values()):
-                given = ", ".join(flag for flag, value in traffic.items() if value)
+        if self.rate is None:
+            if given := ", ".join(flag for flag, value in traffic.items() if value):
                 raise RlkvError(f"{given}: needs --rate, the requests per second")
             return
-        missing = ", ".join(flag for flag, value in traffic.items() if not value)
-        if missing:
+        if missing := ", ".join(flag for flag, value in traffic.items() if not value):
             raise RlkvError(f"--rate {self.rate:g}: also give {missing}")
         for flag, share in (("--load", self.load), ("--efficiency", self.efficiency)):
             if not 0 < share <= 1:
@@ -84,22 +65,21 @@ def find_gpu(text: str, efficiency: float) -> Device:
 
     device = next((gpu for name, gpu in GPUS.items() if name.lower() == text.lower()), None)
     if device is None:
-        parts = text.split(",")
         try:
-            memory, gigabytes, teraflops = parts[0], float(parts[1]), float(parts[2])
-            if len(parts) != 3 or not (0 < gigabytes < 1e6 and 0 < teraflops < 1e6):
+            memory, *speeds = text.split(",")
+            gigabytes, teraflops = map(float, speeds)
+            if not (0 < gigabytes < 1e6 and 0 < teraflops < 1e6):
                 raise ValueError
-        except (ValueError, IndexError):
+        except ValueError:
             raise RlkvError(
                 f"--gpu {text}: give one of {', '.join(GPUS)}, or MEMORY,GB/s,TFLOP/s such as "
                 "80GiB,3350,989"
             ) from None
         device = Device(text, parse_size("--gpu", memory), gigabytes * 1e9, teraflops * 1e12)
-    return Device(
-        device.name,
-        device.memory_bytes,
-        device.bytes_per_s * efficiency,
-        device.flops_per_s * efficiency,
+    return replace(
+        device,
+        bytes_per_s=device.bytes_per_s * efficiency,
+        flops_per_s=device.flops_per_s * efficiency,
     )
 
 
@@ -126,7 +106,6 @@ def print_cluster(
     device: Device,
     model: ModelSize,
     forecasts: dict[int, Forecast],
-    *,
     tp: int,
     memory_bytes: int,
     max_model_len: int,
@@ -135,9 +114,9 @@ def print_cluster(
     from rlkv_vllm.engine.support import REFUSALS
     from rlkv_vllm.planning.fleet import pair_lengths, read_lengths, replicas_of, sustained
 
-    assert flags.rate is not None
-    assert flags.prompt_tokens is not None
-    assert flags.output_tokens is not None
+    assert flags.rate
+    assert flags.prompt_tokens
+    assert flags.output_tokens
     lengths = pair_lengths(
         read_lengths("--prompt-tokens", flags.prompt_tokens),
         read_lengths("--output-tokens", flags.output_tokens),
@@ -182,8 +161,6 @@ def print_cluster(
 
 def _simulated(replica: Replica, found: Sustained, lengths: Lengths) -> str:
     """Tokens per second by vLLM's scheduler, with as many requests at once as in the plan."""
-    from dataclasses import replace
-
     from rlkv_vllm.bench.simulate import simulate
 
     if found.limit == "--tpot":

@@ -64,14 +64,10 @@ def list_() -> None:
     table = new_table("name", "model", "layers x KV heads", "method", "sparsity")
     for name, path in found.items():
         profile = load_profile(path)
-        recommended = profile.recommended_sparsity
-        table.add_row(
-            name,
-            profile.model.id,
-            f"{profile.model.num_layers} x {profile.model.num_kv_heads}",
-            profile.provenance.method,
-            "-" if recommended is None else f"{recommended:g}",
-        )
+        model, sparsity = profile.model, profile.recommended_sparsity
+        shape = f"{model.num_layers} x {model.num_kv_heads}"
+        shown = "-" if sparsity is None else f"{sparsity:g}"
+        table.add_row(name, model.id, shape, profile.provenance.method, shown)
     print_plain(table)
 
 
@@ -111,11 +107,7 @@ def show(
         "architecture": f"{model.model_type}: {model.num_layers} layers, {model.num_query_heads} "
         f"query heads, {model.num_kv_heads} KV heads of {model.head_dim}",
         "sink / window": f"{loaded.sink} / {loaded.window} tokens",
-        "method": provenance.method,
-        "source": provenance.source,
-        "created": provenance.created,
-        "data": provenance.data,
-        "seed": provenance.seed,
+        **{k: getattr(provenance, k) for k in ("method", "source", "created", "data", "seed")},
         "versions": ", ".join(f"{k} {v}" for k, v in provenance.versions.items()),
         "recommended sparsity": loaded.recommended_sparsity,
     }.items():
@@ -294,7 +286,7 @@ def plan(
         gpu, rate, prompt_tokens, output_tokens, tpot, load, efficiency, max_num_seqs, simulate
     )
     flags.check()
-    if memory is None and not flags.is_given:
+    if memory is None and rate is None:
         raise RlkvError("--memory: needed, e.g. 8GiB; with --rate and --gpu it is what they leave")
     for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
         if value is not None and value < 1:
@@ -315,23 +307,15 @@ def plan(
 
     if memory is not None:
         memory_bytes = parse_size("--memory", memory)
-    if gpu is None:
-        _print_plan(forecast(dtype.num_bytes), choice.sparsity, max_model_len, memory_bytes)
-        return
-    size = ModelSize.from_config(config, dtype.num_bytes)
-    device = find_gpu(gpu, efficiency)
-    if memory is None:
-        memory_bytes = cache_memory(device, size, tp)
+    if gpu is not None:
+        size = ModelSize.from_config(config, dtype.num_bytes)
+        device = find_gpu(gpu, efficiency)
+        if memory is None:
+            memory_bytes = cache_memory(device, size, tp)
     _print_plan(forecast(dtype.num_bytes), choice.sparsity, max_model_len, memory_bytes)
-    print_cluster(
-        flags,
-        device,
-        size,
-        {num_bytes: forecast(num_bytes) for num_bytes in (dtype.num_bytes, 1)},
-        tp=tp,
-        memory_bytes=memory_bytes,
-        max_model_len=max_model_len,
-    )
+    if gpu is not None:
+        forecasts = {num_bytes: forecast(num_bytes) for num_bytes in (dtype.num_bytes, 1)}
+        print_cluster(flags, device, size, forecasts, tp, memory_bytes, max_model_len)
 
 
 @app.command()
@@ -367,10 +351,8 @@ def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_byt
     at_once = forecast.requests_at_once(num_tokens, memory_bytes)
     stock_at_once = forecast.stock_requests_at_once(num_tokens, memory_bytes)
     token, stock_token = forecast.bytes_per_token(deciding), forecast.stock_bytes_per_token
-    blocks, stock_blocks = (
-        forecast.num_blocks(memory_bytes),
-        forecast.stock_num_blocks(memory_bytes),
-    )
+    blocks = forecast.num_blocks(memory_bytes)
+    stock_blocks = forecast.stock_num_blocks(memory_bytes)
     for name, split, stock, show_as in (
         ("one more token", token, stock_token, show_size),
         (f"a request of {num_tokens} tokens", need, stock_need, show_size),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,38 +14,33 @@ from rlkv_vllm.errors import RlkvError
 if TYPE_CHECKING:
     from rlkv_vllm.profile import HeadProfile
 
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")]
+
 
 class StageProgress:
     """A bar per stage with the time left on a terminal, a line per finished stage elsewhere.
 
-    Args:
-        threads: CPU threads of the job; None leaves PyTorch's choice.
+    `threads` are those of the job on the CPU; None leaves PyTorch's choice.
     """
 
     def __init__(self, threads: int | None = None) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
 
         if threads is not None:
             from rlkv_vllm.hf.loading import set_threads
 
             set_threads(threads)
         console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"),
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description:<12}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[state]}"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -80,7 +75,7 @@ class StageProgress:
             self._bars.console.print(text, highlight=False, soft_wrap=True)
 
 
-def require_training_packages(command: str, *names: str) -> None:
+def require_packages(command: str, *names: str) -> None:
     """Refuse to start without packages of `rlkv-vllm[train]`.
 
     Raises:
@@ -93,10 +88,14 @@ def require_training_packages(command: str, *names: str) -> None:
 
 def print_result(profile: HeadProfile | None, output: Path) -> None:
     """Print the evaluation of a job's profile, and where it lies; nothing without a profile."""
-    if profile is None:
-        return
+    if profile is not None:
+        print_evaluation(profile)
+        typer.echo(f"wrote {output / 'profile.json'} and {output / 'report.html'}")
+
+
+def print_evaluation(profile: HeadProfile) -> None:
+    """Print accuracy and length at every sparsity of a profile."""
     if profile.evaluation:
         typer.echo("sparsity  accuracy  output tokens")
     for row in profile.evaluation:
         typer.echo(f"{row.sparsity:>8g}  {row.accuracy:>8.3f}  {row.mean_output_tokens:>13.1f}")
-    typer.echo(f"wrote {output / 'profile.json'} and {output / 'report.html'}")

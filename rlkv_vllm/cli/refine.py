@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from rlkv_vllm.cli.progress import Resume, StageProgress, Threads, print_result, require_packages
+
 
 def refine(
     profile: Annotated[
@@ -27,12 +29,8 @@ def refine(
         list[str] | None,
         typer.Option("--set", help="key=value of the other options, e.g. search.margin=20."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in the output folder.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")
-    ] = None,
+    resume: Resume = False,
+    threads: Threads = None,
 ) -> None:
     """Search for the full heads that serve best, from the ranking of PROFILE.
 
@@ -41,10 +39,9 @@ def refine(
     accelerate launch -m rlkv_vllm refine PROFILE ...
     """
     from rlkv_vllm.allocation.heads import read_sparsities
-    from rlkv_vllm.cli.progress import StageProgress, print_result, require_training_packages
     from rlkv_vllm.options import override, validate
 
-    require_training_packages("rlkv refine", "accelerate")
+    require_packages("rlkv refine", "accelerate")
     from rlkv_vllm.search.config import RefineConfig
     from rlkv_vllm.search.job import run
     from rlkv_vllm.training.run import QUIET, Listener

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from rlkv_vllm.cli.progress import StageProgress, print_evaluation
+from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.scorers import METHODS
-
-if TYPE_CHECKING:
-    from rlkv_vllm.profile import HeadProfile
 
 
 def score(
@@ -65,9 +64,9 @@ def score(
     from rlkv_vllm.allocation.heads import read_sparsities
 
     shares = tuple(read_sparsities(sparsities, "--sparsities"))
-    _refuse_folder(output)
+    if output.is_dir():
+        raise RlkvError(f"--output {output}: is a folder: name a file in it, e.g. profile.json")
 
-    from rlkv_vllm.cli.progress import StageProgress
     from rlkv_vllm.options import override
     from rlkv_vllm.profile.io import save_profile
     from rlkv_vllm.scorers.run import ScoreConfig, make_profile
@@ -90,22 +89,8 @@ def score(
     with StageProgress() as progress:
         profile = make_profile(config, progress.report, progress.say)
     save_profile(profile, output)
-    _print(profile, output)
-
-
-def _refuse_folder(output: Path) -> None:
-    from rlkv_vllm.errors import RlkvError
-
-    if output.is_dir():
-        raise RlkvError(f"--output {output}: is a folder: name a file in it, e.g. profile.json")
-
-
-def _print(profile: HeadProfile, output: Path) -> None:
-    rows = profile.evaluation
-    if rows:
-        typer.echo("sparsity  accuracy  output tokens")
-        for row in rows:
-            typer.echo(f"{row.sparsity:>8g}  {row.accuracy:>8.3f}  {row.mean_output_tokens:>13.1f}")
+    print_evaluation(profile)
+    if profile.evaluation:
         best = profile.recommended_sparsity
         typer.echo(f"recommended sparsity: {'none' if best is None else f'{best:g}'}")
     typer.echo(f"wrote {output}: {profile.provenance.data}")

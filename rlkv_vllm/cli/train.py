@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rlkv_vllm.cli.progress import Resume, StageProgress, Threads, print_result, require_packages
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the job, or a run.yaml.")],
@@ -18,12 +20,8 @@ def train(
         list[str] | None,
         typer.Option("--set", help="key=value over the file's, e.g. trainer.max_steps=20."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in the output folder.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")
-    ] = None,
+    resume: Resume = False,
+    threads: Threads = None,
 ) -> None:
     """Find the heads that reasoning needs: GRPO on one gate per KV head (arXiv 2510.08525).
 
@@ -33,9 +31,7 @@ def train(
     import json
     import warnings
 
-    from rlkv_vllm.cli.progress import StageProgress, print_result, require_training_packages
-
-    require_training_packages("rlkv train", "trl", "datasets", "accelerate")
+    require_packages("rlkv train", "trl", "datasets", "accelerate")
     # Only its own vLLM rollouts would be concerned: ours do not go through them.
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     from rlkv_vllm.training.config import load_config

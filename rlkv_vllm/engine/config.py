@@ -46,10 +46,8 @@ DEFAULT_RETENTION_INTERVAL = 256
 
 
 class SplitConfig(Section):
-    """``additional_config["rlkv"]`` of a served head profile; values as of `rlkv_vllm.split`.
-
-    Attributes:
-        sha256: of the profile that was checked at start-up.
+    """``additional_config["rlkv"]`` of a served head profile; values as of `rlkv_vllm.split`, and
+    the checksum of the profile that was checked at start-up.
     """
 
     mode: Literal["split"] = "split"
@@ -62,11 +60,8 @@ class SplitConfig(Section):
 
 
 class GatedConfig(Section):
-    """``additional_config["rlkv"]`` of gated mode: full caches, a gate per KV head.
-
-    Attributes:
-        sink: first tokens that local attention sees.
-        window: last tokens that local attention sees, the query's own included.
+    """``additional_config["rlkv"]`` of gated mode: full caches, a gate per KV head; sink and window
+    are those of local attention.
     """
 
     mode: Literal["gated"]
@@ -79,12 +74,9 @@ class SplitPlan:
     """What every process needs to know about the split cache of a model.
 
     Attributes:
-        profile: the head profile.
-        profile_id: how the user named it.
+        profile_id: how the user named the profile.
         sparsity: share of streaming KV heads asked for.
-        forecast: packing of the heads, cache sizes, exact byte and block accounting.
         retention_interval: prompt tokens between two retained tails; 0: none.
-        max_model_len: longest request (tokens).
         steps_in_flight: scheduled steps whose results are not known yet.
     """
 
@@ -103,12 +95,10 @@ class SplitPlan:
 
     @property
     def geometry(self) -> CacheGeometry:
-        """Sizes of the cache: heads, block, sink and window."""
         return self.forecast.geometry
 
     @property
     def groups(self) -> CacheGroups:
-        """Allocation of the heads and their packing into cache groups."""
         return self.forecast.groups
 
 
@@ -152,8 +142,7 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
             pinned checksum, no sparsity is known, or the configuration uses a
             feature that the split cache does not support.
     """
-    config = split_config(vllm_config)
-    if config is None:
+    if (config := split_config(vllm_config)) is None:
         return None
     check_supported(vllm_config)
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -205,7 +194,6 @@ def _plan(
     steps_in_flight: int,
 ) -> SplitPlan:
     # instance_id: every engine reads the profile anew, all layers of one engine the same.
-    del instance_id
     choice = choose_profile(config.profile, config.sparsity, sink=config.sink, window=config.window)
     profile, path = choice.profile, Path(config.profile)
     if config.sha256 is not None and profile.sha256() != config.sha256:

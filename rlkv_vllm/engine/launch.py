@@ -74,12 +74,10 @@ def engine_options(
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for a split cache or gated mode.
 
-    Args:
-        config: ``additional_config["rlkv"]``.
-        additional_config: its other entries.
+    ``config`` is ``additional_config["rlkv"]``, ``additional_config`` the other entries.
 
     Raises:
-        RlkvError: the other entries have the same name.
+        RlkvError: another entry has that name.
     """
     from vllm.platforms import current_platform
 
@@ -104,12 +102,9 @@ def engine_options(
 
 
 def start(model: str, config: Mapping[str, Any] | None, **options: Any) -> LLM:
-    """An engine, proven to be split or to have gates.
+    """An engine, proven to be split or to have gates; None as ``config``: stock vLLM.
 
-    Args:
-        model: model folder or Hub id.
-        config: ``additional_config["rlkv"]``; None: stock vLLM.
-        options: more arguments of `vllm.LLM`; they win over those of `engine_options`.
+    ``options`` win over those of `engine_options`.
 
     Raises:
         RlkvError: the cache is not split as configured, or the engine has no gates.
@@ -157,24 +152,25 @@ def prove(llm: LLM) -> list[SplitReport]:
     plan = split_plan(llm.llm_engine.vllm_config)
     if plan is None:
         raise _not_split(f"additional_config has no entry '{CONFIG_KEY}' with a profile")
-    try:
+    with _no_report_is_no_proof():
         answers = llm.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
-    except Exception as error:  # whatever it is, nothing is proven
-        raise _no_report(error) from error
     return check_reports(answers, plan)
 
 
 async def prove_async(engine_client: EngineClient, plan: SplitPlan) -> list[SplitReport]:
     """As `prove`, of a server's engine."""
-    try:
+    with _no_report_is_no_proof():
         answers = await engine_client.collective_rpc(REPORT_METHOD, timeout=_REPORT_TIMEOUT_S)
-    except Exception as error:  # whatever it is, nothing is proven
-        raise _no_report(error) from error
     return check_reports(answers, plan)
 
 
-def _no_report(error: Exception) -> RlkvError:
-    return _not_split(f"no report from the workers: {one_line(error) or type(error).__name__}")
+@contextmanager
+def _no_report_is_no_proof() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever it is, nothing is proven
+        why = one_line(error) or type(error).__name__
+        raise _not_split(f"no report from the workers: {why}") from error
 
 
 def check_reports(answers: Sequence[dict[str, Any]], plan: SplitPlan) -> list[SplitReport]:

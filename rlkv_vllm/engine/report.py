@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,25 +13,13 @@ if TYPE_CHECKING:
 class SplitReport:
     """Facts of one worker about its split cache; bytes are those of its rank.
 
+    Heads are those of the model, blocks those of the shared pool. Requests are of ``max_model_len``
+    tokens, and ``bytes_per_token`` is of one more token of such a request. ``full_bytes_...`` and
+    ``full_requests_...`` are the same with a full cache in as many bytes.
+
     Attributes:
         profile: how the user named the profile.
         profile_sha256: of the profile's canonical JSON.
-        sparsity: share of streaming KV heads.
-        full_heads: KV heads of the model that keep their full cache.
-        streaming_heads: KV heads that keep sink and window.
-        sink: first tokens kept by streaming heads.
-        window: last tokens kept by streaming heads.
-        block_size: tokens per block.
-        num_blocks: blocks of the shared pool.
-        block_bytes: bytes of one block.
-        cache_bytes: bytes of the pool.
-        max_model_len: longest request (tokens).
-        bytes_per_token: of one more token of a long request.
-        full_bytes_per_token: the same with a full cache.
-        bytes_per_request: of a request of ``max_model_len``.
-        full_bytes_per_request: the same with a full cache.
-        requests_at_once: requests of ``max_model_len`` that fit the pool.
-        full_requests_at_once: the same with a full cache in as many bytes.
     """
 
     profile: str
@@ -82,12 +70,8 @@ class SplitReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SplitReport:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of ``dataclasses.asdict``; other values are ignored."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
-        return asdict(self)
 
     def sentence(self) -> str:
         """The capacity in one line, for the log."""
@@ -101,7 +85,12 @@ class SplitReport:
     def rows(self) -> list[tuple[str, str, str]]:
         """Label, split cache, full cache: what a user wants to see."""
         heads = self.full_heads + self.streaming_heads
-        tokens = f"{self.max_model_len:,} tokens"
+        long = f" of {self.max_model_len:,} tokens"
+        figures = [
+            ("cache bytes per token", self.bytes_per_token, self.full_bytes_per_token),
+            (f"cache bytes per request{long}", self.bytes_per_request, self.full_bytes_per_request),
+            (f"requests at once{long}", self.requests_at_once, self.full_requests_at_once),
+        ]
         return [
             ("profile", f"{self.profile} ({self.profile_sha256[:12]})", ""),
             (
@@ -110,19 +99,5 @@ class SplitReport:
                 f"(sink {self.sink}, window {self.window})",
                 f"{heads} full",
             ),
-            (
-                "cache bytes per token",
-                f"{self.bytes_per_token:,}",
-                f"{self.full_bytes_per_token:,}",
-            ),
-            (
-                f"cache bytes per request of {tokens}",
-                f"{self.bytes_per_request:,}",
-                f"{self.full_bytes_per_request:,}",
-            ),
-            (
-                f"requests at once of {tokens}",
-                f"{self.requests_at_once:,}",
-                f"{self.full_requests_at_once:,}",
-            ),
+            *((label, f"{split:,}", f"{full:,}") for label, split, full in figures),
         ]

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 def vllm_sampling(sampling: Sampling, index: int, **options: Any) -> SamplingParams:
     """Sampling parameters of one request of a batch.
 
-    Args:
-        sampling: of the batch.
-        index: place of the prompt in the batch, added to the seed: equal prompts get different
-            answers.
-        options: further arguments of vLLM's `SamplingParams`.
+    The request's index is added to the seed: equal prompts get different answers.
     """
     from vllm import SamplingParams
 

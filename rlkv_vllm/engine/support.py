@@ -21,13 +21,7 @@ FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 class Refusal(NamedTuple):
-    """One unsupported feature.
-
-    Attributes:
-        what: the feature and its flag.
-        used: whether a configuration uses it, as a truth value.
-        fix: what to do instead.
-    """
+    """An unsupported feature and its flag, whether a configuration uses it, and what to do."""
 
     what: str
     used: Callable[[VllmConfig], object]
@@ -240,16 +234,12 @@ LAYER_REFUSALS: dict[str, str] = {
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
-    """Refuse a configuration that the split cache cannot serve exactly.
-
-    Raises:
-        RlkvError: names the feature and what to do.
-    """
+    """Refuse a configuration that the split cache cannot serve exactly."""
     _check("the split KV cache", REFUSALS, vllm_config)
 
 
 def check_gated_supported(vllm_config: VllmConfig) -> None:
-    """Refuse a configuration in which gates would not act exactly; raises as `check_supported`."""
+    """Refuse a configuration in which gates would not act exactly."""
     _check("gated mode", (*GATED_REFUSALS, *REFUSALS), vllm_config)
 
 
@@ -276,9 +266,6 @@ def check_layer_supported(
     """Refuse an attention layer whose arithmetic our implementations do not have.
 
     Takes what vLLM constructs every `AttentionImpl` with.
-
-    Raises:
-        RlkvError: names the property.
     """
     given = {
         "alibi_slopes": alibi_slopes,
@@ -303,15 +290,12 @@ def check_layer_shape(layer: Any, expected: tuple[int, int], dtypes: str = "") -
     """Refuse an attention layer that is not like all others of the model.
 
     Args:
-        layer: vLLM's; subclasses of its ``Attention`` mask differently.
+        layer: vLLM's.
         expected: KV heads per rank and head dimension of the model.
         dtypes: why model and cache differ in type, or empty.
-
-    Raises:
-        RlkvError: names the difference.
     """
     problem = ""
-    if type(layer).__name__ != "Attention":
+    if type(layer).__name__ != "Attention":  # subclasses mask differently
         problem = f"attention layers of class {type(layer).__name__}"
     elif (layer.num_kv_heads, layer.head_size) != expected:
         problem = (

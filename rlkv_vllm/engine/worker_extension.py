@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,21 +59,17 @@ class RlkvWorkerExtension:
             "streaming_head_caches": rings,
             "unsplit_layers": unsplit,
         }
-        if plan is None or not heads or unsplit:
-            return {"active": False, **found}
-        allocation = plan.groups.allocation
-        expected = (allocation.num_full_on(rank), allocation.num_streaming_on(rank))
-        if (len(heads) - rings, rings) != expected:
-            return {"active": False, **found}
-        report = SplitReport.of(plan, rank, heads[0].kv_cache.shape[0])
-        return {"active": True, **found, **report.to_dict()}
+        if plan is not None and heads and not unsplit:
+            allocation = plan.groups.allocation
+            expected = (allocation.num_full_on(rank), allocation.num_streaming_on(rank))
+            if (len(heads) - rings, rings) == expected:
+                report = SplitReport.of(plan, rank, len(heads[0].kv_cache))
+                return {"active": True, **found, **asdict(report)}
+        return {"active": False, **found}
 
     def rlkv_gates(self) -> dict[str, Any]:
-        """The gates that this worker attends with, in gated mode.
-
-        Returns:
-            ``version``, and per layer ``kv_heads`` (of the model) and their ``gates``; no layers
-            when this engine is not in gated mode.
+        """Version, and per layer KV heads of the model and their gates; no layers when this engine
+        is not in gated mode.
         """
         impls = self._rlkv_gated_layers()
         return {
@@ -82,11 +79,8 @@ class RlkvWorkerExtension:
         }
 
     def rlkv_set_gates(self, gates: Sequence[Sequence[float]], version: int) -> None:
-        """Attend with other gates from the next step on; checked by `gated.live`.
-
-        Args:
-            gates: ``[layers][KV heads of the model]``.
-            version: of the gates.
+        """Attend from the next step on with gates ``[layers][KV heads of the model]``, which
+        `gated.live` has checked.
         """
         for impl, row in zip(self._rlkv_gated_layers(), gates, strict=True):
             impl.gates.copy_(torch.tensor([row[head] for head in impl.kv_heads]))

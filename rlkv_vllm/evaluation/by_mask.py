@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rlkv_vllm.allocation.heads import allocate
@@ -23,17 +24,10 @@ Report = Callable[[str, int, int], None]
 def fresh_problems(
     task: Task, wanted: int, seed: int, used: Sequence[Problem], flags: str
 ) -> list[Problem]:
-    """Problems of `seed` that are none of `used`.
-
-    Args:
-        task: where they come from.
-        wanted: their number; a small file may have fewer left.
-        seed: of the problems.
-        used: problems that the gates were made from.
-        flags: the options to change if none is left, for the error.
+    """Up to `wanted` problems of `seed`, none of them among those the gates were made from.
 
     Raises:
-        RlkvError: if none is left.
+        RlkvError: if none is left; it names `flags`, the options to change.
     """
     left = [problem for problem in task.problems(wanted, seed) if problem not in used]
     if wanted and not left:
@@ -61,51 +55,22 @@ def measure_gates(
 ) -> Iterator[EvaluationRow]:
     """Solve `problems` greedily at every sparsity, 0 included, in ascending order.
 
-    Args:
-        model: ungated.
-        tokenizer: with a chat template.
-        task: of the problems.
-        problems: at least one.
-        gates: ``[layers][KV heads]``.
-        sink: first tokens that a streaming head sees.
-        window: last tokens that a streaming head sees.
-        sparsities: shares of streaming heads.
-        max_new_tokens: where an answer is cut off.
-        batch_size: problems decoded together.
-        seed: of the problems, for the record.
-        report: called after every batch.
-
-    Yields:
-        A row as soon as it is measured.
+    The model is ungated; `gates` are ``[layers][KV heads]``; `problems`, at least one, were made
+    with `seed`. Yields a row as soon as it is measured, and reports after every batch.
     """
+    sampling = Sampling(max_tokens=max_new_tokens, temperature=0)
     full = None
     for sparsity in sorted({0.0, *sparsities}):
         split = HeadSplit(allocate(gates, sparsity).full, sink, window) if sparsity else None
-        solved = 0
-
-        def count(batch: int, stage: str = f"sparsity {sparsity:g}") -> None:
-            nonlocal solved
-            solved += batch
-            report(stage, solved, len(problems))
-
         result = solve(
             model,
             tokenizer,
             task,
             problems,
             split=split,
-            sampling=Sampling(max_tokens=max_new_tokens, temperature=0),
+            sampling=sampling,
             batch_size=batch_size,
-            report=count,
+            report=partial(report, f"sparsity {sparsity:g}"),
         )
         full = full or result
-        yield evaluation_row(
-            task.name,
-            len(problems),
-            sparsity,
-            result,
-            full,
-            seed=seed,
-            max_tokens=max_new_tokens,
-            temperature=0.0,
-        )
+        yield evaluation_row(task.name, sparsity, result, full, seed=seed, sampling=sampling)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from rlkv_vllm.evaluation.rows import accuracy_interval
+from rlkv_vllm.profile.schema import EvaluationRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,32 +14,13 @@ if TYPE_CHECKING:
 _MARKERS = "osD^vPX*"
 
 
-@dataclass(frozen=True)
-class Point:
-    """One measurement as the plot shows it.
-
-    Attributes:
-        sparsity: share of streaming KV heads.
-        accuracy: share of problems solved.
-        interval: lower and upper end of what the accuracy may be.
-        mean_output_tokens: mean length of the answers (tokens).
-        p95_output_tokens: 95th percentile of the lengths (tokens), if known.
-    """
-
-    sparsity: float
-    accuracy: float
-    interval: tuple[float, float]
-    mean_output_tokens: float
-    p95_output_tokens: int | None = None
-
-
-def accuracy_figure(series: Mapping[str, Sequence[Point]], title: str) -> Figure:
+def accuracy_figure(series: Mapping[str, Sequence[EvaluationRow]], title: str) -> Figure:
     """Plot one line per profile, accuracy on the left and output length on the right.
 
     Args:
-        series: the points of every profile by its label, at least one. A point at sparsity 0
-            (full cache) gives the line that the others are compared with.
-        title: what is above both.
+        series: rows by label, at least one. A row at sparsity 0 (full cache) becomes the line
+            that the others are compared with.
+        title: above both plots.
     """
     from matplotlib.figure import Figure  # a Figure of its own: no display, no global state
 
@@ -45,7 +28,7 @@ def accuracy_figure(series: Mapping[str, Sequence[Point]], title: str) -> Figure
     figure.set_layout_engine("constrained")
     accuracy, length = figure.subplots(1, 2)
     handles: dict[str, Any] = {}
-    full = next((p for points in series.values() for p in points if p.sparsity == 0), None)
+    full = next((row for rows in series.values() for row in rows if row.sparsity == 0), None)
     if full is not None:
         style = {"color": "0.45", "linestyle": "--", "linewidth": 1, "zorder": 1}
         handles["full cache"] = accuracy.axhline(full.accuracy, **style)
@@ -53,27 +36,19 @@ def accuracy_figure(series: Mapping[str, Sequence[Point]], title: str) -> Figure
     # Intervals of several profiles at one sparsity would hide each other.
     step = 0.006 if len(series) > 1 else 0.0
     for index, (label, given) in enumerate(series.items()):
-        points = sorted(given, key=lambda point: point.sparsity)
+        rows = sorted(given, key=lambda row: row.sparsity)
         shift = step * (index - (len(series) - 1) / 2)
-        x = [point.sparsity + shift for point in points]
-        style = {
-            "color": f"C{index % 10}",
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "markersize": 5,
-            "linewidth": 1.5,
-        }
-        below = [max(0.0, point.accuracy - point.interval[0]) for point in points]
-        above = [max(0.0, point.interval[1] - point.accuracy) for point in points]
+        x = [row.sparsity + shift for row in rows]
+        y = [row.accuracy for row in rows]
+        below = [max(0.0, row.accuracy - accuracy_interval(row)[0]) for row in rows]
+        above = [max(0.0, accuracy_interval(row)[1] - row.accuracy) for row in rows]
+        style = {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)]}
+        style |= {"markersize": 5, "linewidth": 1.5}
         handles[label.replace("$", r"\$")] = accuracy.errorbar(
-            x,
-            [point.accuracy for point in points],
-            yerr=[below, above],
-            capsize=2.5,
-            elinewidth=1,
-            **style,
+            x, y, yerr=[below, above], capsize=2.5, elinewidth=1, **style
         )
-        length.plot(x, [point.mean_output_tokens for point in points], **style)
-        known = [(at, p.p95_output_tokens) for at, p in zip(x, points, strict=True)]
+        length.plot(x, [row.mean_output_tokens for row in rows], **style)
+        known = [(at, row.p95_output_tokens) for at, row in zip(x, rows, strict=True)]
         known = [(at, tokens) for at, tokens in known if tokens is not None]
         length.plot(
             [at for at, _ in known],

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.statistics import mcnemar_p
 from rlkv_vllm.store import Store
+from rlkv_vllm.tasks.measurement import Measurement
 
 FORMATS = ("json", "csv")
 
@@ -27,12 +27,9 @@ _PER_PROBLEM = ("split", "correct", "output_lengths")  # not in CSV
 
 @dataclass(frozen=True)
 class Row:
-    """A finished row of the table.
+    """A finished row of the table; `p_full` is McNemar's p against the full cache.
 
-    Attributes:
-        split: what was served.
-        measurement: how the problems were answered.
-        p_full: McNemar's p against the full cache; None for the full cache itself.
+    It is None for the full cache itself.
     """
 
     split: Split
@@ -46,8 +43,7 @@ class Row:
         return {
             "profile": self.split.label,
             "sparsity": self.split.sparsity,
-            "sink": self.split.span.sink,
-            "window": self.split.span.window,
+            **self.split.span._asdict(),
             "n": measured.n,
             "solved": measured.solved,
             "accuracy": measured.accuracy,
@@ -69,8 +65,6 @@ class Row:
 class _StoredRow(BaseModel):
     """What is read back of a row; the rest follows from it."""
 
-    model_config = ConfigDict(extra="ignore")
-
     profile: str
     sparsity: float
     split: str
@@ -87,12 +81,9 @@ class _StoredRow(BaseModel):
 
 
 class Record:
-    """The output files of one evaluation.
+    """The `.json` and `.csv` files of one evaluation; only JSON files can be continued.
 
-    Args:
-        paths: `.json` and `.csv` files, any number of them; only JSON can be continued.
-        settings: what all rows have in common, `n` among it; plain JSON values.
-        fresh: overwrite what a file holds instead of continuing.
+    `settings` are those of all rows, `n` included, as plain JSON values.
 
     Raises:
         RlkvError: if a file exists that this evaluation cannot continue.
@@ -101,12 +92,11 @@ class Record:
     def __init__(
         self, paths: Sequence[Path], settings: Mapping[str, Any], *, fresh: bool = False
     ) -> None:
-        formats = {path: output_format(path) for path in paths}
-        self._tables = [path for path in paths if formats[path] == "csv"]
+        self._tables = [path for path in paths if output_format(path) == "csv"]
         self._stores = [
             Store(path, _FORMAT, settings, fresh=fresh, fix=_FIX)
             for path in paths
-            if formats[path] == "json"
+            if path not in self._tables
         ]
         self._rows: list[dict[str, Any]] = []  # as they are written
         self._known: dict[str, Measurement] = {}
@@ -114,16 +104,11 @@ class Record:
             self._read(store)
 
     def find(self, split: Split) -> Measurement | None:
-        """The measurement of a split that serves alike, if there is one."""
+        """The measurement of this split or of one that serves alike."""
         return self._known.get(split.digest)
 
     def add(self, split: Split, measurement: Measurement, full: Measurement) -> Row:
-        """A finished row; all files are written at once.
-
-        Args:
-            split: what was served.
-            measurement: how the problems were answered.
-            full: the same with the full cache.
+        """Add a row and write all files; `full` is the measurement with the full cache.
 
         Raises:
             RlkvError: if a file cannot be written.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlkv_vllm.evaluation.measurement import Result
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.profile.schema import EvaluationRow, HeadProfile
+from rlkv_vllm.statistics import wilson_interval
+from rlkv_vllm.tasks.measurement import Measurement
 
 #: A sparsity is recommended if it solves this share of the problems.
 GOOD_ACCURACY = 0.95
@@ -13,43 +15,36 @@ GOOD_ACCURACY = 0.95
 
 def evaluation_row(
     task: str,
-    n: int,
     sparsity: float,
-    result: Result,
-    full: Result,
+    result: Measurement,
+    full: Measurement,
     *,
-    seed: int | None = None,
-    max_tokens: int | None = None,
-    temperature: float | None = None,
-    seconds_per_solved: float | None = None,
+    seed: int,
+    sampling: Sampling,
 ) -> EvaluationRow:
-    """One row of a profile.
+    """One row of a profile: `result` at `sparsity`, `full` with the full cache.
 
-    Args:
-        task: name of the task.
-        n: problems.
-        sparsity: share of streaming KV heads.
-        result: of the answers at that sparsity.
-        full: of the answers to the same problems with the full cache.
-        seed: of the problems.
-        max_tokens: length cap of an answer.
-        temperature: of the sampling, 0 for greedy.
-        seconds_per_solved: wall time of the run per solved problem.
+    Both are of the same problems, made with `seed`.
     """
     return EvaluationRow(
         task=task,
-        n=n,
+        n=result.n,
         sparsity=sparsity,
         accuracy=result.accuracy,
         full_accuracy=full.accuracy,
         mean_output_tokens=result.mean_output_tokens,
         p95_output_tokens=result.p95_output_tokens,
         capped_share=result.capped_share,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seconds_per_solved=seconds_per_solved,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        seconds_per_solved=result.seconds_per_solved,
         seed=seed,
     )
+
+
+def accuracy_interval(row: EvaluationRow) -> tuple[float, float]:
+    """95% Wilson interval of the accuracy of a row."""
+    return wilson_interval(round(row.accuracy * row.n), row.n)
 
 
 def recommended_sparsity(rows: Sequence[EvaluationRow]) -> float | None:

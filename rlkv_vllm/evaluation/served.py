@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.answers import Sampling
+from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.engine.launch import started
 from rlkv_vllm.engine.sampling import vllm_sampling
-from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.tasks import Problem, Task, is_solved, output_text
+from rlkv_vllm.tasks.measurement import Measurement
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -26,15 +26,9 @@ def answer(
     sampling: Sampling,
     engine_options: dict[str, Any] | None = None,
 ) -> Measurement:
-    """Answer all problems at once by an engine of their own.
+    """Answer all problems, at least one, at once by a new engine.
 
-    Args:
-        model: model folder or Hub id.
-        split: which heads are streaming heads.
-        task: what an answer is worth.
-        problems: of that task, at least one.
-        sampling: how answers are sampled.
-        engine_options: more arguments of ``vllm.LLM``.
+    `model` is a folder or Hub id; `engine_options` are more arguments of ``vllm.LLM``.
 
     Raises:
         RlkvError: the cache of the engine is not split.
@@ -59,34 +53,20 @@ def answer_with(
     *,
     show_bar: bool = False,
 ) -> Measurement:
-    """Answer all problems at once by a running engine.
-
-    Args:
-        llm: the engine.
-        task: what an answer is worth.
-        problems: of that task, at least one.
-        sampling: how answers are sampled.
-        show_bar: show a progress bar.
-    """
+    """Answer all problems, at least one, at once by a running engine."""
     messages: Any = [problem.messages for problem in problems]
     started = time.perf_counter()
     outputs = llm.chat(messages, _sampling_params(sampling, len(problems)), use_tqdm=show_bar)
     seconds = time.perf_counter() - started
-    completions = [output.outputs[0] for output in outputs]
     tokenizer = llm.get_tokenizer()
-    return Measurement(
-        correct=tuple(
-            is_solved(
-                task,
-                output_text(tokenizer, output.prompt or "", list(output.outputs[0].token_ids)),
-                problem,
-            )
-            for output, problem in zip(outputs, problems, strict=True)
-        ),
-        output_tokens=tuple(len(completion.token_ids) for completion in completions),
-        capped=sum(completion.finish_reason == "length" for completion in completions),
-        seconds=seconds,
-    )
+    answers = []
+    for output, problem in zip(outputs, problems, strict=True):
+        (completion,) = output.outputs
+        ids = list(completion.token_ids)
+        solved = is_solved(task, output_text(tokenizer, output.prompt or "", ids), problem)
+        is_capped = completion.finish_reason == "length"
+        answers.append(Answer(ids, is_correct=solved, hit_cap=is_capped))
+    return Measurement.of(answers, seconds)
 
 
 def _sampling_params(sampling: Sampling, n: int) -> list[SamplingParams]:

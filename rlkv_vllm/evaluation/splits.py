@@ -27,9 +27,7 @@ _NO_NAMES = ("profile", "head_profile")  # files that every run calls the same
 class Split:
     """One row of the table: what one engine is started with.
 
-    Attributes:
-        label: the profile's, or that of a baseline.
-        choice: profile, sparsity, sink and window.
+    `label` is that of the profile or of the baseline.
     """
 
     label: str
@@ -37,12 +35,10 @@ class Split:
 
     @property
     def sparsity(self) -> float:
-        """Share of streaming KV heads."""
         return self.choice.sparsity
 
     @property
     def span(self) -> Span:
-        """Sink and window of the streaming heads."""
         return self.choice.span
 
     @cached_property
@@ -64,18 +60,11 @@ def find_candidates(
     """Load the profiles to evaluate and give each of them a label of its own.
 
     The label is the name of the file, or the method where the file is called `profile.json` or
-    `head_profile.json`.
-
-    Args:
-        names: what `find_profile` takes, or LABEL=NAME.
-        sink: instead of the profiles'.
-        window: instead of the profiles'.
-
-    Returns:
-        The profiles by label, at sparsity 0.
+    `head_profile.json`. `names` are what `find_profile` takes, or LABEL=NAME; `sink` and `window`
+    replace those of the profiles.
 
     Raises:
-        RlkvError: if there is no such profile, it is not valid, or two have the same label.
+        RlkvError: a profile does not exist or is not valid, or two have the same label.
     """
     found: dict[str, list[ProfileChoice]] = {}
     for given in names:
@@ -102,37 +91,26 @@ def find_candidates(
 def plan(candidates: Mapping[str, ProfileChoice], sparsities: Sequence[float]) -> list[Split]:
     """The rows of the table: the full cache, every profile at every sparsity, all streaming.
 
-    The baselines do not depend on the gates, so there is one of each; profiles of different
-    sink or window need one all-streaming row for each of them.
-
-    Args:
-        candidates: profiles by label, at least one, all of the same model.
-        sparsities: shares of streaming heads; 0 and 1 are always there.
+    The baselines do not depend on the gates, so there is one of each, but one all-streaming row
+    for every pair of sink and window. All profiles are of the same model.
 
     Raises:
-        RlkvError: if a sparsity is not in [0, 1].
+        RlkvError: a sparsity is not in [0, 1].
     """
     for share in sparsities:
         check_sparsity(share)
     inner = sorted({float(share) for share in sparsities} - {0.0, 1.0})
     spans = {choice.span: choice for choice in candidates.values()}
-
-    def name(span: Span) -> str:
-        return STREAMING if len(spans) == 1 else f"{STREAMING} {span.sink}+{span.window}"
-
-    return [
-        Split(FULL, replace(next(iter(candidates.values())), sparsity=0.0)),
-        *(
-            Split(label, replace(choice, sparsity=share))
-            for label, choice in candidates.items()
-            for share in inner
-        ),
-        *(Split(name(span), replace(choice, sparsity=1.0)) for span, choice in spans.items()),
-    ]
+    rows = [(FULL, next(iter(candidates.values())), 0.0)]
+    rows += [(label, choice, share) for label, choice in candidates.items() for share in inner]
+    for span, choice in spans.items():
+        label = STREAMING if len(spans) == 1 else f"{STREAMING} {span.sink}+{span.window}"
+        rows.append((label, choice, 1.0))
+    return [Split(label, replace(choice, sparsity=share)) for label, choice, share in rows]
 
 
 def concerns(split: Split, label: str, choice: ProfileChoice) -> bool:
-    """Whether `split` is one of the profile's own or one of its baselines."""
+    """Whether `split` is of this profile or one of its baselines."""
     if split.sparsity == 1:
         return split.span == choice.span
     return split.label in (FULL, label)

@@ -8,12 +8,10 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.evaluation.measurement import Measurement
-from rlkv_vllm.evaluation.plot import Point
 from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
 from rlkv_vllm.evaluation.splits import Split, concerns
@@ -21,35 +19,26 @@ from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.profile.choice import ProfileChoice
 from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.lookup import packaged_folders
-from rlkv_vllm.profile.schema import ModelFingerprint
+from rlkv_vllm.profile.schema import EvaluationRow, ModelFingerprint
 from rlkv_vllm.tasks import Problem
-
-
-class OnRow(Protocol):
-    """Called as soon as a row is finished."""
-
-    def __call__(self, row: Row, *, reused: bool) -> None:
-        """`reused` says that no engine was needed."""
+from rlkv_vllm.tasks.measurement import Measurement
 
 
 def run(
     splits: Sequence[Split],
     answer: Callable[[Split], Measurement],
     record: Record,
-    on_row: OnRow = lambda row, *, reused: None,
-) -> list[Row]:
-    """Measure all splits, those that serve alike once.
+    on_row: Callable[[Row, bool], None],
+) -> None:
+    """Measure all splits, the full cache first, those that serve alike once.
 
-    Args:
-        splits: as `plan` makes them, the full cache first.
-        answer: starts an engine and answers the problems.
-        record: where rows are kept; finished ones are not measured again.
-        on_row: called after every row.
+    `answer` starts an engine and answers the problems. Rows in the record are not measured again.
+    `on_row` is called after every row, with whether it was known already.
 
     Raises:
         RlkvError: an engine failed; the rows before it are in the record's files.
     """
-    rows: list[Row] = []
+    full: Measurement | None = None
     for split in splits:
         measurement = record.find(split)
         reused = measurement is not None
@@ -64,11 +53,8 @@ def run(
                     f"({type(error).__name__}: {one_line(error)}): finished rows are kept with "
                     "--output, the same command continues; VLLM_LOGGING_LEVEL=INFO shows vLLM's log"
                 ) from error
-        full = rows[0].measurement if rows else measurement
-        row = record.add(split, measurement, full)
-        rows.append(row)
-        on_row(row, reused=reused)
-    return rows
+        full = full or measurement
+        on_row(record.add(split, measurement, full), reused)
 
 
 def settings_of(
@@ -82,14 +68,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings that all rows of one table share.
 
-    Args:
-        model: what the engine serves.
-        source: folder or Hub id of its weights.
-        task: name of the task.
-        problems: all of them.
-        seed: of the problems.
-        sampling: how answers are sampled.
-        options: of the engine and the scoring, as far as they change answers.
+    `source` is the folder or Hub id of the weights; `options` are all others that change answers.
     """
     asked = [[problem.messages, problem.answer] for problem in problems]
     return {
@@ -99,10 +78,7 @@ def settings_of(
         "n": len(problems),
         "seed": seed,
         "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
+        **sampling.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"}),
         **options,
         "vllm": _vllm_version(),
     }
@@ -128,19 +104,20 @@ def _vllm_version() -> str | None:
     return None
 
 
-# --- rows in plots and profiles ----------------------------------------------------------
-
-
-def points(rows: Sequence[Row], candidates: Mapping[str, ProfileChoice]) -> dict[str, list[Point]]:
-    """The points of a plot: every profile with both baselines."""
+def profile_rows(
+    rows: Sequence[Row],
+    candidates: Mapping[str, ProfileChoice],
+    *,
+    task: str,
+    seed: int,
+    sampling: Sampling,
+) -> dict[str, list[EvaluationRow]]:
+    """The rows of every profile, those of both baselines included."""
+    full = rows[0].measurement
     return {
         label: [
-            Point(
-                row.split.sparsity,
-                row.measurement.accuracy,
-                row.measurement.interval,
-                row.measurement.mean_output_tokens,
-                row.measurement.p95_output_tokens,
+            evaluation_row(
+                task, row.split.sparsity, row.measurement, full, seed=seed, sampling=sampling
             )
             for row in rows
             if concerns(row.split, label, choice)
@@ -153,8 +130,8 @@ def check_can_take_rows(choice: ProfileChoice) -> None:
     """Refuse to write into profiles that are not the user's own, or would not fit the rows.
 
     Raises:
-        RlkvError: the profile came with the package or from the Hub, cannot be written, or was
-            evaluated with another sink or window than its own.
+        RlkvError: the profile is of the package or the Hub, cannot be written, or was evaluated
+            with another sink or window than its own.
     """
     name, path, profile = one_line(choice.name), choice.path, choice.profile
     folders = [folder.resolve() for folder in packaged_folders()]
@@ -173,22 +150,13 @@ def check_can_take_rows(choice: ProfileChoice) -> None:
 
 
 def write_rows(
-    candidates: Mapping[str, ProfileChoice],
-    rows: Sequence[Row],
-    *,
-    task: str,
-    seed: int,
-    sampling: Sampling,
+    candidates: Mapping[str, ProfileChoice], rows: Mapping[str, Sequence[EvaluationRow]]
 ) -> None:
-    """Put the rows into the profiles, into all or none of them.
-
-    Rows of the same task, n and sparsity are replaced, and the recommended sparsity is that of
-    all rows.
+    """Put the rows, by label, into all profiles or none, as `with_rows`.
 
     Raises:
         RlkvError: if a profile changed its gates in the meantime or cannot be written.
     """
-    full = rows[0].measurement
     files: dict[Path, bytes] = {}
     for label, choice in candidates.items():
         profile = load_profile(choice.path)
@@ -197,20 +165,5 @@ def write_rows(
                 f"--write-rows: {choice.path}: the gates changed during the evaluation: run it "
                 "again"
             )
-        new = [
-            evaluation_row(
-                task,
-                row.measurement.n,
-                row.split.sparsity,
-                row.measurement,
-                full,
-                seed=seed,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                seconds_per_solved=row.measurement.seconds_per_solved,
-            )
-            for row in rows
-            if concerns(row.split, label, choice)
-        ]
-        files[choice.path] = profile_text(with_rows(profile, new)).encode()
+        files[choice.path] = profile_text(with_rows(profile, rows[label])).encode()
     write_bytes_atomic(files)

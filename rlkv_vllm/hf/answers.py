@@ -1,7 +1,7 @@
 """Answers of a model in transformers, with streaming heads by mask.
 
-The counterpart of the served engine: no memory is saved and it is slow, but it is exact and needs
-no vLLM. For choosing a scorer or a sparsity, and for checking what the engine serves.
+Saves no memory and is slow, but is exact and needs no vLLM: for choosing a scorer or a sparsity,
+and for checking what the engine serves.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.gated_attention import GatedAttention, attach_gates
-from rlkv_vllm.statistics import percentile_95
 from rlkv_vllm.tasks import is_solved, output_text
+from rlkv_vllm.tasks.measurement import Measurement
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,49 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Which heads are full heads, and what the streaming heads see.
+    """The full KV heads of every layer, and the tokens that the streaming heads see.
 
-    Attributes:
-        full_heads: full KV heads per layer.
-        sink: first tokens that a streaming head sees.
-        window: last tokens that a streaming head sees, the query's own included.
+    The window includes the query's own token.
     """
 
     full_heads: Sequence[Collection[int]]
     sink: int
     window: int
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """The answers to a task, one per problem, in its order; not empty."""
-
-    answers: list[Answer]
-
-    @property
-    def correct(self) -> list[bool]:
-        """Per problem, whether it is solved: what paired tests compare."""
-        return [answer.is_correct for answer in self.answers]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of problems solved."""
-        return sum(self.correct) / len(self.answers)
-
-    @property
-    def mean_output_tokens(self) -> float:
-        """Mean length of the outputs, end token included."""
-        return sum(len(answer.token_ids) for answer in self.answers) / len(self.answers)
-
-    @property
-    def p95_output_tokens(self) -> int:
-        """95th percentile of the lengths, end token included."""
-        return percentile_95([len(answer.token_ids) for answer in self.answers])
-
-    @property
-    def capped_share(self) -> float:
-        """Share of the outputs that the token limit cut off."""
-        return sum(answer.hit_cap for answer in self.answers) / len(self.answers)
 
 
 def solve(
@@ -81,49 +46,44 @@ def solve(
     sampling: Sampling,
     split: HeadSplit | Sequence[HeadSplit] | None = None,
     batch_size: int = 64,
-    report: Callable[[int], None] = lambda solved: None,
-) -> TaskResult:
-    """Answer `problems` in batches padded on the left.
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Measurement:
+    """Answer `problems` in batches padded on the left; the answers are kept, in their order.
 
     Args:
         model: a Hugging Face decoder; ungated, and unchanged afterwards.
-        tokenizer: its tokenizer, with a chat template.
+        tokenizer: with a chat template.
         task: scores the answers.
-        problems: of that task, at least one.
-        sampling: of all answers; without a repetition penalty.
-        split: which heads are streaming heads; a list has one per problem, all with the same
-            sink and window; None is the plain model.
+        problems: at least one.
+        sampling: without a repetition penalty.
+        split: None is the plain model; a list has one per problem, all with the same sink and
+            window.
         batch_size: problems decoded together.
-        report: called after every batch with the number of problems in it.
-
-    Returns:
-        The answers, in the order of `problems`.
+        report: called after every batch with (problems answered, problems in all).
 
     Raises:
         RlkvError: the sampling parameters have a repetition penalty.
     """
-    prompts = [render(tokenizer, problem) for problem in problems]
+    texts = [
+        tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True)
+        for problem in problems
+    ]
+    prompts: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     # Alike lengths side by side need little padding; longest first shows memory limits early.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
     ends = _end_ids(model, tokenizer) | set(sampling.stop_token_ids)
     next_tokens = _next_tokens(sampling, model.device)
-    gates: AbstractContextManager[GatedAttention | None] = nullcontext()
-    if isinstance(split, HeadSplit):
-        gates = attach_gates(model, split.sink, split.window)
-    elif split is not None:
-        ((sink, window),) = {(one.sink, one.window) for one in split}
-        gates = attach_gates(model, sink, window, "sdpa")
     was_training = model.training
     model.eval()
     try:
-        with gates as handle, torch.no_grad():
-            if handle is not None and isinstance(split, HeadSplit):
-                handle.set_hard(split.full_heads)
+        with _attach(model, split) as gates, torch.no_grad():
+            if gates is not None and isinstance(split, HeadSplit):
+                gates.set_hard(split.full_heads)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                if handle is not None and split is not None and not isinstance(split, HeadSplit):
-                    handle.set_hard_each([split[i].full_heads for i in batch])
+                if gates is not None and isinstance(split, Sequence):
+                    gates.set_hard_each([split[i].full_heads for i in batch])
                 outputs = _generate(
                     model,
                     [prompts[i] for i in batch],
@@ -131,7 +91,7 @@ def solve(
                     ends,
                     sampling.max_tokens,
                     next_tokens,
-                    handle.select_sequences if handle is not None else lambda rows: None,
+                    gates,
                 )
                 for i, ids in zip(batch, outputs, strict=True):
                     text = output_text(tokenizer, str(tokenizer.decode(prompts[i])), ids)
@@ -142,19 +102,21 @@ def solve(
                         is_correct=is_solved(task, text, problems[i]),
                         hit_cap=ids[-1] not in ends,
                     )
-                report(len(batch))
+                report(len(answers), len(problems))
     finally:
         model.train(was_training)
-    return TaskResult([answers[i] for i in range(len(problems))])
+    return Measurement.of([answers[i] for i in range(len(problems))])
 
 
-def render(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """The token ids of a problem, ready for the model's answer."""
-    text = tokenizer.apply_chat_template(
-        problem.messages, tokenize=False, add_generation_prompt=True
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+def _attach(
+    model: PreTrainedModel, split: HeadSplit | Sequence[HeadSplit] | None
+) -> AbstractContextManager[GatedAttention | None]:
+    if split is None:
+        return nullcontext()
+    if isinstance(split, HeadSplit):
+        return attach_gates(model, split.sink, split.window)
+    ((sink, window),) = {(one.sink, one.window) for one in split}
+    return attach_gates(model, sink, window, "sdpa")
 
 
 def _generate(
@@ -164,7 +126,7 @@ def _generate(
     ends: set[int],
     max_tokens: int,
     next_tokens: Callable[[torch.Tensor], torch.Tensor],
-    select_rows: Callable[[torch.Tensor], None],
+    gates: GatedAttention | None,
 ) -> list[list[int]]:
     """Decoding that drops finished rows.
 
@@ -172,17 +134,8 @@ def _generate(
     few rows run into the token limit, and then all rows would cost as much as these. Dropping rows
     copies the cache, so it waits until an eighth of them are finished.
 
-    Args:
-        model: any decoder with a dynamic cache.
-        prompts: token ids per row.
-        pad: token for the padding on the left.
-        ends: tokens after which a row is finished.
-        max_tokens: at least 1.
-        next_tokens: logits ``[rows, vocabulary]`` to tokens ``[rows]``.
-        select_rows: told which rows go on, when some are dropped.
-
-    Returns:
-        The new tokens of every row, up to and including the end token.
+    `next_tokens` maps logits ``[rows, vocabulary]`` to tokens ``[rows]``. Returns the new tokens
+    of every row, up to and including the one of `ends`.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
@@ -212,7 +165,8 @@ def _generate(
             running = [running[i] for i in kept]
             select = torch.tensor(kept, device=model.device)
             cache.batch_select_indices(select)
-            select_rows(select)
+            if gates is not None:
+                gates.select_sequences(select)
             new, mask, positions = new[select], mask[select], positions[select]
         ids = new[:, None]
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], 1)
@@ -292,5 +246,5 @@ def _next_tokens(
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end an answer, by the model's generation config and its tokenizer."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return {end for end in ends | {tokenizer.eos_token_id} if end is not None}
+    ends = ends if isinstance(ends, list) else [ends]
+    return {*ends, tokenizer.eos_token_id} - {None}

@@ -29,13 +29,11 @@ _NEVER = 2**31 - 1
 
 
 class BlockMasks:
-    """Which keys the queries of one forward pass see, as block masks.
-
-    A block mask is made when a layer first asks for it and shared by all that ask again.
+    """Which keys the queries of one forward pass see, as block masks, shared by the layers.
 
     Keys are counted per sequence over real tokens only, as `local_mask` does, so that the sink
-    is a row's first real tokens under padding on either side. A query sees a key if the key's
-    rank is at most the number of real keys up to the query; that is causality as well.
+    is a row's first real tokens under padding on either side. Causality: a query sees a key whose
+    rank is at most the number of real keys up to the query.
 
     Whether a block is visible follows from its lowest and highest rank: no mask of all T x S pairs.
 
@@ -53,19 +51,11 @@ class BlockMasks:
     def get(
         self, full_heads: tuple[bool, ...], sink: int, window: int, device: torch.device
     ) -> BlockMask:
-        """The block mask of one layer.
-
-        Args:
-            full_heads: per query head, whether it sees all earlier tokens.
-            sink: first tokens that the other heads see.
-            window: last tokens that the other heads see, the query's own included.
-            device: of the layer, which may not be that of the first one.
-        """
+        """The block mask of a layer on `device`; `full_heads` has a value per query head."""
         key = (full_heads, sink, window, device)
         if key not in self._made:
-            self._made[key] = _block_mask(
-                self._rank_BS.to(device), self._seen_BT.to(device), full_heads, sink, window
-            )
+            ranks = self._rank_BS.to(device), self._seen_BT.to(device)
+            self._made[key] = _block_mask(*ranks, full_heads, sink, window)
         return self._made[key]
 
 
@@ -79,10 +69,9 @@ def attend(
     scaling: float | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Attention of one layer; returns ``[B, T, Q, D]``.
+    """Attention of one layer, compiled on a GPU; returns ``[B, T, Q, D]``.
 
-    Compiled on a GPU. On the CPU it computes all T x S scores and has no backward pass: it is
-    there to be checked.
+    On the CPU, for tests, it computes all T x S scores and has no backward pass.
 
     Raises:
         RlkvError: if the model drops attention weights, or trains on the CPU.
@@ -112,13 +101,9 @@ def attend(
 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    # Lengths change from batch to batch: dynamic from the start instead of one kernel per
-    # length. fullgraph: where torch gives up compiling it must say so; its fallback computes
-    # all T x S scores and runs out of memory.
-    compiled: Callable[..., torch.Tensor] = torch.compile(
-        flex_attention, dynamic=True, fullgraph=True
-    )
-    return compiled
+    # dynamic: one kernel for all lengths. fullgraph: an error where torch cannot compile; its
+    # fallback computes all T x S scores and runs out of memory.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _block_mask(
@@ -143,10 +128,10 @@ def _block_mask(
     window_X11 = (window_Q[:1] if alike else window_Q)[:, None, None]
 
     # Of keys: the lowest rank of a real one, the highest rank, the lowest with padding as 0.
-    low_BN = _blocks(torch.where(rank_BS > 0, rank_BS, _NEVER), _NEVER).amin(-1)
-    high_BN = _blocks(rank_BS, 0).amax(-1)
-    least_BN = _blocks(rank_BS, 0).amin(-1)
-    low_B11N, high_B11N, least_B11N = (x[:, None, None] for x in (low_BN, high_BN, least_BN))
+    real_BS = torch.where(rank_BS > 0, rank_BS, _NEVER)
+    low_B11N = _blocks(real_BS, _NEVER).amin(-1)[:, None, None]
+    high_B11N = _blocks(rank_BS, 0).amax(-1)[:, None, None]
+    least_B11N = _blocks(rank_BS, 0).amin(-1)[:, None, None]
     # Of queries: a block that reaches beyond the last query is never entirely visible.
     min_BM1 = _blocks(seen_BT, _EVERYTHING).amin(-1)[:, None, :, None]
     max_BM1 = _blocks(seen_BT, 0).amax(-1)[:, None, :, None]
@@ -158,14 +143,13 @@ def _block_mask(
         & (high_B11N <= least_BM1)
         & ((high_B11N <= sink) | (least_B11N > max_BM1 - window_X11))
     )
-    mask: BlockMask = BlockMask.from_kv_blocks(
+    return BlockMask.from_kv_blocks(
         *_indices(some_BXMN & ~all_BXMN),
         *_indices(all_BXMN),
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(seen_BT.shape[1], rank_BS.shape[1]),
     )
-    return mask
 
 
 def _blocks(x_BT: torch.Tensor, fill: int) -> torch.Tensor:

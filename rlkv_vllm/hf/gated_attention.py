@@ -36,18 +36,10 @@ _HANDLE_NAME = "_rlkv_gated_attention"
 
 
 def local_mask(allowed_B1TS: torch.Tensor, sink: int, window: int) -> torch.Tensor:
-    """The keys that a streaming head sees, of those that a full head sees.
+    """The keys that a streaming head sees, of those that a full head sees (boolean).
 
     Counts allowed keys instead of using positions: right under padding on either side and with
-    any cache.
-
-    Args:
-        allowed_B1TS: boolean causal mask, padding included.
-        sink: number of first tokens that every query sees (tokens).
-        window: number of last tokens, the query's own included (tokens).
-
-    Returns:
-        Boolean ``[B, 1, T, S]``.
+    any cache. The window includes the query's own token.
     """
     rank = allowed_B1TS.cumsum(-1, dtype=torch.int32)
     total = rank[..., -1:]
@@ -61,16 +53,9 @@ class GatedAttention:
     leaving it detaches.
 
     The model may be wrapped in DDP, FSDP2 (`fully_shard`, accelerate's `fsdp_version: 2`) or
-    DeepSpeed ZeRO afterwards: gates are parameters of the attention modules, are sharded and
-    reduced with them, and are the only ones that train. All processes must then call `set_soft`
-    with values, `values` and `mean` together.
-
-    Attributes:
-        model: the model.
-        sink: first tokens that local attention sees.
-        window: last tokens that local attention sees, the query's own included.
-        num_kv_heads: H.
-        is_hard: whether heads are full or streaming as `set_hard` said, whatever the gates.
+    DeepSpeed ZeRO afterwards: gates are parameters of the attention modules, sharded and reduced
+    with them, and the only ones that train. All processes must then call `set_soft` with values,
+    `values` and `mean` together. `is_hard` tells whether `set_hard` decides instead of the gates.
     """
 
     def __init__(
@@ -108,8 +93,7 @@ class GatedAttention:
     def gates(self) -> list[nn.Parameter]:
         """The parameter of every layer, float32 ``[H]``, lowest layer first.
 
-        They are parameters of the model named ``...self_attn.rlkv_gate``. Ask again after the
-        model has been wrapped: sharding replaces parameters.
+        Ask again after the model has been wrapped: sharding replaces parameters.
         """
         return [getattr(layer, GATE_NAME) for layer in self._layers]
 
@@ -120,11 +104,11 @@ class GatedAttention:
             RlkvError: if `values_LH` is not ``[L][H]``.
         """
         if values_LH is not None:
-            shape = (len(self._layers), self.num_kv_heads)
-            if len(values_LH) != shape[0] or any(len(row) != shape[1] for row in values_LH):
+            given = [len(row) for row in values_LH]
+            if given != [self.num_kv_heads] * len(self._layers):
                 raise RlkvError(
-                    f"gates have {[len(row) for row in values_LH]} values per layer: the model "
-                    f"has {shape[0]} layers of {shape[1]} KV heads"
+                    f"gates have {given} values per layer: the model has {len(self._layers)} "
+                    f"layers of {self.num_kv_heads} KV heads"
                 )
             sharding.reshard(self.model)
             for gate, row in zip(self.gates, values_LH, strict=True):
@@ -132,10 +116,7 @@ class GatedAttention:
         self.is_hard = False
 
     def set_hard(self, full_heads: Sequence[Collection[int]]) -> None:
-        """Make `full_heads` full heads and all others streaming heads, whatever the gates.
-
-        Args:
-            full_heads: KV heads per layer, as `rlkv_vllm.allocation.Allocation.full`.
+        """Make `full_heads` (per layer) full heads, all others streaming, whatever the gates.
 
         Raises:
             RlkvError: if the number of layers is wrong or a head does not exist.
@@ -147,13 +128,7 @@ class GatedAttention:
     def set_hard_each(self, allocations: Sequence[Sequence[Collection[int]]]) -> None:
         """As `set_hard`, with other full heads for every sequence of the next forward passes.
 
-        Only with a boolean mask: attach with the backend `sdpa`.
-
-        Args:
-            allocations: one per sequence of the batch, each as `set_hard` takes it.
-
-        Raises:
-            RlkvError: as `set_hard`.
+        Only with a boolean mask: attach with the backend `sdpa`. Errors as `set_hard`.
         """
         self._full_BLH = torch.tensor(
             [self._table(full_heads) for full_heads in allocations], device=self.model.device
@@ -167,21 +142,17 @@ class GatedAttention:
 
     def _table(self, full_heads: Sequence[Collection[int]]) -> tuple[tuple[bool, ...], ...]:
         """Whether a head is full, ``[L][H]``."""
-        if len(full_heads) != len(self._layers):
-            raise RlkvError(
-                f"full heads are given for {len(full_heads)} layers: the model has "
-                f"{len(self._layers)}"
-            )
+        given, expected = len(full_heads), len(self._layers)
+        if given != expected:
+            raise RlkvError(f"full heads are given for {given} layers: the model has {expected}")
+        known = range(self.num_kv_heads)
         for layer, heads in enumerate(full_heads):
-            for head in heads:
-                if not 0 <= head < self.num_kv_heads:
-                    raise RlkvError(
-                        f"full head {head} of layer {layer} does not exist: the model has KV "
-                        f"heads 0 to {self.num_kv_heads - 1}"
-                    )
-        return tuple(
-            tuple(head in heads for head in range(self.num_kv_heads)) for heads in full_heads
-        )
+            if unknown := [head for head in heads if head not in known]:
+                raise RlkvError(
+                    f"full head {unknown[0]} of layer {layer} does not exist: the model has KV "
+                    f"heads 0 to {self.num_kv_heads - 1}"
+                )
+        return tuple(tuple(head in heads for head in known) for heads in full_heads)
 
     def values(self) -> list[list[float]]:
         """The present gates, ``[L][H]``."""
@@ -269,22 +240,18 @@ class GatedAttention:
 
         A tensor of full heads is ``[B, H]``.
         """
-        if isinstance(full_H, torch.Tensor):
-            return torch.where(full_H[..., None, None], allowed_B1TS, self._local(allowed_B1TS))
-        if all(full_H):
+        if isinstance(full_H, tuple) and all(full_H):
             return allowed_B1TS
-        local_B1TS = self._local(allowed_B1TS)
-        if not any(full_H):
-            return local_B1TS
-        full_H11 = torch.tensor(full_H, device=allowed_B1TS.device)[:, None, None]
-        return torch.where(full_H11, allowed_B1TS, local_B1TS)
-
-    def _local(self, allowed_B1TS: torch.Tensor) -> torch.Tensor:
-        """The local mask of a forward pass: made by its first layer, shared by the others."""
+        # The local mask is made by the first layer of a forward pass and shared by the others.
         # Keeping the causal mask alive is what makes the comparison by identity safe.
         if self._masks is None or self._masks[0] is not allowed_B1TS:
             self._masks = (allowed_B1TS, local_mask(allowed_B1TS, self.sink, self.window))
-        return self._masks[1]
+        local_B1TS = self._masks[1]
+        if isinstance(full_H, tuple):
+            if not any(full_H):
+                return local_B1TS
+            full_H = torch.tensor(full_H, device=allowed_B1TS.device)
+        return torch.where(full_H[..., None, None], allowed_B1TS, local_B1TS)
 
 
 def _attend_one(
@@ -323,8 +290,8 @@ def attach_gates(
             `auto` is flex on CUDA, else sdpa.
 
     Raises:
-        RlkvError: if the model has sliding-window layers, has gates already, or does not look up
-            its attention function by name; if sink, window or backend are out of range.
+        RlkvError: the model has sliding-window layers or gates already, or does not look up its
+            attention function by name; sink, window or backend are out of range.
     """
     kind = type(model).__name__
     if backend not in IMPLEMENTATIONS:
@@ -333,10 +300,9 @@ def attach_gates(
         raise RlkvError(f"sink {sink}, window {window}: sink must be >= 0 and window >= 1")
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        sliding = getattr(config, "sliding_window", None) is not None
-        layer_types = ["sliding_attention" if sliding else "full_attention"]
-    other = sorted(set(layer_types) - {"full_attention"})
+    if layer_types is None and getattr(config, "sliding_window", None) is not None:
+        layer_types = ["sliding_attention"]
+    other = sorted(set(layer_types or ()) - {"full_attention"})
     if other:
         raise RlkvError(
             f"model {kind} has layers of type {', '.join(other)}: only models whose layers all "
@@ -348,14 +314,12 @@ def attach_gates(
             f"model {kind} does not support transformers' AttentionInterface: use an "
             "architecture that does, such as Qwen3, Qwen2, Llama or Mistral"
         )
-    layers = sorted(
-        (
-            module
-            for module in model.modules()
-            if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
-        ),
-        key=lambda module: module.layer_idx,
-    )
+    layers = [
+        module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+    ]
+    layers.sort(key=lambda module: module.layer_idx)
     if [layer.layer_idx for layer in layers] != list(range(config.num_hidden_layers)):
         raise RlkvError(
             f"model {kind} has {len(layers)} attention layers with KV heads, its config says "
@@ -389,8 +353,7 @@ def _attention(
 def _boolean_mask(**kwargs: Any) -> torch.Tensor | None:
     # Without a mask there would be nothing to derive the local mask from.
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: torch.Tensor | None = sdpa_mask(**(kwargs | skips))
-    return mask
+    return sdpa_mask(**(kwargs | skips))
 
 
 def _block_masks(**kwargs: Any) -> torch.Tensor | flex.BlockMasks | None:
@@ -419,10 +382,7 @@ def _auto_mask(**kwargs: Any) -> torch.Tensor | flex.BlockMasks | None:
 
 
 # Both or neither: a name missing from the mask registry silently means no mask at all.
-for _backend, _make_mask in {
-    "auto": _auto_mask,
-    "sdpa": _boolean_mask,
-    "flex": _block_masks,
-}.items():
-    AttentionInterface.register(IMPLEMENTATIONS[_backend], _attention)
-    AttentionMaskInterface.register(IMPLEMENTATIONS[_backend], _make_mask)
+_MASKS = {"auto": _auto_mask, "sdpa": _boolean_mask, "flex": _block_masks}
+for _backend, _name in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _MASKS[_backend])

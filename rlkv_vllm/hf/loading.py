@@ -26,9 +26,8 @@ def load_model(
     Args:
         name: `embedded`, a model folder, or `org/name` on the Hugging Face hub.
         revision: commit, branch or tag of a model on the hub.
-        dtype: of the weights; "auto" is float32 on the CPU, where bfloat16 is slow and coarse,
-            else what the checkpoint has.
-        device: where to; None is the GPU if there is one.
+        dtype: "auto" is float32 on the CPU, where bfloat16 is slow, else the checkpoint's.
+        device: None is the GPU if there is one.
 
     Raises:
         RlkvError: if it cannot be loaded or has no chat template.
@@ -60,5 +59,5 @@ def load_model(
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of PyTorch; one is often best for small models and shared cores."""
+    """Set PyTorch's CPU threads; one is often best for small models and shared cores."""
     torch.set_num_threads(threads)

@@ -36,10 +36,7 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
     """As `read`, and gradients flow through."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
-    if _is_partitioned(parameter):
-        gathered: torch.Tensor = _Gather.apply(parameter)
-        return gathered
-    return parameter
+    return _Gather.apply(parameter) if _is_partitioned(parameter) else parameter
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,10 +1,8 @@
-"""Plain-torch oracle for attention with full and streaming heads.
+"""Attention with full and streaming heads in plain torch: the oracle of all other kernels.
 
-Shape suffixes: T query tokens, S key tokens, H KV heads, Q query heads
-(``Q = H * G``), D head_dim.
+Written to be read, not to be fast.
 
-Every fast path of the project is tested against these functions; they are
-written to be read, not to be fast.
+Shape suffixes: T query tokens, S key tokens, H KV heads, Q query heads (``Q = H * G``), D head_dim.
 """
 
 from __future__ import annotations
@@ -12,40 +10,28 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 
-def streaming_mask(
-    q_pos_T: torch.Tensor, k_pos_S: torch.Tensor, sink: int, window: int
-) -> torch.Tensor:
-    """Visibility of keys for a streaming head.
+def streaming_mask(q_pos_T: Tensor, k_pos_S: Tensor, sink: int, window: int) -> Tensor:
+    """Boolean ``[T, S]``: which keys a streaming head sees, by absolute positions.
 
-    Args:
-        q_pos_T: absolute positions of the queries, any integer dtype.
-        k_pos_S: absolute positions of the keys.
-        sink: number of first tokens that every query sees (tokens).
-        window: number of last tokens, the query's own included (tokens).
-
-    Returns:
-        Boolean ``[T, S]``: key ``k`` is visible to query ``q`` iff
-        ``k <= q and (k < sink or k > q - window)``.
+    Key ``k`` is visible to query ``q`` iff ``k <= q and (k < sink or k > q - window)``: the first
+    ``sink`` tokens and the last ``window``, the query's own included.
     """
     q, k = q_pos_T[:, None], k_pos_S[None, :]
     return (k <= q) & ((k < sink) | (k > q - window))
 
 
 def head_mask(
-    q_pos_T: torch.Tensor,
-    k_pos_S: torch.Tensor,
+    q_pos_T: Tensor,
+    k_pos_S: Tensor,
     num_kv_heads: int,
     full_heads: Collection[int],
     sink: int,
     window: int,
-) -> torch.Tensor:
-    """Visibility per KV head: causal for full heads, sink + window for the others.
-
-    Returns:
-        Boolean ``[H, T, S]``.
-    """
+) -> Tensor:
+    """Boolean ``[H, T, S]``: causal for full heads, sink and window for the others."""
     causal_TS = k_pos_S[None, :] <= q_pos_T[:, None]
     streaming_TS = streaming_mask(q_pos_T, k_pos_S, sink, window)
     return torch.stack(
@@ -54,15 +40,15 @@ def head_mask(
 
 
 def reference_attention(
-    q_TQD: torch.Tensor,
-    k_SHD: torch.Tensor,
-    v_SHD: torch.Tensor,
+    q_TQD: Tensor,
+    k_SHD: Tensor,
+    v_SHD: Tensor,
     *,
     full_heads: Collection[int],
     sink: int,
     window: int,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention of one request's last ``T`` tokens over all its ``S`` tokens.
 
     Args:
@@ -75,8 +61,7 @@ def reference_attention(
         scale: factor on ``q @ k``.
 
     Returns:
-        ``[T, Q, D]`` in the dtype of the queries; computed in float32 (float64
-        for float64 input).
+        ``[T, Q, D]`` in the dtype of the queries; computed in float32 (float64 for float64 input).
     """
     T, Q, _ = q_TQD.shape
     S, H, _ = k_SHD.shape

@@ -39,16 +39,11 @@ _AGES, _QUANTILES = 64, 32
 
 @dataclass(frozen=True)
 class Lengths:
-    """Requests of one kind of traffic.
-
-    Attributes:
-        pairs: (prompt, output) tokens of typical requests, each as likely as any other.
-    """
+    """Prompt and output (tokens) of typical requests, each as likely as any other."""
 
     pairs: tuple[tuple[int, int], ...]
 
     def mean(self, function: Callable[[int, int], float]) -> float:
-        """Mean of a function of prompt and output."""
         return statistics.fmean(function(prompt, output) for prompt, output in self.pairs)
 
     @cached_property
@@ -73,25 +68,15 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Replica:
-    """One engine with its cache.
+    """One engine with its cache."""
 
-    Attributes:
-        name: of the kind of cache.
-        roofline: bounds of its steps.
-        forecast: of its cache.
-        is_split: whether the forecast's streaming heads are used, or the full cache.
-        memory_bytes: KV cache of each rank.
-        max_num_seqs: most requests at once.
-        note: a caveat for the reader.
-    """
-
-    name: str
+    name: str  # of the kind of cache
     roofline: Roofline
     forecast: Forecast
-    is_split: bool
-    memory_bytes: int
+    is_split: bool  # whether the forecast's streaming heads are used, or the full cache
+    memory_bytes: int  # KV cache of each rank
     max_num_seqs: int
-    note: str = ""
+    note: str  # a caveat for the reader
 
     @property
     def num_blocks(self) -> int:
@@ -109,21 +94,13 @@ class Replica:
 
 @dataclass(frozen=True)
 class Sustained:
-    """A replica under load.
+    """A replica under load."""
 
-    Attributes:
-        running: requests at once.
-        limit: what limits them.
-        step_seconds: mean time of a step, so between two tokens of a request.
-        requests_per_s: that it completes.
-        tokens_per_s: that it generates.
-    """
-
-    running: float
-    limit: str
-    step_seconds: float
-    requests_per_s: float
-    tokens_per_s: float
+    running: float  # requests at once
+    limit: str  # what limits them
+    step_seconds: float  # mean time of a step, so between two tokens of a request
+    requests_per_s: float  # completed
+    tokens_per_s: float  # generated
 
     def replicas(self, requests_per_s: float, load: float) -> int:
         """Replicas for a traffic, none of them busier than `load`."""
@@ -131,12 +108,7 @@ class Sustained:
 
 
 def sustained(replica: Replica, lengths: Lengths, tpot_seconds: float | None = None) -> Sustained:
-    """What a replica completes when requests always wait.
-
-    Args:
-        replica: the engine.
-        lengths: of its requests.
-        tpot_seconds: most time between two tokens of a request, None for no limit.
+    """What a replica completes when requests always wait, in `tpot_seconds` a token if given.
 
     Raises:
         RlkvError: the longest request does not fit, or a single one is slower than the limit.
@@ -153,10 +125,7 @@ def sustained(replica: Replica, lengths: Lengths, tpot_seconds: float | None = N
     read = lengths.mean_in_flight(replica.roofline.cache.head_tokens)
     # vLLM admits a prompt as soon as it fits: on average half a prompt's blocks stay free.
     starting = lengths.mean(lambda prompt, _: replica.blocks(prompt))
-    by_limit = {
-        "memory": (pool - starting / 2) / held,
-        "--max-num-seqs": float(replica.max_num_seqs),
-    }
+    by_limit = {"memory": (pool - starting / 2) / held, "--max-num-seqs": replica.max_num_seqs}
     limit = min(by_limit, key=by_limit.__getitem__)
     running = max(1.0, by_limit[limit])
     # Requests that grow preempt the youngest ones, which are computed again: as often as a
@@ -202,11 +171,7 @@ def _mean_step(
 
 
 def read_lengths(flag: str, text: str) -> list[int]:
-    """Typical lengths of a text: `N`, `N-M` (evenly between), or `N~P95` (log-normal).
-
-    Args:
-        flag: for errors.
-        text: of the flag. `3000~9000` has the median 3,000 and the 95th percentile 9,000.
+    """Typical lengths of a flag's text: `N`, `N-M` (evenly between), or `MEDIAN~P95` (log-normal).
 
     Raises:
         RlkvError: it is none of these.
@@ -261,17 +226,7 @@ def replicas_of(
     max_num_seqs: int,
     split_fp8_note: str,
 ) -> list[Replica]:
-    """The four kinds of cache.
-
-    Args:
-        model: sizes, with its weights' bytes.
-        device: one GPU.
-        forecasts: by bytes per element of the cache: of the model's type, and 1 for FP8.
-        tp_size: ranks.
-        memory_bytes: KV cache of each rank.
-        max_num_seqs: most requests at once.
-        split_fp8_note: caveat of the split with an FP8 cache.
-    """
+    """The four kinds of cache; `forecasts` by bytes per element: of the model's type, 1 for FP8."""
     return [
         Replica(
             name=("split" if is_split else "full cache") + (" + FP8" if dtype_bytes == 1 else ""),

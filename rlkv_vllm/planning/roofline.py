@@ -19,29 +19,17 @@ from rlkv_vllm.errors import RlkvError
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of a dense decoder.
-
-    Attributes:
-        layers: decoder layers.
-        hidden: width of the model.
-        intermediate: width of its feed-forward layers, which have three matrices.
-        q_heads: query heads per layer.
-        kv_heads: KV heads per layer.
-        head_dim: elements of one head.
-        vocab: tokens of the vocabulary.
-        dtype_bytes: bytes per weight.
-        tied: input and output embeddings are one matrix.
-    """
+    """Sizes of a dense decoder."""
 
     layers: int
     hidden: int
-    intermediate: int
-    q_heads: int
-    kv_heads: int
+    intermediate: int  # of the feed-forward layers, which have three matrices
+    q_heads: int  # per layer
+    kv_heads: int  # per layer
     head_dim: int
     vocab: int = 4096
-    dtype_bytes: int = 2
-    tied: bool = False
+    dtype_bytes: int = 2  # of a weight
+    tied: bool = False  # input and output embeddings are one matrix
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype_bytes: int = 2) -> ModelSize:
@@ -94,7 +82,7 @@ class ModelSize:
 
     @property
     def weight_bytes(self) -> int:
-        """Weights that a step reads (bytes)."""
+        """Bytes of `step_weights`."""
         return self.step_weights * self.dtype_bytes
 
     @property
@@ -106,19 +94,12 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Device:
-    """What one accelerator, or the machine, can do.
-
-    Attributes:
-        name: in words.
-        memory_bytes: of one device.
-        bytes_per_s: that it reads.
-        flops_per_s: of matrix products in the model's precision.
-    """
+    """What one accelerator, or the machine, can do."""
 
     name: str
     memory_bytes: int
-    bytes_per_s: float
-    flops_per_s: float
+    bytes_per_s: float  # that it reads
+    flops_per_s: float  # of matrix products in the model's precision
 
     def seconds(self, num_bytes: float, flops: float) -> float:
         """The bound for one part of a step."""
@@ -127,33 +108,18 @@ class Device:
 
 @dataclass(frozen=True)
 class HeadCache:
-    """What attention reads on one rank.
+    """What attention reads on one rank."""
 
-    Attributes:
-        num_full: full heads of all layers.
-        num_streaming: streaming heads of all layers.
-        ring: tokens that a streaming head sees, sink and window.
-        head_dim: elements of one head.
-        q_per_kv: query heads per KV head.
-        dtype_bytes: bytes per element of the cache.
-    """
-
-    num_full: int
-    num_streaming: int
-    ring: int
+    num_full: int  # heads of all layers
+    num_streaming: int  # heads of all layers
+    ring: int  # tokens that a streaming head sees, sink and window
     head_dim: int
-    q_per_kv: int
-    dtype_bytes: int = 2
+    q_per_kv: int  # query heads per KV head
+    dtype_bytes: int = 2  # of an element of the cache
 
     @classmethod
     def of(cls, forecast: Forecast, model: ModelSize, *, is_split: bool = True) -> HeadCache:
-        """The cache of the rank that reads most, the one with the most full heads.
-
-        Args:
-            forecast: of the cache.
-            model: sizes.
-            is_split: whether the forecast's streaming heads are used, or the full cache.
-        """
+        """The cache, split or full, of the rank that reads most: that with the most full heads."""
         allocation, geometry = forecast.groups.allocation, forecast.geometry
         num_full = max(map(allocation.num_full_on, forecast.ranks))
         heads = allocation.num_layers * allocation.heads_per_rank
@@ -170,17 +136,11 @@ class HeadCache:
         """Keys that one query position sees, over all KV heads."""
         return self.num_full * context + self.num_streaming * min(context, self.ring)
 
-    def read_bytes(self, context: float) -> float:
-        """Keys and values that one decoding token reads."""
-        return self.head_tokens(context) * 2 * self.head_dim * self.dtype_bytes
-
     def pairs(self, first: int, last: int) -> float:
         """Pairs of query position and visible key for positions `first` to `last`."""
         full = (last * last - first * first) / 2
-        inside = max(0, min(last, self.ring) - first)
-        start = min(first, self.ring)
-        ring = (start + min(last, self.ring)) / 2 * inside
-        ring += self.ring * max(0, last - max(first, self.ring))
+        start, end = min(first, self.ring), min(last, self.ring)  # while the ring is not full
+        ring = (end * end - start * start) / 2 + self.ring * (last - end - (first - start))
         return self.num_full * full + self.num_streaming * ring
 
     def flops(self, pairs: float) -> float:
@@ -190,37 +150,25 @@ class HeadCache:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Bounds of steps of one model with one cache.
+    """Bounds of steps of one model with one cache."""
 
-    Attributes:
-        device: what one rank runs on.
-        model: of all ranks together.
-        cache: of one rank.
-        tp_size: ranks; communication between them costs nothing here.
-    """
-
-    device: Device
-    model: ModelSize
-    cache: HeadCache
-    tp_size: int = 1
+    device: Device  # of one rank
+    model: ModelSize  # of all ranks together
+    cache: HeadCache  # of one rank
+    tp_size: int = 1  # ranks; communication between them costs nothing here
 
     def step_seconds(
         self,
-        decodes: float,
-        head_tokens: float,
+        decodes: float = 0,
+        head_tokens: float = 0,
         *,
         prompts: float = 0,
         prompt_tokens: float = 0,
         prompt_pairs: float = 0,
     ) -> float:
-        """One step.
+        """One step of `decodes` requests that make a token, and of a chunk each of `prompts`.
 
-        Args:
-            decodes: requests that make one token from the last one.
-            head_tokens: `HeadCache.head_tokens` of all of them together.
-            prompts: prompts of which a chunk is computed.
-            prompt_tokens: tokens of all chunks.
-            prompt_pairs: `HeadCache.pairs` of all chunks.
+        `head_tokens` and `prompt_pairs` are those of `HeadCache`, summed over requests and chunks.
         """
         tokens = decodes + prompt_tokens
         if not tokens:
@@ -246,11 +194,7 @@ class Roofline:
         edges = [cached + (tokens - cached) * i // count for i in range(count + 1)]
         return sum(
             self.step_seconds(
-                0,
-                0,
-                prompts=1,
-                prompt_tokens=last - first,
-                prompt_pairs=self.cache.pairs(first, last),
+                prompts=1, prompt_tokens=end - start, prompt_pairs=self.cache.pairs(start, end)
             )
-            for first, last in itertools.pairwise(edges)
+            for start, end in itertools.pairwise(edges)
         )

@@ -16,19 +16,11 @@ from rlkv_vllm.profile.schema import HeadProfile
 
 @dataclass(frozen=True)
 class ProfileChoice:
-    """A profile, its sparsity, sink and window, all checked.
+    """A profile, its sparsity, sink and window, all checked."""
 
-    Attributes:
-        name: what the user called the profile.
-        profile: its content.
-        path: the local file it was read from.
-        sparsity: share of streaming KV heads.
-        span: sink and window of the streaming heads.
-    """
-
-    name: str
+    name: str  # as the user gave it
     profile: HeadProfile
-    path: Path
+    path: Path  # the local file it was read from
     sparsity: float
     span: Span
 
@@ -52,25 +44,18 @@ def choose_profile(
     default_sparsity: float | None = None,
     found: tuple[HeadProfile, Path] | None = None,
 ) -> ProfileChoice:
-    """Find a profile, and check what it is to be served with.
+    """Find a profile, and check what it is to be served with; None: as the profile says.
 
-    Args:
-        name: what `find_profile` takes.
-        sparsity: share of streaming KV heads; None: what the profile recommends.
-        sink: first tokens that streaming heads keep; None: the profile's.
-        window: last tokens that streaming heads keep; None: the profile's.
-        default_sparsity: of a profile that recommends none.
-        found: what `find_profile` gave for this name, if it was called before.
+    `default_sparsity` is for a profile that recommends none, `found` what `find_profile` gave for
+    this name, if it was called before.
 
     Raises:
         RlkvError: no such profile, it is not valid, no sparsity is known, or a value is out of
             range.
     """
     profile, path = found or find_profile(name)
-    if sparsity is None:
-        sparsity = profile.recommended_sparsity
-    if sparsity is None:
-        sparsity = default_sparsity
+    known = (sparsity, profile.recommended_sparsity, default_sparsity)
+    sparsity = next((share for share in known if share is not None), None)
     if sparsity is None:
         raise RlkvError(
             f"--sparsity is missing and profile {one_line(name)} recommends none: give the share "

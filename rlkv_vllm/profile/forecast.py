@@ -21,15 +21,7 @@ def forecast_profile(
 ) -> Forecast:
     """The cache that the engine builds for a profile, with its choice of the block size.
 
-    Args:
-        profile: gates, shape of the model, sink and window.
-        sparsity: share of streaming heads.
-        dtype_bytes: of the cache; 1 is an 8-bit cache.
-        max_model_len: longest request (tokens).
-        block_sizes: to choose from, the fastest first; None: the kernels' preferred sizes.
-        sink: instead of the profile's.
-        window: instead of the profile's.
-        tp_size: tensor-parallel ranks.
+    `block_sizes` are those to choose from, the fastest first; None: the kernels' preferred sizes.
 
     Raises:
         RlkvError: as `allocate`.

@@ -22,16 +22,8 @@ def download(
 ) -> tuple[Path, str | None]:
     """Fetch one file of a repository into the hub's cache.
 
-    Honours `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the user's token.
-
-    Args:
-        repo: `org/repo`.
-        filename: path inside the repository.
-        revision: commit, branch or tag; None for the default branch.
-        what: what the repository is to the user (`model`, `profile`), for messages.
-
-    Returns:
-        The cached file and the commit it belongs to, if known.
+    Honours `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the user's token. Returns the cached file
+    and its commit, if known. `what` names the repository in messages: `model`, `profile`.
 
     Raises:
         RlkvError: if the repository, revision or file does not exist, or the hub cannot be

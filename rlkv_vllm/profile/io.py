@@ -12,14 +12,6 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, parse_json_object, read_text, write_text_atomic
 from rlkv_vllm.profile.schema import SCHEMA_VERSION, HeadProfile, ModelFingerprint
 
-_ARCHITECTURE_FIELDS = (
-    "model_type",
-    "num_layers",
-    "num_query_heads",
-    "num_kv_heads",
-    "head_dim",
-)
-
 
 def load_profile(path: str | Path) -> HeadProfile:
     """Read and check a head profile.
@@ -108,10 +100,11 @@ def check_matches(profile: HeadProfile, fingerprint: ModelFingerprint) -> None:
     Raises:
         RlkvError: naming every field that differs.
     """
+    model = fingerprint.model_dump(exclude={"id", "revision"})
     differing = [
-        f"{name} {getattr(profile.model, name)} (model: {getattr(fingerprint, name)})"
-        for name in _ARCHITECTURE_FIELDS
-        if getattr(profile.model, name) != getattr(fingerprint, name)
+        f"{name} {getattr(profile.model, name)} (model: {value})"
+        for name, value in model.items()
+        if getattr(profile.model, name) != value
     ]
     if differing:
         raise RlkvError(

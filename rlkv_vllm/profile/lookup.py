@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from rlkv_vllm.errors import RlkvError
@@ -95,22 +94,16 @@ def _from_hub(
     file = file or HUB_FILE
     path, commit = hub.download(repo, file, revision, what="profile")
     actual = hashlib.sha256(read_bytes(path)).hexdigest()
-    for origin, expected in _expected_digests(repo, file, commit or revision, pinned):
-        if actual != expected.lower():
+    expected = {} if pinned is None else {"the name": pinned}
+    sidecar = hub.download_optional(repo, f"{file}.sha256", commit or revision, what="profile")
+    if sidecar is not None:
+        words = read_text(sidecar).split()  # `sha256sum` writes "HEX  name"
+        expected[f"{file}.sha256"] = words[0] if words else "nothing"
+    for origin, digest in expected.items():
+        if actual != digest.lower():
             raise RlkvError(
                 f"profile {one_line(name)}: SHA-256 of {file} is {actual}, but {origin} says "
-                f"{one_line(expected, 64)}: do not use this file; ask its author, or fix the "
+                f"{one_line(digest, 64)}: do not use this file; ask its author, or fix the "
                 "name"
             )
     return path
-
-
-def _expected_digests(
-    repo: str, file: str, revision: str | None, pinned: str | None
-) -> Iterator[tuple[str, str]]:
-    if pinned is not None:
-        yield "the name", pinned
-    sidecar = hub.download_optional(repo, f"{file}.sha256", revision, what="profile")
-    if sidecar is not None:
-        words = read_text(sidecar).split()  # `sha256sum` writes "HEX  name"
-        yield f"{file}.sha256", words[0] if words else "nothing"

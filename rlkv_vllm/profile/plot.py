@@ -20,11 +20,6 @@ FORMATS = ("png", "svg", "pdf")
 def plot_profile(profile: HeadProfile, sparsity: float, path: str | Path) -> None:
     """Draw the gates, layers x KV heads, and mark the full heads at `sparsity`.
 
-    Args:
-        profile: what to draw.
-        sparsity: share of streaming heads.
-        path: output; its suffix (png, svg, pdf) chooses the format.
-
     Raises:
         RlkvError: if the suffix is unknown, `sparsity` is no share, or the file cannot be
             written.
@@ -34,11 +29,7 @@ def plot_profile(profile: HeadProfile, sparsity: float, path: str | Path) -> Non
 
 
 def profile_figure(profile: HeadProfile, sparsity: float) -> Figure:
-    """As `plot_profile`, without the file.
-
-    Raises:
-        RlkvError: if `sparsity` is no share.
-    """
+    """As `plot_profile`, without the file."""
     allocation = allocate(profile.gates, sparsity)
     from matplotlib.figure import Figure  # a Figure of its own: no display, no global state
 
@@ -67,8 +58,7 @@ def profile_figure(profile: HeadProfile, sparsity: float) -> Figure:
     axes.set_yticks([edge - 0.5 for edge in range(1, heads)], minor=True)
     axes.grid(which="minor", color="white", linewidth=0.6)
     axes.tick_params(which="minor", length=0)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("KV head")
+    axes.set(xlabel="layer", ylabel="KV head")
     axes.set_title(
         f"{one_line(profile.model.id, 60)}: gates by {one_line(profile.provenance.method, 30)}, "
         f"sparsity {sparsity:g}",

@@ -42,19 +42,23 @@ def import_published(
     """Read a published gate file.
 
     Args:
-        path: a `.tsv` file, or a folder with `adapter_weights.tsv` or
-            `full_attention_heads.tsv`. A `config.json` beside the latter is read.
+        path: a `.tsv` file or its folder; DuoAttention's `config.json` beside it is read.
         model: the model that the gates belong to.
         sink: tokens; default: RLKV 16; DuoAttention `deploy_sink_size`, else `sink_size`.
-        window: tokens; default: RLKV 64; DuoAttention `deploy_recent_size`, else
-            `recent_size`.
+        window: tokens; default: RLKV 64; DuoAttention `deploy_recent_size`, else `recent_size`.
 
     Raises:
         RlkvError: naming the file, row and column that cannot be used.
     """
     table = _find_table(Path(path))
-    gates, clipped = _read_gates(table)
-    _check_shape(table, gates, model)
+    text = read_text(table)
+    gates, clipped = _read_gates(table, text)
+    if (len(gates), len(gates[0])) != (model.num_layers, model.num_kv_heads):
+        raise RlkvError(
+            f"{one_line(table)}: {len(gates)} layers x {len(gates[0])} KV heads, but --model "
+            f"{one_line(model.id)} has {model.num_layers} x {model.num_kv_heads}: give the "
+            "model that the file was made for"
+        )
     config: dict[str, Any] = {}
     if table.name == DUO_FILE:
         method, source = "duo-attention", "https://arxiv.org/abs/2410.10819"
@@ -77,7 +81,7 @@ def import_published(
             source=source,
             config={
                 "imported_file": table.name,
-                "imported_sha256": hashlib.sha256(read_text(table).encode()).hexdigest(),
+                "imported_sha256": hashlib.sha256(text.encode()).hexdigest(),
                 "clipped_gates": clipped,
                 "published_config": config,
             },
@@ -94,21 +98,16 @@ def export_duo_attention(
 ) -> None:
     """Write `full_attention_heads.tsv` and `config.json` into `folder`, both or none.
 
-    Args:
-        profile: what to export.
-        folder: made if missing.
-        sparsity: if given, the gates become 1.0 for full heads and 0.0 for streaming heads at this
-            sparsity, so that any threshold gives the same split.
+    With a `sparsity` the gates become 1.0 for full and 0.0 for streaming heads at it, so that any
+    threshold gives the same split.
 
     Raises:
         RlkvError: if `sparsity` is no share or the files cannot be written.
     """
     gates = profile.gates
     if sparsity is not None:
-        full = allocate(gates, sparsity).full
-        gates = [
-            [float(head in kept) for head in range(profile.model.num_kv_heads)] for kept in full
-        ]
+        heads = range(profile.model.num_kv_heads)
+        gates = [[float(head in full) for head in heads] for full in allocate(gates, sparsity).full]
     rows = ("\t".join(f"{gate:.18e}" for gate in row) + "\n" for row in gates)
     config = {
         "model_name": profile.model.id,
@@ -120,37 +119,28 @@ def export_duo_attention(
         "seed": profile.provenance.seed,
         "sparsity": sparsity,
     }
-    folder = Path(folder)
-    write_bytes_atomic(
-        {
-            folder / DUO_FILE: "".join(rows).encode(),
-            folder / DUO_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-        }
-    )
+    files = {DUO_FILE: "".join(rows), DUO_CONFIG: json.dumps(config, indent=2) + "\n"}
+    write_bytes_atomic({Path(folder) / name: text.encode() for name, text in files.items()})
 
 
 def _find_table(path: Path) -> Path:
     if not os.path.isdir(path):
         return path  # a missing file is reported when it is read
     found = [path / name for name in (RLKV_FILE, DUO_FILE) if (path / name).exists()]
+    if len(found) == 1:
+        return found[0]
+    which, fix = f"both {RLKV_FILE} and {DUO_FILE}", "give the one to import"
     if not found:
-        raise RlkvError(
-            f"{one_line(path)}: the folder has neither {RLKV_FILE} nor {DUO_FILE}: give the "
-            "folder or the .tsv file of a published profile"
-        )
-    if len(found) == 2:
-        raise RlkvError(
-            f"{one_line(path)}: the folder has both {RLKV_FILE} and {DUO_FILE}: give the one "
-            "to import"
-        )
-    return found[0]
+        which = f"neither {RLKV_FILE} nor {DUO_FILE}"
+        fix = "give the folder or the .tsv file of a published profile"
+    raise RlkvError(f"{one_line(path)}: the folder has {which}: {fix}")
 
 
-def _read_gates(table: Path) -> tuple[list[list[float]], int]:
+def _read_gates(table: Path, text: str) -> tuple[list[list[float]], int]:
     """Gates [layers][KV heads] clipped to [0, 1], and how many had to be clipped."""
     gates: list[list[float]] = []
     clipped = 0
-    for number, line in enumerate(read_text(table).splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         cells = line.split()
         if not cells:
             continue
@@ -175,15 +165,6 @@ def _read_gates(table: Path) -> tuple[list[list[float]], int]:
     if not gates:
         raise RlkvError(f"{one_line(table)}: the file is empty: fetch it again")
     return gates, clipped
-
-
-def _check_shape(table: Path, gates: list[list[float]], model: ModelFingerprint) -> None:
-    if (len(gates), len(gates[0])) != (model.num_layers, model.num_kv_heads):
-        raise RlkvError(
-            f"{one_line(table)}: {len(gates)} layers x {len(gates[0])} KV heads, but --model "
-            f"{one_line(model.id)} has {model.num_layers} x {model.num_kv_heads}: give the "
-            "model that the file was made for"
-        )
 
 
 def _tokens(config_file: Path, config: dict[str, Any], flag: str, given: int | None) -> int:

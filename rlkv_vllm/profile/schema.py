@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import date
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -17,8 +17,11 @@ Count = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def _is_none(value: object) -> bool:
-    return value is None
+def _optional(description: str, **bounds: Any) -> Any:
+    """A field left out where unknown, not null: files without it keep text and SHA-256."""
+    return Field(
+        default=None, exclude_if=lambda value: value is None, description=description, **bounds
+    )
 
 
 class _Record(BaseModel):
@@ -72,38 +75,18 @@ class EvaluationRow(_Record):
     accuracy: Share = Field(description="Share of problems solved at that sparsity.")
     full_accuracy: Share = Field(description="Share solved with the full cache.")
     mean_output_tokens: float = Field(ge=0.0, description="Mean length of the answers, in tokens.")
-    # Left out where unknown, not null: files without them keep their text and their SHA-256.
-    p95_output_tokens: int | None = Field(
-        default=None,
-        ge=0,
-        le=_MAX_COUNT,
-        exclude_if=_is_none,
-        description="95th percentile of the lengths, in tokens.",
+    p95_output_tokens: int | None = _optional(
+        "95th percentile of the lengths, in tokens.", ge=0, le=_MAX_COUNT
     )
-    capped_share: Share | None = Field(
-        default=None,
-        exclude_if=_is_none,
-        description="Share of the answers that the length cap cut off.",
-    )
-    max_tokens: Count | None = Field(
-        default=None, exclude_if=_is_none, description="Length cap of an answer, in tokens."
-    )
-    temperature: float | None = Field(
-        default=None,
+    capped_share: Share | None = _optional("Share of the answers that the length cap cut off.")
+    max_tokens: Count | None = _optional("Length cap of an answer, in tokens.")
+    temperature: float | None = _optional("Sampling temperature, 0 for greedy decoding.", ge=0.0)
+    seconds_per_solved: float | None = _optional(
+        "Wall time of the run through the served engine, all problems in flight together, divided "
+        "by the problems solved. Depends on the machine.",
         ge=0.0,
-        exclude_if=_is_none,
-        description="Sampling temperature, 0 for greedy decoding.",
     )
-    seconds_per_solved: float | None = Field(
-        default=None,
-        ge=0.0,
-        exclude_if=_is_none,
-        description="Wall time of the run through the served engine, all problems in flight "
-        "together, divided by the problems solved. Depends on the machine.",
-    )
-    seed: int | None = Field(
-        default=None, exclude_if=_is_none, description="Random seed of the problems."
-    )
+    seed: int | None = _optional("Random seed of the problems.")
 
 
 class HeadProfile(_Record):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,10 +11,9 @@ if TYPE_CHECKING:
     from rlkv_vllm.rollouts.protocol import Rollouts
 
 
-@contextmanager
 def open_rollouts(
     config: RolloutConfig, model: str, revision: str | None, dtype: str, span: Span
-) -> Iterator[Rollouts | None]:
+) -> AbstractContextManager[Rollouts | None]:
     """The engine that a job asks for, ready; None for transformers' generate.
 
     Args:
@@ -29,14 +27,11 @@ def open_rollouts(
         RlkvError: it cannot be started or reached, or does not fit the job.
     """
     if config.engine == "transformers":
-        yield None
-    elif config.engine == "vllm-server":
+        return nullcontext()
+    if config.engine == "vllm-server":
         from rlkv_vllm.rollouts.server import ServerRollouts
 
-        with ServerRollouts(config.servers, span) as servers:
-            yield servers
-    else:
-        from rlkv_vllm.rollouts.colocated import ColocatedRollouts
+        return ServerRollouts(config.servers, span)
+    from rlkv_vllm.rollouts.colocated import ColocatedRollouts
 
-        with ColocatedRollouts(model, revision, dtype, span, config.options) as engine:
-            yield engine
+    return ColocatedRollouts(model, revision, dtype, span, config.options)

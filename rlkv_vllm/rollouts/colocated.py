@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -28,31 +29,20 @@ _DEFAULT_ENVIRONMENT = {
 }
 
 
-class ColocatedRollouts:
+class ColocatedRollouts(AbstractContextManager["ColocatedRollouts"]):
     """One engine; follows `rlkv_vllm.rollouts.protocol.Rollouts`.
 
     The engine has a process of its own, because the process groups of vLLM and of accelerate
     cannot live in one. Its scheduler and its worker share that process: between vLLM's own
     processes every token of every request would be sent, here the answers of a step are sent once.
-
-    Args:
-        model: `embedded`, a model folder, or `org/name` on the hub.
-        revision: commit, branch or tag of a model on the hub.
-        dtype: of the weights; "auto" is float32 on the CPU, as the trainer's.
-        span: sink and window of local attention (tokens).
-        options: further arguments of `vllm.LLM`.
+    `options` are further arguments of `vllm.LLM`, the others as of `rlkv_vllm.rollouts`.
 
     Raises:
         RlkvError: vLLM is missing or refuses, or the job has several processes.
     """
 
     def __init__(
-        self,
-        model: str,
-        revision: str | None,
-        dtype: str,
-        span: Span,
-        options: Mapping[str, Any],
+        self, model: str, revision: str | None, dtype: str, span: Span, options: Mapping[str, Any]
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RlkvError(
@@ -77,9 +67,6 @@ class ColocatedRollouts:
         """One answer per prompt, in their order, all sampled with these gates."""
         answers: list[Answer] = self._child.ask((prompts, sampling, gates))
         return answers
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._child.close()

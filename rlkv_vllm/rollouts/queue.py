@@ -25,10 +25,7 @@ class RolloutQueue:
 
     A batch is sampled with the gates that are the newest when its turn comes. A batch that has to
     be ready when its step begins is put in some steps earlier; its gates are at most that many
-    steps old.
-
-    Args:
-        rollouts: the engine; not used by others meanwhile.
+    steps old. Nobody else uses `rollouts` meanwhile.
     """
 
     def __init__(self, rollouts: Rollouts) -> None:
@@ -49,11 +46,7 @@ class RolloutQueue:
         self._asked.put((prompts, sampling))
 
     def get(self) -> Batch:
-        """Wait for the oldest batch that was not taken yet.
-
-        Raises:
-            Exception: what the engine raised for it.
-        """
+        """Wait for the oldest batch not taken yet; raises what the engine raised for it."""
         batch = self._done.get()
         if isinstance(batch, BaseException):
             raise batch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from contextlib import AbstractContextManager
+from typing import Any
 
 import httpx
 
@@ -19,12 +20,8 @@ from rlkv_vllm.rollouts.protocol import Gates
 API_KEY_VARIABLE = "RLKV_ROLLOUT_API_KEY"
 
 
-class ServerRollouts:
+class ServerRollouts(AbstractContextManager["ServerRollouts"]):
     """Several servers of one model; follows `rlkv_vllm.rollouts.protocol.Rollouts`.
-
-    Args:
-        addresses: e.g. `http://127.0.0.1:8000`.
-        span: sink and window of the job.
 
     Raises:
         RlkvError: a server cannot be reached, is not in gated mode, or has another sink or window.
@@ -35,13 +32,13 @@ class ServerRollouts:
             raise RlkvError("rollout.servers: is empty: give the address of a server")
         key = os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # No limit on the time of an answer.
-        timeout = httpx.Timeout(30, read=None)
-        # The server drops idle connections after 5 seconds, which a step may take.
-        limits = httpx.Limits(max_keepalive_connections=0)
         self._clients = [
             httpx.Client(
-                base_url=address.rstrip("/"), headers=headers, timeout=timeout, limits=limits
+                base_url=address.rstrip("/"),
+                headers=headers,
+                timeout=httpx.Timeout(30, read=None),  # no limit on the time of an answer
+                # The server drops idle connections after 5 seconds, which a step may take.
+                limits=httpx.Limits(max_keepalive_connections=0),
             )
             for address in addresses
         ]
@@ -71,38 +68,29 @@ class ServerRollouts:
                 "seed": (sampling.seed + turn * len(prompts)) % 2**31
             }
             body = {"prompts": mine, "sampling": options, "gates": values}
-            answer = self._ask(self._clients[turn], "POST", "/v1/rlkv/rollouts", body)
-            return [
-                Answer(found["token_ids"], logprobs=found["logprobs"])
-                for found in answer["answers"]
-            ]
+            found = self._ask(self._clients[turn], "POST", "/v1/rlkv/rollouts", body)
+            return [Answer(one["token_ids"], logprobs=one["logprobs"]) for one in found["answers"]]
 
         parts = list(self._pool.map(ask, range(count)))
         return [parts[i % count][i // count] for i in range(len(prompts))]
 
     @staticmethod
     def _ask(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:
+        server, fix = f"rollout.servers: {client.base_url}", "`rlkv serve MODEL --mode gated`"
         try:
             response = client.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise RlkvError(
-                f"rollout.servers: {client.base_url} does not answer ({one_line(error)}): start "
-                "it with `rlkv serve MODEL --mode gated`"
+                f"{server} does not answer ({one_line(error)}): start it with {fix}"
             ) from error
         if response.status_code == httpx.codes.NOT_FOUND:
-            raise RlkvError(
-                f"rollout.servers: {client.base_url} is not in gated mode: start it with "
-                "`rlkv serve MODEL --mode gated`"
-            )
+            raise RlkvError(f"{server} is not in gated mode: start it with {fix}")
         if response.is_error:
             raise RlkvError(
-                f"rollout.servers: {client.base_url} answered {response.status_code}: "
-                f"{one_line(response.text, 300)} (its key: {API_KEY_VARIABLE})"
+                f"{server} answered {response.status_code}: {one_line(response.text, 300)} (its "
+                f"key: {API_KEY_VARIABLE})"
             )
         return response.json()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()

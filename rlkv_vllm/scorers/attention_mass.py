@@ -25,7 +25,5 @@ def score_heads(given: ScoringInput) -> Gates:
 
 
 SCORER = Scorer(
-    name="attention-mass",
-    source="arXiv:2310.01801 (FastGen), arXiv:2407.02490 (MInference)",
-    score=score_heads,
+    "attention-mass", "arXiv:2310.01801 (FastGen), arXiv:2407.02490 (MInference)", score_heads
 )

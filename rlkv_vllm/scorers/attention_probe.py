@@ -6,8 +6,7 @@ tokens, S key tokens, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -39,15 +38,20 @@ def observe_answers(given: ScoringInput, observer: Observer) -> None:
         RlkvError: if the model's attention cannot be replaced, as for gates.
     """
     attach_gates(given.model, given.sink, given.window).detach()  # refuses what has no gates
-    with _implementation(given.model), torch.no_grad():
+    model, before = given.model, given.model.config._attn_implementation
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
         for done, sample in enumerate(given.samples, start=1):
-            ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+            ids = torch.tensor([sample.prompt_ids + sample.completion_ids], device=model.device)
             token = _now.set((sample, observer))
             try:
-                given.model(input_ids=ids.to(given.model.device), use_cache=False, logits_to_keep=1)
+                with torch.no_grad():
+                    model(input_ids=ids, use_cache=False, logits_to_keep=1)
             finally:
                 _now.reset(token)
             given.report(done, len(given.samples))
+    finally:
+        model.set_attn_implementation(before)
 
 
 def head_sums(
@@ -79,29 +83,9 @@ def head_sums(
 
 
 def beyond(queries: torch.Tensor, num_keys: int, sink: int, window: int) -> torch.Tensor:
-    """Keys that a full head sees and a streaming head does not.
-
-    Args:
-        queries: positions ``[T]``.
-        num_keys: S.
-        sink: first tokens that a streaming head sees.
-        window: last tokens that a streaming head sees, the query's own included.
-
-    Returns:
-        Boolean ``[T, S]``.
-    """
+    """Keys ``[T, S]`` that a full head sees and a streaming head does not, by position ``[T]``."""
     key_1S = torch.arange(num_keys, device=queries.device)[None]
     return (key_1S >= sink) & (key_1S <= queries[:, None] - window)
-
-
-@contextmanager
-def _implementation(model: Any) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _attention(

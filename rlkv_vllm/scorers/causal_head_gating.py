@@ -14,6 +14,9 @@ on the gates, not on their logits; G+ and G- are means over their training.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from rlkv_vllm.hf.gated_attention import attach_gates
@@ -40,34 +43,22 @@ def score_heads(given: ScoringInput) -> Gates:
             before = len(fitted) * options.steps
 
             def loss(batch: Batch) -> torch.Tensor:
-                penalty = sign * options.reg * gates.mean()
-                return answer_loss(given.model, batch) + penalty
+                return answer_loss(given.model, batch) + sign * options.reg * gates.mean()
+
+            def report(done: int, total: int) -> None:
+                given.report(before + done, 3 * total)
 
             gates.set_soft(start)
-            fitted.append(
-                optimise_gates(
-                    gates,
-                    given.samples,
-                    loss,
-                    options,
-                    given.seed,
-                    lambda done: given.report(before + done, 3 * options.steps),
-                )
-            )
+            fitted.append(optimise_gates(gates, replace(given, report=report), loss))
 
         fit([[0.5] * gates.num_kv_heads for _ in gates.gates], 0.0)
         start = gates.values()
         fit(start, -1.0)
         fit(start, 1.0)
-    return [
-        [(opened + closed) / 2 for opened, closed in zip(*rows, strict=True)]
-        for rows in zip(*fitted[1:], strict=True)
-    ]
+    means: Gates = np.mean(fitted[1:], axis=0).tolist()
+    return means
 
 
 SCORER = Scorer(
-    name="causal-head-gating",
-    source="arXiv:2505.13737 (causal head gating)",
-    score=score_heads,
-    schema=Settings,
+    "causal-head-gating", "arXiv:2505.13737 (causal head gating)", score_heads, Settings
 )

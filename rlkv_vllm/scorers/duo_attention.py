@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -28,14 +29,7 @@ CUE = 2
 
 
 class Settings(GateTraining):
-    """Of the training and of its texts.
-
-    Attributes:
-        texts: number of retrieval texts.
-        length: tokens of a text around the passkeys.
-        passkeys: hidden in each text.
-        passkey_length: tokens of a passkey.
-    """
+    """Of the training, and of its `texts`: `length` tokens of each around its `passkeys`."""
 
     steps: Positive = 80
     reg: Weight = 1.0
@@ -65,24 +59,11 @@ def score_heads(given: ScoringInput) -> Gates:
             distance = (mixed - full).square().mean() / full.square().mean()
             return distance + options.reg * gates.mean()
 
-        return optimise_gates(
-            gates,
-            texts,
-            loss,
-            options,
-            given.seed,
-            lambda done: given.report(done, options.steps),
-        )
+        return optimise_gates(gates, replace(given, samples=texts), loss)
 
 
 def retrieval_texts(samples: Sequence[Sample], options: Settings, seed: int) -> list[Sample]:
-    """Long texts with passkeys hidden in them and asked for at the end.
-
-    Args:
-        samples: what the text is made of.
-        options: number and size of texts and passkeys.
-        seed: of all choices.
-    """
+    """Long texts, made of `samples`, with passkeys hidden in them and asked for at the end."""
     rng = random.Random(seed)
     pieces = [sample.prompt_ids + sample.completion_ids for sample in samples]
     words = sorted({token for piece in pieces for token in piece})
@@ -96,18 +77,12 @@ def retrieval_texts(samples: Sequence[Sample], options: Settings, seed: int) -> 
             [rng.choice(words) for _ in range(CUE + options.passkey_length)]
             for _ in range(options.passkeys)
         ]
-        for place, key in zip(
-            sorted((rng.randrange(options.length) for _ in keys), reverse=True), keys, strict=True
-        ):
+        places = sorted((rng.randrange(options.length) for _ in keys), reverse=True)
+        for place, key in zip(places, keys, strict=True):
             hay[place:place] = key
         asked = [token for key in rng.sample(keys, len(keys)) for token in key]
         texts.append(Sample(hay, asked))
     return texts
 
 
-SCORER = Scorer(
-    name="duo-attention",
-    source="arXiv:2410.10819 (DuoAttention)",
-    score=score_heads,
-    schema=Settings,
-)
+SCORER = Scorer("duo-attention", "arXiv:2410.10819 (DuoAttention)", score_heads, Settings)

@@ -23,11 +23,7 @@ from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, to_gates
 
 
 class Settings(Section):
-    """Settings.
-
-    Attributes:
-        path_steps: points of the path; the cost is proportional.
-    """
+    """`path_steps` is the number of points of the path; the cost is proportional."""
 
     path_steps: Positive = 4
 
@@ -68,8 +64,8 @@ def path_gradients(given: ScoringInput, steps: int) -> torch.Tensor:
 
 
 SCORER = Scorer(
-    name="head-importance",
-    source="arXiv:1905.10650 (head importance), arXiv:1703.01365 (integrated gradients)",
-    score=score_heads,
-    schema=Settings,
+    "head-importance",
+    "arXiv:1905.10650 (head importance), arXiv:1703.01365 (integrated gradients)",
+    score_heads,
+    Settings,
 )

@@ -8,24 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.gated_attention import GatedAttention
 from rlkv_vllm.options import Positive, Section
-from rlkv_vllm.scorers.scorer import Gates, Sample, Weight
+from rlkv_vllm.scorers.scorer import Gates, Sample, ScoringInput, Weight
 
 IGNORED = -100
 
 
 class GateTraining(Section):
-    """Settings of a scorer that trains gates.
-
-    Attributes:
-        steps: optimiser steps.
-        learning_rate: constant.
-        reg: weight of the penalty on the mean gate.
-        batch_size: samples per step.
-    """
+    """Settings of a scorer that trains gates; `reg` is the weight of the penalty on their mean."""
 
     steps: Positive = 100
     learning_rate: Weight = 0.02
@@ -35,12 +29,9 @@ class GateTraining(Section):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side, padded on the right.
+    """Samples side by side, padded on the right; all ``[samples, tokens]``.
 
-    Attributes:
-        input_ids: ``[samples, tokens]``.
-        attention_mask: the same shape, 1 on what is no padding.
-        labels: the same shape, `IGNORED` everywhere but on the answers' tokens.
+    `labels` is `IGNORED` everywhere but on the answers' tokens.
     """
 
     input_ids: torch.Tensor
@@ -50,17 +41,14 @@ class Batch:
 
 def make_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
     """Put `samples` side by side."""
+
+    def padded(rows: list[list[int]], padding: int = 0) -> torch.Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=padding).to(device)
+
     rows = [sample.prompt_ids + sample.completion_ids for sample in samples]
-    longest = max(map(len, rows))
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        start = len(sample.prompt_ids)
-        labels[i, start : len(row)] = input_ids[i, start : len(row)]
-    return Batch(input_ids.to(device), mask.to(device), labels.to(device))
+    labels = [[IGNORED] * len(s.prompt_ids) + s.completion_ids for s in samples]
+    return Batch(padded(rows), padded([[1] * len(row) for row in rows]), padded(labels, IGNORED))
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -80,12 +68,7 @@ def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def optimise_gates(
-    gates: GatedAttention,
-    samples: Sequence[Sample],
-    loss: Callable[[Batch], torch.Tensor],
-    settings: GateTraining,
-    seed: int,
-    report: Callable[[int], None],
+    gates: GatedAttention, given: ScoringInput, loss: Callable[[Batch], torch.Tensor]
 ) -> Gates:
     """AdamW without weight decay on the gates alone, clamped to [0, 1] after every step.
 
@@ -95,11 +78,9 @@ def optimise_gates(
 
     Args:
         gates: where they start; soft.
-        samples: shuffled anew whenever all were seen.
+        given: its samples are shuffled anew whenever all were seen; its settings are a
+            `GateTraining`.
         loss: of a batch, penalty included.
-        settings: steps, learning rate and batch size; the penalty is the loss's.
-        seed: of the order of the samples.
-        report: called with the number of steps done.
 
     Returns:
         Mean of the gates ``[layers][KV heads]`` over all steps; the last ones are in `gates`.
@@ -107,14 +88,16 @@ def optimise_gates(
     Raises:
         RlkvError: if a gate becomes NaN.
     """
+    settings: GateTraining = given.settings
+    samples = list(given.samples)
     optimizer = torch.optim.AdamW(gates.gates, lr=settings.learning_rate, weight_decay=0.0)
     gates.clamp_after(optimizer)
-    rng = random.Random(seed)
+    rng = random.Random(given.seed)
     order: list[Sample] = []
     sums = [torch.zeros_like(gate) for gate in gates.gates]
     for step in range(1, settings.steps + 1):
         if len(order) < min(settings.batch_size, len(samples)):
-            order = rng.sample(list(samples), len(samples))
+            order = rng.sample(samples, len(samples))
         chosen, order = order[: settings.batch_size], order[settings.batch_size :]
         optimizer.zero_grad(set_to_none=True)
         loss(make_batch(chosen, gates.model.device)).backward()
@@ -122,7 +105,7 @@ def optimise_gates(
         with torch.no_grad():
             for gate, total in zip(gates.gates, sums, strict=True):
                 total += gate
-        report(step)
+        given.report(step, settings.steps)
     means = [(total / settings.steps).tolist() for total in sums]
     if any(math.isnan(value) for row in means for value in row):
         raise RlkvError(

@@ -18,4 +18,4 @@ def score_heads(given: ScoringInput) -> Gates:
     ]
 
 
-SCORER = Scorer(name="random", source="none", score=score_heads)
+SCORER = Scorer("random", "none", score_heads)

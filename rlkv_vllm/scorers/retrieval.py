@@ -33,8 +33,4 @@ def score_heads(given: ScoringInput) -> Gates:
     return to_gates(head_sums(given, hits).amax(-1).tolist())
 
 
-SCORER = Scorer(
-    name="retrieval",
-    source="arXiv:2404.15574 (retrieval heads)",
-    score=score_heads,
-)
+SCORER = Scorer("retrieval", "arXiv:2404.15574 (retrieval heads)", score_heads)

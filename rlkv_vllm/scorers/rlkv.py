@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.options import Positive, Section
@@ -48,12 +47,7 @@ def score_heads(given: ScoringInput) -> Gates:
                 output_dir=folder,
                 seed=given.seed,
                 max_steps=options.steps,
-                learning_rate=options.learning_rate,
                 weight_decay=0.0,
-                reg=options.reg,
-                tau=options.tau,
-                temperature=options.temperature,
-                num_generations=options.num_generations,
                 per_device_train_batch_size=min(options.prompts, len(given.problems))
                 * options.num_generations,
                 max_completion_length=round(longest * 1.25),
@@ -64,23 +58,21 @@ def score_heads(given: ScoringInput) -> Gates:
                 save_strategy="no",
                 report_to=[],
                 disable_tqdm=True,
+                **options.model_dump(exclude={"steps", "prompts"}),
             )
         except ValueError as error:
             raise RlkvError(f"--set: {error}") from error
-
-        def on_step(row: dict[str, Any], total: int) -> None:
-            given.report(row["step"], total)
-
         with attach_gates(given.model, given.sink, given.window) as gates:
-            log = RunLog(output, gates, args.tau, args.collapse_steps, on_step)
+            log = RunLog(
+                output,
+                gates,
+                args.tau,
+                args.collapse_steps,
+                lambda row, total: given.report(row["step"], total),
+            )
             trainer = RlkvTrainer(gates, given.task, args, given.problems, given.tokenizer, [log])
             trainer.train()
         return best_gates(output, args.tau, args.average_steps)[0]
 
 
-SCORER = Scorer(
-    name="rlkv",
-    source="arXiv:2510.08525 (RLKV)",
-    score=score_heads,
-    schema=Settings,
-)
+SCORER = Scorer("rlkv", "arXiv:2510.08525 (RLKV)", score_heads, Settings)

@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.allocation.heads import check_sparsity
@@ -18,7 +19,7 @@ from rlkv_vllm.files import one_line
 from rlkv_vllm.hf.answers import solve
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.models import default_span
-from rlkv_vllm.profile import EvaluationRow, HeadProfile, Provenance
+from rlkv_vllm.profile import HeadProfile, Provenance
 from rlkv_vllm.scorers import get_scorer
 from rlkv_vllm.scorers.scorer import Sample, ScoringInput
 from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
@@ -29,22 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Options of a run; all of them go into the provenance.
+    """Options of `rlkv score`, whose help describes them; all of them go into the provenance.
 
-    Attributes:
-        model: `embedded`, a model folder, or `org/name` on the Hugging Face hub.
-        method: name of the scorer.
-        task: name of the task that gives the problems.
-        n: problems to answer; the correct answers are what the scorer sees.
-        seed: of those problems; those of the evaluation have the next seed.
-        sink: first tokens that a streaming head sees; None chooses for the model.
-        window: last tokens that a streaming head sees; None chooses for the model.
-        evaluate: fresh problems to evaluate the gates on, 0 for none.
-        sparsities: where to evaluate; 0 is always evaluated.
-        max_new_tokens: where an answer is cut off.
-        batch_size: problems decoded together.
-        revision: commit, branch or tag of a model on the hub.
-        settings: of the scorer, instead of its defaults.
+    `settings` are those of the scorer, in place of its defaults.
     """
 
     model: str
@@ -68,11 +56,6 @@ def make_profile(
     say: Callable[[str], None] = lambda text: None,
 ) -> HeadProfile:
     """Score the heads of a model.
-
-    Args:
-        config: what to do.
-        report: called as the work goes on.
-        say: told what the user should know.
 
     Raises:
         RlkvError: if an option is out of range, the model cannot be loaded or gated, or it
@@ -108,25 +91,24 @@ def make_profile(
             window=window,
             seed=config.seed,
             settings=settings,
-            report=lambda done, total: report("scoring", done, total),
+            report=partial(report, "scoring"),
         )
     )
-    rows: list[EvaluationRow] = []
-    if problems:
-        rows += measure_gates(
-            model,
-            tokenizer,
-            task,
-            problems,
-            gates,
-            sink=sink,
-            window=window,
-            sparsities=config.sparsities,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            seed=config.seed + 1,
-            report=report,
-        )
+    rows = measure_gates(
+        model,
+        tokenizer,
+        task,
+        problems,
+        gates,
+        sink=sink,
+        window=window,
+        sparsities=config.sparsities,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed + 1,
+        report=report,
+    )
+    evaluation = list(rows) if problems else []
     return HeadProfile(
         model=fingerprint,
         gates=gates,
@@ -136,10 +118,11 @@ def make_profile(
             method=scorer.name,
             source=scorer.source,
             config={
-                **_json(asdict(config)),
+                **asdict(config),
                 # Not the path: a profile is public.
                 "model": fingerprint.id,
                 "task": task.name,
+                "sparsities": list(config.sparsities),
                 "sink": sink,
                 "window": window,
                 # All of them, where ScoreConfig has the changed ones.
@@ -154,8 +137,8 @@ def make_profile(
             data=f"the model's own greedy answers to {config.n} problems of task {task.name} "
             f"(seed {config.seed}), of which the {len(samples)} correct ones were used",
         ),
-        evaluation=rows,
-        recommended_sparsity=recommended_sparsity(rows),
+        evaluation=evaluation,
+        recommended_sparsity=recommended_sparsity(evaluation),
     )
 
 
@@ -166,19 +149,8 @@ def own_correct_answers(
     config: ScoreConfig,
     report: Report,
 ) -> tuple[list[Problem], list[Sample]]:
-    """What the model solves greedily with its full cache, and its answers.
-
-    Raises:
-        RlkvError: if there is none.
-    """
+    """What the model solves greedily with its full cache, at least one, and its answers."""
     problems = task.problems(config.n, config.seed)
-    done = 0
-
-    def count(batch: int) -> None:
-        nonlocal done
-        done += batch
-        report("answering", done, len(problems))
-
     result = solve(
         model,
         tokenizer,
@@ -186,7 +158,7 @@ def own_correct_answers(
         problems,
         sampling=Sampling(max_tokens=config.max_new_tokens, temperature=0),
         batch_size=config.batch_size,
-        report=count,
+        report=partial(report, "answering"),
     )
     solved = [
         (problem, Sample(answer.prompt_ids, answer.token_ids))
@@ -212,7 +184,3 @@ def _check(config: ScoreConfig) -> None:
             raise RlkvError(f"--{flag} {value}: must be at least {least}")
     for sparsity in config.sparsities:
         check_sparsity(sparsity)
-
-
-def _json(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}

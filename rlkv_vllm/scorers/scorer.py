@@ -43,7 +43,7 @@ class ScoringInput:
         sink: first tokens that a streaming head sees.
         window: last tokens that a streaming head sees, the query's own included.
         seed: of all random choices.
-        settings: of the scorer, of its class `Scorer.schema`.
+        settings: an instance of `Scorer.schema`.
         report: to be called with (work done, total work), in any unit.
     """
 

@@ -17,25 +17,12 @@ from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput
 
 def score_heads(given: ScoringInput) -> Gates:
     """The gates, trained from 1 on ``cross-entropy + reg * mean|gate|``."""
-    options: GateTraining = given.settings
     with attach_gates(given.model, given.sink, given.window) as gates:
 
         def loss(batch: Batch) -> torch.Tensor:
-            return answer_loss(given.model, batch) + options.reg * gates.mean()
+            return answer_loss(given.model, batch) + given.settings.reg * gates.mean()
 
-        return optimise_gates(
-            gates,
-            given.samples,
-            loss,
-            options,
-            given.seed,
-            lambda done: given.report(done, options.steps),
-        )
+        return optimise_gates(gates, given, loss)
 
 
-SCORER = Scorer(
-    name="self-distill",
-    source="ablation of arXiv:2510.08525 (RLKV)",
-    score=score_heads,
-    schema=GateTraining,
-)
+SCORER = Scorer("self-distill", "ablation of arXiv:2510.08525 (RLKV)", score_heads, GateTraining)

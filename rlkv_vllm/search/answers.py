@@ -18,17 +18,8 @@ class Answers:
     """For every allocation asked about, which of the first problems of a list it solves.
 
     The order of the answers depends on the questions alone, so that a killed search goes on as
-    it would have without.
-
-    Args:
-        evaluate: solves problems.
-        store: keeps what is solved.
-        chunk: answers asked for before they are written.
-        seed: of `evaluate`.
-        report: called with the number of answers so far.
-
-    Attributes:
-        count: how many there are.
+    it would have without. `store` is written after every `chunk` answers; `count` is the number of
+    answers so far, and what `report` is called with.
     """
 
     def __init__(

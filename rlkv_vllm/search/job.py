@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -23,30 +24,19 @@ from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained
 from rlkv_vllm.training.run_folder import METRICS_FILE, REFINE_FILE
 
 
+@explained_failures
 def run(
     config: RefineConfig, *, resume: bool = False, listener: Listener = QUIET
 ) -> HeadProfile | None:
     """Refine a head profile.
 
-    Under `accelerate launch` every process calls this; the main one evaluates and writes.
-
-    Args:
-        config: the job.
-        resume: continue what `config.output` holds.
-        listener: told about progress.
-
-    Returns:
-        The profile, on the main process; None on others.
+    Under `accelerate launch` every process calls this; the main one evaluates, writes, and gets
+    the profile.
 
     Raises:
         RlkvError: if the job cannot be done, with what to change; what was reached stays in
             `config.output`.
     """
-    with explained_failures(config.output):
-        return _run(config, resume, listener)
-
-
-def _run(config: RefineConfig, resume: bool, listener: Listener) -> HeadProfile | None:
     output, wanted = config.output, config.search
     # What can be refused is refused before the model is loaded.
     given, _ = find_profile(config.profile)
@@ -61,21 +51,21 @@ def _run(config: RefineConfig, resume: bool, listener: Listener) -> HeadProfile 
     check_output(output, resume, (RUN_FILE, REFINE_FILE))
     state = PartialState(cpu=not torch.cuda.is_available())
     job = Run(config, listener, state.device)
-    rank, world = job.processes.rank, job.processes.world
+    rank, world = state.process_index, state.num_processes
     solver, sampling = job.solver, config.sampling
     curriculum = job.curriculum(config.tried, 2 * wanted.problems, sampling, config.batch_size)
     model = solver.fingerprint
 
     def evaluate(which: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
         mine = range(rank, len(which), world)
-        correct: list[bool] = []
+        correct: Sequence[bool] = []
         if mine:  # the last few answers may be fewer than processes
             full = [full_heads(streaming[i], model.num_layers, model.num_kv_heads) for i in mine]
             correct = solver.solve(
                 [curriculum.problems[which[i]] for i in mine],
-                sampling.model_copy(update={"seed": (seed + rank) % 2**31}),
-                config.batch_size,
-                [HeadSplit(heads, *span) for heads in full],
+                sampling=sampling.model_copy(update={"seed": (seed + rank) % 2**31}),
+                batch_size=config.batch_size,
+                split=[HeadSplit(heads, *span) for heads in full],
             ).correct
         found = gather_object(list(zip(mine, correct, strict=True)))
         return [is_solved for _, is_solved in sorted(found)]
@@ -95,7 +85,7 @@ def _run(config: RefineConfig, resume: bool, listener: Listener) -> HeadProfile 
             "sampling": sampling.model_dump(),
         },
         is_writer=rank == 0,
-        report=lambda done, total: listener.report("search", done, total),
+        report=partial(listener.report, "search"),
     )
     if rank != 0:
         return None

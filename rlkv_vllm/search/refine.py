@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +26,7 @@ from rlkv_vllm.search.search import Nested, heads_in_question, most_answers, nes
 from rlkv_vllm.statistics import sign_test_p
 from rlkv_vllm.store import Store
 
-REFINE_FILE, FORMAT = "refine.json", "rlkv refine 1"
+FORMAT = "rlkv refine 1"
 #: Between two gates, if they were closer; float32 can represent it.
 STEP = 1e-6
 
@@ -45,21 +46,12 @@ def refine_gates(
 ) -> tuple[list[list[float]], dict[str, Any]]:
     """Put gates in an order that serves better; continues what `path` holds.
 
-    Args:
-        gates: where to start, ``[layers][KV heads]``.
-        evaluate: says which problems are solved.
-        num_problems: how many problems it has.
-        config: of the search.
-        path: keeps answers and result.
-        seed: of the choice of problems.
-        chunk: answers asked for at once.
-        settings: what else decides the answers.
-        is_writer: whether this process keeps the file.
-        report: called with (answers so far, answers at most); at the end both are their number.
+    `evaluate` is asked for `chunk` answers at once; `settings` is what else decides them. `report`
+    is called with (answers so far, answers at most); at the end both are their number.
 
     Returns:
-        The values of `gates`, reassigned to the heads, and the result: ``p``, ``is_taken``,
-        ``answers`` (their number) and ``rows`` (a mapping per sparsity).
+        The values of `gates` ``[layers][KV heads]``, reassigned to the heads, and the result:
+        ``p``, ``is_taken``, ``answers`` (their number) and ``rows`` (a mapping per sparsity).
 
     Raises:
         RlkvError: `path` was made with other settings or another start, or there are no two
@@ -126,16 +118,11 @@ def refine_gates(
     store.content["result"] = result
     store.save()
     report(answers.count, answers.count)
-    kept = [list(row) for row in gates]
-    return (_reassigned(gates, start, best) if is_taken else kept), result
+    return (_reassigned(gates, start, best) if is_taken else [*map(list, gates)]), result
 
 
 def streaming_counts(sparsities: Sequence[float], heads: int) -> list[int]:
-    """Numbers of streaming heads that leave something to choose, ascending.
-
-    Raises:
-        RlkvError: there is none.
-    """
+    """Numbers of streaming heads that leave something to choose, at least one, ascending."""
     counts = sorted({round(share * heads) for share in sparsities} - {0, heads})
     if not counts:
         shares = ", ".join(f"{share:g}" for share in sparsities)
@@ -166,8 +153,6 @@ def _distinct(values: Sequence[float]) -> list[float]:
 
     Of equal gates the place of a head would decide which stays full, not the ranking.
     """
-    apart: list[float] = []
-    for value in values:
-        apart.append(max(value, apart[-1] + STEP) if apart else value)
+    apart = [*accumulate(values, lambda before, value: max(value, before + STEP))]
     last = len(apart) - 1
     return [min(value, 1 - STEP * (last - place)) for place, value in enumerate(apart)]

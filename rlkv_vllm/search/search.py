@@ -49,12 +49,9 @@ BEAM = 32
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """Heads that cost too much alone; and the finalists, best first.
 
-    Attributes:
-        needed: heads that cost too much alone.
-        finalists: nested allocations with the share of all problems that they solve, a mean over
-            the sparsities; best first.
+    They come with the share of all problems that they solve, a mean over the sparsities.
     """
 
     needed: list[Head]
@@ -78,15 +75,9 @@ def search(
 ) -> Found:
     """Find the nested allocations that solve most.
 
-    Args:
-        answers: of the model.
-        ranking: all heads, the first one to stream in front; decides which heads are in
-            question, and among equal allocations.
-        counts: numbers of streaming heads, ascending, above 0 and below all heads.
-        margin: heads in question on either side of each count, at least 1.
-        candidates: allocations per sparsity in the first round of a race.
-        problems: that the finalists solve.
-        known: take part in every round of the first race.
+    The `ranking` of all heads, the first one to stream in front, decides which heads are in
+    question, and among equal allocations. `counts` are numbers of streaming heads, ascending,
+    above 0 and below all heads. Those `known` take part in every round of the first race.
     """
     asked = heads_in_question(ranking, counts, margin)
     always = [tuple(head for head in ranking[:count] if head not in {*asked}) for count in counts]
@@ -108,13 +99,9 @@ def search(
 
 
 def most_answers(heads: int, counts: int, candidates: int, problems: int) -> int:
-    """How many answers `search` asks for at most.
+    """How many answers `search` asks for at most, with one known nested allocation.
 
-    Args:
-        heads: in question.
-        counts: sparsities.
-        candidates: as in `search`.
-        problems: as in `search`, with one known nested allocation.
+    `heads` and `counts` are the numbers of heads in question and of sparsities.
     """
     race = asked = 0
     for number, part in enumerate(ROUNDS):
@@ -141,11 +128,7 @@ def heads_in_question(ranking: Sequence[Head], counts: Sequence[int], margin: in
 
 
 class _Pairs:
-    """What streaming costs, estimated from heads alone and pairs of heads.
-
-    Attributes:
-        needed: heads that cost too much alone.
-    """
+    """What streaming costs, estimated from heads alone and pairs; `needed` cost too much alone."""
 
     def __init__(
         self, answers: Answers, heads: Sequence[Head], always: Streaming, problems: int
@@ -252,15 +235,14 @@ def _within_budget(
 
 def _exchanged(nested: Nested, heads: Sequence[Head]) -> list[Nested]:
     """All nested allocations in which two of `heads` have changed places."""
-    found = []
-    for pair in combinations(heads, 2):
-        other = tuple(
+    others = (
+        tuple(
             tuple(sorted({*one} ^ {*pair})) if (pair[0] in one) != (pair[1] in one) else one
             for one in nested
         )
-        if other != nested:
-            found.append(other)
-    return found
+        for pair in combinations(heads, 2)
+    )
+    return [other for other in others if other != nested]
 
 
 def _of(problems: int, part: int) -> int:

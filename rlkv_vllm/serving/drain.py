@@ -66,11 +66,8 @@ def engine_died() -> bool:
 def _signals_first(loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[None]:
     """Get signals before `loop` calls its handlers.
 
-    Python writes the number of every signal to a file descriptor, which the loop reads.
-
-    Args:
-        loop: it runs in the main thread.
-        timeout: seconds that vLLM then gives its engine.
+    Python writes the number of every signal to a file descriptor, which the loop reads. `timeout`
+    is the time that vLLM then gives its engine (seconds).
     """
     receiver, sender = socket.socketpair()
     receiver.setblocking(False)

@@ -92,13 +92,7 @@ class RolloutAnswer(BaseModel):
 
 
 class Rollouts:
-    """The engine and its gates, for the routes; kept on the app's state.
-
-    Args:
-        engine_client: the engine.
-        config: its options.
-        now: its gates.
-    """
+    """The engine and its gates, for the routes; kept on the app's state."""
 
     def __init__(self, engine_client: EngineClient, config: GatedConfig, now: LiveGates) -> None:
         self.engine = engine_client

@@ -18,15 +18,7 @@ _TIMEOUT_S = 8.0
 
 
 def problem(url: str, key: str | None) -> str | None:
-    """Why the server at `url` is not healthy.
-
-    Args:
-        url: of the server, without a path.
-        key: its API key, if it has one.
-
-    Returns:
-        One line, or None if the server answers and its cache is split.
-    """
+    """Why the server at `url` is not healthy; None if it answers and its cache is split."""
     try:
         _get(f"{url}/health", None)
         status = json.loads(_get(f"{url}/v1/rlkv", key))

@@ -52,26 +52,14 @@ _COUNTED = {
     "preemptions": ("Requests that had to start again because the cache was full.",),
     "prefix_cache_hit_blocks": ("Blocks of new requests taken from the prefix cache.", "kind"),
 }
-
-
-class _UseSeries(NamedTuple):
-    """Series of one engine, looked up once, because `labels()` is slow."""
-
-    full: Gauge
-    streaming: Gauge
-    full_cache: Gauge
-    saved: Gauge
-    evictions: Counter
-    full_hits: Counter
-    streaming_hits: Counter
+_KINDS: tuple[tuple[str, ...], ...] = (("full",), ("streaming",))
 
 
 class _Series(NamedTuple):
-    """What the steps of one engine change; `use` is None where no scheduler reports it."""
+    """What the steps of one engine change, by name and kind; `labels()` is slow."""
 
-    running: Gauge
-    preemptions: Counter
-    use: _UseSeries | None
+    gauges: dict[tuple[str, ...], Gauge]
+    counters: dict[tuple[str, ...], Counter]
 
 
 class RlkvStatLogger(AggregateStatLoggerBase):
@@ -130,19 +118,23 @@ class RlkvStatLogger(AggregateStatLoggerBase):
     def show_split(self, figures: CacheFigures) -> None:
         """The split is proven: export what stays the same, and start counting."""
         self._figures = figures
-        plan, gauges = figures.plan, self._gauges
+        plan = figures.plan
         allocation = plan.groups.allocation
         possible = figures.requests_possible(plan.max_model_len)
         span = plan.geometry.sink, plan.geometry.window
         profile = plan.profile_id, plan.profile.sha256(), f"{plan.sparsity:g}", *span
+        constant: dict[tuple[str, ...], int] = {
+            ("active",): 1,
+            ("profile_info", *map(str, profile)): 1,
+            ("heads", "full"): allocation.num_full,
+            ("heads", "streaming"): allocation.num_streaming,
+            ("cache_capacity_bytes",): figures.capacity_bytes,
+            ("requests_possible", "split"): possible.split,
+            ("requests_possible", "full"): possible.full,
+        }
         for index, labels in self._engines.items():
-            gauges["active"].labels(*labels).set(1)
-            gauges["profile_info"].labels(*labels, *profile).set(1)
-            gauges["heads"].labels(*labels, "full").set(allocation.num_full)
-            gauges["heads"].labels(*labels, "streaming").set(allocation.num_streaming)
-            gauges["cache_capacity_bytes"].labels(*labels).set(figures.capacity_bytes)
-            gauges["requests_possible"].labels(*labels, "split").set(possible.split)
-            gauges["requests_possible"].labels(*labels, "full").set(possible.full)
+            for (name, *rest), value in constant.items():
+                self._gauges[name].labels(*labels, *rest).set(value)
             self._series[index] = self._start_series(labels)
         self._constant = self._collect_constant()
 
@@ -151,24 +143,20 @@ class RlkvStatLogger(AggregateStatLoggerBase):
 
         This overwrites a step that another API process has seen already, until the next step.
         """
-        gauges, counters = self._gauges, self._counters
-        use = None
-        if self._reports_use:
-            hits = counters["prefix_cache_hit_blocks"]
-            use = _UseSeries(
-                gauges["cache_used_bytes"].labels(*labels, "full"),
-                gauges["cache_used_bytes"].labels(*labels, "streaming"),
-                gauges["full_cache_bytes"].labels(*labels),
-                gauges["cache_saved_bytes"].labels(*labels),
-                counters["ring_evictions"].labels(*labels),
-                hits.labels(*labels, "full"),
-                hits.labels(*labels, "streaming"),
-            )
-            for gauge in (use.full, use.streaming, use.full_cache, use.saved):
-                gauge.set(0)
-        running = gauges["requests_running"].labels(*labels)
-        running.set(0)
-        return _Series(running, counters["preemptions"].labels(*labels), use)
+        always = ("requests_running", "preemptions")  # the others come from our scheduler
+        keys: list[tuple[str, ...]] = [
+            (name, *kind)
+            for name, (_, *kinds) in (_CHANGING | _COUNTED).items()
+            if self._reports_use or name in always
+            for kind in (_KINDS if kinds else ((),))
+        ]
+        gauges = {k: self._gauges[k[0]].labels(*labels, *k[1:]) for k in keys if k[0] in _CHANGING}
+        counters = {
+            k: self._counters[k[0]].labels(*labels, *k[1:]) for k in keys if k[0] in _COUNTED
+        }
+        for gauge in gauges.values():
+            gauge.set(0)
+        return _Series(gauges, counters)
 
     def record(
         self,
@@ -185,28 +173,29 @@ class RlkvStatLogger(AggregateStatLoggerBase):
         series = self._series[engine_idx]
         with self._lock:
             if iteration_stats and iteration_stats.num_preempted_reqs:
-                series.preemptions.inc(iteration_stats.num_preempted_reqs)
+                series.counters["preemptions",].inc(iteration_stats.num_preempted_reqs)
             if scheduler_stats:
                 running = scheduler_stats.num_running_reqs
-                series.running.set(running)
-                if use is not None and series.use is not None:
-                    self._record_use(use, series.use)
+                series.gauges["requests_running",].set(running)
+                if use is not None and self._reports_use:
+                    self._record_use(use, series)
                     self._counts[engine_idx] = (use.full, use.streaming, use.full_cache, running)
 
-    def _record_use(self, use: BlockUse, series: _UseSeries) -> None:
+    def _record_use(self, use: BlockUse, series: _Series) -> None:
         assert self._figures is not None
         size = self._figures.block_bytes
         full_cache = use.full_cache * self._figures.full_cache_block_bytes
-        series.full.set(use.full * size)
-        series.streaming.set(use.streaming * size)
-        series.full_cache.set(full_cache)
-        series.saved.set(full_cache - (use.full + use.streaming) * size)
-        if use.evicted:
-            series.evictions.inc(use.evicted)
-        if use.full_hit:
-            series.full_hits.inc(use.full_hit)
-        if use.streaming_hit:
-            series.streaming_hits.inc(use.streaming_hit)
+        series.gauges["cache_used_bytes", "full"].set(use.full * size)
+        series.gauges["cache_used_bytes", "streaming"].set(use.streaming * size)
+        series.gauges["full_cache_bytes",].set(full_cache)
+        series.gauges["cache_saved_bytes",].set(full_cache - (use.full + use.streaming) * size)
+        for key, count in (
+            (("ring_evictions",), use.evicted),
+            (("prefix_cache_hit_blocks", "full"), use.full_hit),
+            (("prefix_cache_hit_blocks", "streaming"), use.streaming_hit),
+        ):
+            if count:
+                series.counters[key].inc(count)
 
     def cache_use(self) -> CacheUse | None:
         """The cache now, of all engines of this server; None if no scheduler reports it."""

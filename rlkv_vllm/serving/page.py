@@ -16,8 +16,7 @@ _FILE = Path(__file__).with_name("page.html")
 def page(needs_key: bool) -> Response:
     """The page, with headers that allow its own script and style and nothing else.
 
-    Args:
-        needs_key: the JSON routes need an API key, so the page asks for it first.
+    With `needs_key` the JSON routes need an API key, so the page asks for it first.
     """
     html, policy = _page(needs_key)
     return Response(

@@ -55,13 +55,7 @@ def check_early(arguments: Sequence[str]) -> None:
 
 
 def split_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Check profile, model and split options against each other.
-
-    Args:
-        args: parsed flags of ``rlkv serve``.
-
-    Returns:
-        ``additional_config["rlkv"]``.
+    """Check profile, model and split options; return ``additional_config["rlkv"]``.
 
     Raises:
         RlkvError: in this order: profile, model, their fit, sparsity, sink, window.
@@ -80,13 +74,7 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def gated_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Check the options of gated mode.
-
-    Args:
-        args: parsed flags of ``rlkv serve``.
-
-    Returns:
-        ``additional_config["rlkv"]``.
+    """Check the options of gated mode; return ``additional_config["rlkv"]``.
 
     Raises:
         RlkvError: flags of a head profile are given, sink or window are out of range, or there are
@@ -114,11 +102,7 @@ SERVER_REFUSALS: dict[str, object] = {
 
 
 def check_server_mode(args: argparse.Namespace) -> None:
-    """Refuse every one of :data:`SERVER_REFUSALS`.
-
-    Raises:
-        RlkvError: naming the flag or variable.
-    """
+    """Refuse every one of :data:`SERVER_REFUSALS`."""
     for flag, plain in SERVER_REFUSALS.items():
         if flag.startswith("--"):
             value = getattr(args, flag[2:].replace("-", "_"))
@@ -145,11 +129,7 @@ def import_vllm() -> None:
 
 
 def check_address(args: argparse.Namespace) -> None:
-    """Refuse an address that the server could not listen on.
-
-    Raises:
-        RlkvError: naming ``--port``, ``--host`` or ``--uds``.
-    """
+    """Refuse a ``--port``, ``--host`` or ``--uds`` that the server could not listen on."""
     if args.uds:
         if Path(args.uds).exists():
             raise RlkvError(f"--uds {one_line(args.uds)}: exists: remove it or name another")
@@ -203,9 +183,6 @@ def check_plugin() -> None:
     """Refuse an installation whose plugin vLLM would not find or could not load.
 
     vLLM only logs that and goes on with full caches.
-
-    Raises:
-        RlkvError: naming the entry point.
     """
     for group, value in (
         (GENERAL_PLUGINS, "rlkv_vllm.plugin:register"),
@@ -233,14 +210,9 @@ def check_plugin() -> None:
 def choose_cpu_memory(args: argparse.Namespace, cache_bytes: int | None) -> str | None:
     """Size the KV cache on the CPU where the user gives no size.
 
-    vLLM claims 92% of the memory and refuses to start when less is free.
-
-    Args:
-        args: parsed flags; the cache size or memory share is set.
-        cache_bytes: default size of the cache; None: what is free.
-
-    Returns:
-        A line for the user if a setting is overridden or vLLM's default changed.
+    vLLM claims 92% of the memory and refuses to start when less is free. Sets the cache size or
+    the memory share of `args`; without default `cache_bytes` the cache gets what is free. Returns
+    a line for the user if a setting is overridden or vLLM's default changed.
     """
     import psutil
 
@@ -271,12 +243,7 @@ def choose_cpu_memory(args: argparse.Namespace, cache_bytes: int | None) -> str 
 def check_capacity(plan: SplitPlan, cache_bytes: int | None) -> None:
     """Refuse a cache in which a request of ``--max-model-len`` would never fit.
 
-    Args:
-        plan: the split to be served.
-        cache_bytes: of the cache, per worker; None when vLLM measures what is free.
-
-    Raises:
-        RlkvError: naming the flags and what would fit.
+    `cache_bytes` are those of one worker; None when vLLM measures what is free.
     """
     forecast = plan.forecast
     if cache_bytes is None or forecast.num_blocks(cache_bytes) > plan.admission_blocks:

@@ -115,10 +115,7 @@ def say(message: str, *, must: bool = False) -> None:
     """Print one line of progress, as :class:`LineFormatter` does.
 
     A line that cannot be written is lost, as log lines are: a full disk must not stop the server.
-
-    Args:
-        message: the line.
-        must: raise the OSError instead.
+    With `must` the OSError is raised.
     """
     with nullcontext() if must else suppress(OSError):
         print(f"rlkv {time.strftime('%H:%M:%S')} {message}", flush=True)

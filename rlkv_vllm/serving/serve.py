@@ -25,13 +25,7 @@ STOPPED, ENGINE_DIED = 0, 1
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Serve until stopped.
-
-    Args:
-        arguments: command line after ``rlkv serve``.
-
-    Returns:
-        Exit status.
+    """Serve until stopped; return the exit status.
 
     Raises:
         RlkvError: refused, before or after loading; one line for the user.

@@ -139,12 +139,7 @@ class SplitForecast(BaseModel):
 
 
 class CacheFigures:
-    """Converts blocks into bytes of all workers of an engine.
-
-    Args:
-        plan: the split.
-        num_blocks: of the pool, as the workers report it; the same on all of them.
-    """
+    """Converts blocks into bytes of all workers; each has the same `num_blocks`."""
 
     def __init__(self, plan: SplitPlan, num_blocks: int) -> None:
         self.plan, self.num_blocks = plan, num_blocks
@@ -183,11 +178,7 @@ class CacheFigures:
         )
 
     def forecast(self, tokens: int | None, requests: int) -> SplitForecast:
-        """Cache that `requests` of `tokens` need.
-
-        Args:
-            tokens: length of each; None: the longest.
-            requests: how many.
+        """Cache that `requests` of `tokens` need; None: the longest length.
 
         Raises:
             RlkvError: `tokens` is above the longest length.

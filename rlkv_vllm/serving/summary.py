@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 
 def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
-    """Table of the split cache against a full one, and an example request.
-
-    Args:
-        reports: one per worker.
-        args: the server's flags.
-    """
+    """Table of the split cache against a full one, and an example request."""
     fullest = min(reports, key=lambda report: report.requests_at_once)
     workers = "" if len(reports) == 1 else f"; figures of the fullest of {len(reports)} workers"
     rows = [("", "split cache", "full cache"), *fullest.rows()]

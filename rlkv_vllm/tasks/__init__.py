@@ -31,29 +31,28 @@ def get_task(
         name: a task family of the testbed, "embedded" for all of the shipped model, `gym:NAME`
             of reasoning-gym, `datasets:ORG/NAME`, `datasets:ORG/NAME/CONFIG` or `datasets:PATH`
             of Hugging Face's `datasets`, or the path of a `.jsonl` file.
-        prompt_column: where a file or data set has its questions.
-        answer_column: where a file or data set has its answers.
+        prompt_column: of the questions in a file or data set.
+        answer_column: of the answers in a file or data set.
         split: which part of a data set.
         reward: `package.module:function` to score with instead of the task's own scoring.
 
     Raises:
-        RlkvError: if there is no such task, its data are bad, its library is not installed, or
-            the reward cannot be called.
+        RlkvError: there is no such task, its data are bad, its library is not installed, or the
+            reward cannot be called.
     """
-    task = _source(name, split, Columns(prompt_column, answer_column, reward is not None))
-    return task if reward is None else RewardedTask(task, reward)
-
-
-def _source(name: str, split: str, columns: Columns) -> Task:
+    columns = Columns(prompt_column, answer_column, with_others=reward is not None)
+    task: Task
     if name in NAMES:
-        return TestbedTask(name)
-    if name.startswith(gym.PREFIX):
-        return gym.GymTask(name.removeprefix(gym.PREFIX))
-    if name.startswith(dataset.PREFIX):
-        return dataset.read_dataset_task(name.removeprefix(dataset.PREFIX), split, columns)
-    if name.endswith(".jsonl") or Path(name).is_file():
-        return read_file_task(Path(name), columns)
-    raise RlkvError(
-        f"task {one_line(name)}: unknown, choose one of {', '.join(NAMES)}, or give gym:NAME, "
-        "datasets:NAME, or the path of a .jsonl file with prompt and answer"
-    )
+        task = TestbedTask(name)
+    elif name.startswith(gym.PREFIX):
+        task = gym.GymTask(name.removeprefix(gym.PREFIX))
+    elif name.startswith(dataset.PREFIX):
+        task = dataset.read_dataset_task(name.removeprefix(dataset.PREFIX), split, columns)
+    elif name.endswith(".jsonl") or Path(name).is_file():
+        task = read_file_task(Path(name), columns)
+    else:
+        raise RlkvError(
+            f"task {one_line(name)}: unknown, choose one of {', '.join(NAMES)}, or give gym:NAME, "
+            "datasets:NAME, or the path of a .jsonl file with prompt and answer"
+        )
+    return task if reward is None else RewardedTask(task, reward)

@@ -1,9 +1,9 @@
-"""Checks of other libraries, run in a process of their own.
+"""Runs the checks of other libraries in a worker process.
 
 math-verify and the scorers of reasoning-gym compute with what a model wrote: `9^9^9^9` would
 never end, or fill the memory. math-verify's own time limit is a signal, which works in the main
-thread only and does not interrupt long arithmetic. The worker process dies when a check exceeds its
-limit, and the next check starts a new one.
+thread only and does not interrupt long arithmetic. A check that exceeds its limit ends the worker;
+the next check starts a new one.
 """
 
 from __future__ import annotations
@@ -35,11 +35,7 @@ _ENVIRONMENT = {
 
 
 class Checker:
-    """A process that checks one answer after the other; safe to use from several threads.
-
-    Args:
-        cpu_seconds: limit of a check (seconds of CPU time).
-    """
+    """A worker process that checks answers, one at a time; thread-safe."""
 
     def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
         self._cpu_seconds = cpu_seconds
@@ -50,29 +46,19 @@ class Checker:
         self._owner = 0
 
     def score(self, request: dict[str, Any]) -> float:
-        """The score of an answer: 0 if the check fails or exceeds its limit.
-
-        Args:
-            request: as `rlkv_vllm.tasks.worker.reply` takes it.
-
-        Raises:
-            RlkvError: if the check cannot be run at all.
-        """
+        """The score of an answer, 0 if the check fails or exceeds its limit; errors as `ask`."""
         reply = self.ask(request, self._cpu_seconds)
         return 0.0 if reply is None else float(reply["score"])
 
     def ask(self, request: dict[str, Any], cpu_seconds: float = 0) -> dict[str, Any] | None:
-        """The reply to a request.
+        """The reply of `worker.reply`; None if the worker ran out of time or memory.
 
         Args:
-            request: as `rlkv_vllm.tasks.worker.reply` takes it.
+            request: as `worker.reply` takes it.
             cpu_seconds: limit of CPU time, 0 for none.
 
-        Returns:
-            None if the process died over it: out of time or memory.
-
         Raises:
-            RlkvError: if the process cannot be started or refuses the request.
+            RlkvError: the worker cannot be started or refuses the request.
         """
         with self._lock:
             pool = self._running()
@@ -89,14 +75,14 @@ class Checker:
         return reply
 
     def close(self) -> None:
-        """End the process, if there is one; the next request starts a new one."""
+        """End the worker; the next request starts a new one."""
         with self._lock:
             if self._owner == os.getpid():
                 self._stop()
 
     def _running(self) -> ProcessPoolExecutor:
         if self._owner != os.getpid():
-            # After a fork the pool belongs to the parent. Kept: its finalizer would wake it.
+            # After a fork the pool belongs to the parent. Kept, as its finalizer would wake it.
             self._inherited.append(self._pool)
             self._pool, self._owner = None, os.getpid()
         if self._pool is not None:
@@ -132,7 +118,7 @@ class Checker:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """What the worker inherits: hash seed and threads are read when Python starts."""
+    """Sets `_ENVIRONMENT` for the worker: Python reads these variables when it starts."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     try:
@@ -145,6 +131,6 @@ def _environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-#: The one that all tasks share.
+#: Shared by all tasks.
 CHECKER = Checker()
 atexit.register(CHECKER.close)

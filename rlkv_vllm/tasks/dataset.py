@@ -14,28 +14,21 @@ from rlkv_vllm.tasks.task import Problem
 
 PREFIX = "datasets:"
 
-#: What `load_dataset` calls the reader of a file, by the end of its name.
-_READERS = {
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-}
+#: What `load_dataset` calls the reader of a file, by its suffix.
+_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 def read_dataset_task(name: str, split: str, columns: Columns) -> RowsTask:
-    """The task of a data set.
-
-    Rows that cannot be used are skipped and counted.
+    """The task of a data set; rows that cannot be used are skipped.
 
     Args:
         name: `ORG/NAME` or `ORG/NAME/CONFIG` on the Hugging Face hub, or the path of a local
             folder or a .parquet, .csv, .json or .jsonl file.
         split: as `load_dataset` takes it, slices such as `train[:1000]` included.
-        columns: what to read.
+        columns: of the questions and answers.
 
     Raises:
-        RlkvError: if it cannot be loaded, lacks a column or holds no problem.
+        RlkvError: it cannot be loaded, lacks a column or holds no problem.
     """
     where = f"task {PREFIX}{one_line(name)}"
     if find_spec("datasets") is None:
@@ -60,19 +53,13 @@ def read_dataset_task(name: str, split: str, columns: Columns) -> RowsTask:
     def problem(i: int) -> Problem:
         return columns.problem(rows[usable[i]])
 
-    return RowsTask(
-        # Not the path: the name is published in profiles.
-        name if local is None else local.stem,
-        where,
-        len(usable),
-        problem,
-        skipped=len(skipped),
-        skip_reason=skipped[0] if skipped else "",
-    )
+    # Not the path: the name is published in profiles.
+    published = name if local is None else local.stem
+    return RowsTask(published, where, len(usable), problem, skipped)
 
 
 def _local_path(name: str) -> Path | None:
-    """The path that `name` is, if it is one and not a name on the hub."""
+    """The path if `name` is one, None if it is a name on the hub."""
     path = Path(os.path.expanduser(name))
     looks_local = name.startswith((".", "/", "~")) or path.suffix in _READERS
     return path if looks_local or (name.strip() and path.exists()) else None
@@ -80,15 +67,13 @@ def _local_path(name: str) -> Path | None:
 
 def _load(where: str, name: str, split: str, local: Path | None) -> Any:
     parts = name.split("/", 2)
-    if local is not None:
-        if not local.exists():
-            raise RlkvError(f"{where}: no such file or folder: check the path")
-        if local.is_file() and local.suffix not in _READERS:
-            raise RlkvError(
-                f"{where}: not a file that can be read: give one of {', '.join(_READERS)}, or a "
-                "folder"
-            )
-    elif not all(part.strip() for part in parts):
+    if local is not None and not local.exists():
+        raise RlkvError(f"{where}: no such file or folder: check the path")
+    if local is not None and local.is_file() and local.suffix not in _READERS:
+        raise RlkvError(
+            f"{where}: not a file that can be read: give one of {', '.join(_READERS)}, or a folder"
+        )
+    if local is None and not all(part.strip() for part in parts):
         raise RlkvError(
             f"{where}: not a name: give ORG/NAME or ORG/NAME/CONFIG on the Hugging Face hub, or a "
             "local path"
@@ -101,7 +86,7 @@ def _load(where: str, name: str, split: str, local: Path | None) -> Any:
         if local is None:
             config = parts[2] if len(parts) == 3 else None
             return load_dataset("/".join(parts[:2]), config, split=split)
-        # Local files are read fast; the bars would only break the lines of ours.
+        # Local files are read fast, and the bars would break our own lines.
         disable_progress_bars()
         if local.is_file():
             return load_dataset(_READERS[local.suffix], data_files=str(local), split=split)
@@ -111,7 +96,7 @@ def _load(where: str, name: str, split: str, local: Path | None) -> Any:
             f"{where}: the Hugging Face hub cannot be reached ({one_line(error)}): check the "
             "network, or download the data set and give its folder"
         ) from error
-    except Exception as error:  # of whatever reader and network library there is
+    except Exception as error:  # readers and network libraries have their own
         raise RlkvError(
             f"{where} (split {one_line(split)}): cannot be loaded ({one_line(error, 300)}): check "
             "the name (ORG/NAME or ORG/NAME/CONFIG, or a local path) and split"

@@ -15,10 +15,10 @@ from rlkv_vllm.tasks.task import Problem
 def read_file_task(path: Path, columns: Columns) -> RowsTask:
     """The task of a file with one JSON object per line.
 
-    A line with an answer that cannot be used is skipped and counted.
+    Lines without a usable answer are skipped.
 
     Raises:
-        RlkvError: if the file is missing, holds no problem or a bad line.
+        RlkvError: the file is missing, holds no problem or a bad line.
     """
     problems: list[Problem] = []
     skipped: list[str] = []
@@ -35,14 +35,7 @@ def read_file_task(path: Path, columns: Columns) -> RowsTask:
             skipped.append(f"line {number}: {error}")
         except UnusablePrompt as error:
             raise RlkvError(f"{where}: {error}") from error
-    return RowsTask(
-        path.stem,
-        str(path),
-        len(problems),
-        problems.__getitem__,
-        skipped=len(skipped),
-        skip_reason=skipped[0] if skipped else "",
-    )
+    return RowsTask(path.stem, str(path), len(problems), problems.__getitem__, skipped)
 
 
 def _read(path: Path) -> str:

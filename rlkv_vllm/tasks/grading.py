@@ -1,4 +1,4 @@
-"""The final answer of an output, and whether it is the right one."""
+"""The final answer in an output, and whether it is correct."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from rlkv_vllm.tasks.puzzles import END_THINK, THINK
 
-#: What math-verify sees at most of an output and of an answer (characters).
+#: Most characters of an output and of a correct answer that math-verify gets.
 MAX_SAID, MAX_GOLD = 4000, 400
 
-#: What answers are found by; some models have tokens of their own for them.
+#: Tags that mark answers; in some models they are special tokens.
 _TAGS = (THINK, END_THINK, "<answer>", "</answer>")
 _MARKS = "$*`\"' \n"
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -35,7 +35,7 @@ def is_equivalent(text: str, answer: str) -> bool:
     installed; without it this is `is_correct`.
 
     Raises:
-        RlkvError: if math-verify is installed and cannot be run.
+        RlkvError: math-verify is installed and cannot be run.
     """
     given = final_answer(text)
     if given is None:
@@ -48,7 +48,7 @@ def is_equivalent(text: str, answer: str) -> bool:
 
     said = _said(text) or ""
     if said != _after_thought(text) and last_boxed(said) is None:
-        said = f"\\boxed{{{said}}}"  # between tags: nothing to look for, the answer is all of it
+        said = f"\\boxed{{{said}}}"  # between tags: all of it is the answer
     return CHECKER.score({"check": "math", "gold": answer, "said": said[-MAX_SAID:]}) == 1
 
 
@@ -62,14 +62,11 @@ def is_formula(answer: str) -> bool:
 
 
 def final_answer(text: str) -> str | None:
-    r"""The final answer of an output.
+    r"""The final answer of an output; None if the chain of thought has no end or no answer.
 
-    That is, after the chain of thought: what the last `<answer>` `</answer>` holds; of that, or
-    else of everything, what the last `\boxed{}` holds; else what follows the last "answer" on its
-    line, else the last line.
-
-    Returns:
-        None if the chain of thought has no end or nothing follows it.
+    After the chain of thought, the text between the last `<answer>` and `</answer>` is searched,
+    or all of it if there are no such tags. The answer is the content of the last `\boxed{}`, else
+    all between the tags, else the rest of the line after the last "answer", else the last line.
     """
     said = _said(text)
     if said is None:
@@ -77,7 +74,7 @@ def final_answer(text: str) -> str | None:
     boxed = last_boxed(said)
     if boxed is not None:
         return boxed
-    if _after_thought(text) != said:  # between tags: the answer as it is
+    if _after_thought(text) != said:  # between tags: all of it is the answer
         return said or None
     answers = [found for found in _ANSWER_LINE.findall(said) if found.strip()]
     lines = [line.strip() for line in said.splitlines() if line.strip()]
@@ -86,10 +83,9 @@ def final_answer(text: str) -> str | None:
 
 
 def gold_answer(text: str) -> str:
-    r"""The final answer of a solution as data sets hold it.
+    r"""The final answer of a data set's solution.
 
-    That is what follows the last `####` (GSM8K), else what the last `\boxed{}` holds (MATH),
-    else all of it.
+    The text after the last `####` (GSM8K), else in the last `\boxed{}` (MATH), else all of it.
     """
     if "####" in text:
         return text.rpartition("####")[2].strip()
@@ -98,16 +94,16 @@ def gold_answer(text: str) -> str:
 
 
 def output_text(tokenizer: Any, prompt: str, output_ids: Sequence[int]) -> str:
-    """An output as tasks score it, in training, by mask and served alike.
+    """The text of an output as tasks score it: in training, by mask and served alike.
 
-    Special tokens are left out, as for clients of a server, but not the tags that answers are
-    found by. The chain of thought is opened where the chat template did that: without it one that
-    never ended would look like an answer.
+    Special tokens are left out, as for clients of a server, except the tags of the answer. If the
+    chat template opens the chain of thought, the text does too: without it, a chain of thought
+    that never ended would look like an answer.
 
     Args:
         tokenizer: of the model.
         prompt: the problem as the chat template renders it.
-        output_ids: what the model said to it, end token included or not.
+        output_ids: the model's answer, with or without the end token.
     """
     tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in _TAGS}
     vanishing = {
@@ -128,16 +124,13 @@ def output_text(tokenizer: Any, prompt: str, output_ids: Sequence[int]) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{}` of `text` holds; None if there is none or it has no end."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
+    r"""The content of the last `\boxed{}` of `text`; None if there is none or it has no end."""
+    _, found, rest = text.rpartition("\\boxed{")
     depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    for end, char in enumerate(rest if found else ""):
+        depth += {"{": 1, "}": -1}.get(char, 0)
         if depth == 0:
-            return text[start:end]
+            return rest[:end]
     return None
 
 
@@ -147,15 +140,15 @@ def bare(answer: str) -> str:
 
 
 def _after_thought(text: str) -> str | None:
-    """What follows the chain of thought; None if that has no end."""
+    """The text after the chain of thought; None if that has no end."""
     _, ended, said = text.rpartition(END_THINK)
     return None if not ended and THINK in text else said
 
 
 def _said(text: str) -> str | None:
-    """What follows the chain of thought, or the part of it between answer tags."""
+    """The text after the chain of thought, or the part of it between answer tags."""
     said = _after_thought(text)
-    tagged = _TAGGED.findall(said) if said is not None else []
+    tagged = _TAGGED.findall(said or "")
     return tagged[-1].strip() if tagged else said
 
 

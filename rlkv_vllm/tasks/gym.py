@@ -14,7 +14,7 @@ from rlkv_vllm.tasks.task import SOLVED, Problem
 
 PREFIX = "gym:"
 
-#: How to answer. Grids and sets need tags: they have lines and braces of their own.
+#: How to answer. Grids and sets contain line breaks and braces, so tags mark their ends.
 INSTRUCTION = (
     "Give your final answer between <answer> and </answer>, exactly in the form that is asked "
     "for, with nothing else between the tags."
@@ -24,12 +24,8 @@ INSTRUCTION = (
 class GymTask:
     """One of reasoning-gym's tasks in its default difficulty, with its own scorer.
 
-    Args:
-        name: as reasoning-gym calls it, such as `leg_counting`.
-
     Raises:
-        RlkvError: if there is no such task, it cannot be made without options, or reasoning-gym
-            is not installed.
+        RlkvError: there is no such task, it needs options, or reasoning-gym is not installed.
     """
 
     def __init__(self, name: str) -> None:
@@ -54,13 +50,13 @@ class GymTask:
         ]
 
     def score(self, text: str, problem: Problem) -> float:
-        """What reasoning-gym gives for the final answer; 0 if its scorer fails over it."""
+        """The score that reasoning-gym gives the final answer, 0 if its scorer fails."""
         given = final_answer(text)
         if given is None:
             return 0.0
         entry = problem.extra["entry"]
         score = 0.0
-        # As it is, then without the marks that models put around answers.
+        # First unchanged, then without the marks that models put around answers.
         for answer in dict.fromkeys((given.strip(), bare(given))):
             request = {"check": "gym", "name": self._gym_name, "entry": entry, "answer": answer}
             score = max(score, CHECKER.score(request))
@@ -69,8 +65,8 @@ class GymTask:
         return score
 
     def _entries(self, n: int, seed: int) -> list[dict[str, Any]]:
-        # reasoning-gym makes problem i of seed s from s + i: neighbouring seeds would share
-        # all problems but one.
+        # reasoning-gym makes problem i of seed s from s + i: without the hash, seeds s and s + 1
+        # would share all problems but one.
         digest = hashlib.sha256(f"{self._gym_name}-{seed}".encode()).digest()
         spread = int.from_bytes(digest[:4], "big") // 2
         request = {"check": "gym-problems", "name": self._gym_name, "n": n, "seed": spread}

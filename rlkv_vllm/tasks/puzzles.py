@@ -1,11 +1,11 @@
 """Five families of reasoning problems, with their chains of thought.
 
-Every step of a chain of thought looks up a fact that was written far back, by one token
-that has no other use: `c=`, `c:`, `zumpus>`, `zumpus$`, `L7`, `v3=`, `12.`, `apple$`. Values are
-digits; arithmetic is modulo 10. Words are separated by single spaces and one word is one token.
+Every step of a chain of thought looks up a fact that was written much earlier, by a word used for
+nothing else: `c=`, `c:`, `zumpus>`, `zumpus$`, `L7`, `v3=`, `12.`, `apple$`. Words are tokens,
+separated by single spaces. Values are digits; arithmetic is modulo 10.
 
-The fifth family, `audit`, is for models of its own: its chains are five times as long, and they
-check themselves, so that a model can recover from its own errors.
+The fifth family, `audit`, needs a model of its own: its chains of thought are five times as long
+and check themselves, so that a model can recover from its errors.
 """
 
 from __future__ import annotations
@@ -33,13 +33,10 @@ GOODS = (
 # fmt: on
 MAX_LINES = 24  # labels of a program, lines of a ledger
 
-#: The number of steps at scale 1.
-CHAIN_STEPS, HOPS_STEPS, PROGRAM_STEPS, LEDGER_STEPS = 24, 20, 18, 22
 PROGRAM_INPUTS = 4
-AUDIT_STEPS = 22  # of a walk
 
-#: Sections of an audit in their order: letter and label of a step. Labels of their own tell the
-#: model from its last few words where it is; counting down, it needs no end to be looked up.
+#: Sections of an audit in order: letter and label of a step. Labels differ by section, so that the
+#: last few words tell the model where it is; they count down, so that no end has to be looked up.
 AUDIT_SECTIONS = (("d", "{}."), ("c", "L{}"), ("b", "v{}"), ("a", "v{}="))
 _FAULTY_SHARE = 0.25  # of the walks in training texts
 _MOST_FAULTY_OF_SECTION, _MOST_FAULTY = 2, 5  # walks: bounds the length of training texts
@@ -50,12 +47,11 @@ class ReasonedProblem:
     """A problem with the chain of thought that solves it.
 
     Attributes:
-        prompt: what the user says.
         thought: the words between `<think>` and `</think>`.
         answer: one digit.
-        injected: places of wrong words in `completion`, counted in words: errors to recover
-            from, which a model must not be trained to make. Only training texts have any.
-        pivots: places, counted alike, of rare words that decide how long the chain goes on.
+        injected: positions of wrong words in `completion`: errors to recover from, which a model
+            must not be trained to make. Only training texts have them.
+        pivots: positions of rare words that decide the length of the chain of thought.
     """
 
     prompt: str
@@ -66,16 +62,16 @@ class ReasonedProblem:
 
     @property
     def completion(self) -> str:
-        """What the model is to say, without the end token."""
+        """What the model should say, without the end token."""
         return f"{THINK} {self.thought} {END_THINK} {ANSWER} {self.answer}"
 
 
 def _chain(rng: random.Random, steps: int) -> ReasonedProblem:
-    """Resolve a variable down to its start, then compute back up."""
+    """Resolve a variable down to its start, then compute it back up."""
     decoys = min(len(VARIABLES) - steps, 1 + steps // 6)
     names = rng.sample(VARIABLES, steps + decoys)
-    # The decoys define each other in a circle: with a second start, the offset that follows
-    # "start" would be ambiguous to a model that looks it up by that word.
+    # The decoys define each other in a circle: a second start would make the offset after
+    # "start" ambiguous.
     sources = ["start", *names[: steps - 1], names[-1], *names[steps:-1]]
     facts = {
         name: (source, rng.randrange(MODULUS)) for name, source in zip(names, sources, strict=True)
@@ -163,10 +159,10 @@ def _ledger(rng: random.Random, steps: int) -> ReasonedProblem:
 def _audit(rng: random.Random, steps: int, *, with_faults: bool = False) -> ReasonedProblem:
     """Walk from four starts, from each until a total is confirmed, and add up all weights.
 
-    All links are one circle. `3 c= zumpus c L9` begins a walk of 9 steps from `zumpus` with a
-    total of 3 so far; `c: 5` ends it. `start` walks the section again; `done` closes it when an
-    earlier walk of the section has ended with the same total, with which the next section
-    begins. After a wrong word a walk misses its total, and further walks make up for it.
+    The links form one circle. `3 c= zumpus c L9` begins a walk of 9 steps from `zumpus` with a
+    total of 3 so far; `c: 5` ends it. `start` repeats the walk of the section. `done` closes the
+    section when two of its walks ended with the same total; the next section begins with that
+    total. A wrong word makes a walk miss its total, and more walks correct it.
     """
     names = rng.sample(CREATURES, min(len(CREATURES), 2 + steps + steps // 3))
     links = dict(zip(names, [*names[1:], names[0]], strict=True))
@@ -192,13 +188,13 @@ def _audit(rng: random.Random, steps: int, *, with_faults: bool = False) -> Reas
             may_fail = faulty < _MOST_FAULTY_OF_SECTION and all_faulty < _MOST_FAULTY
             if with_faults and may_fail and rng.random() < _FAULTY_SHARE:
                 faulty, all_faulty = faulty + 1, all_faulty + 1
-                # A wrong total that came up twice would close the section with a wrong result.
+                # The same wrong total twice would close the section with a wrong result.
                 while result in (right[2], *seen):
                     n_faults = rng.choice((1, 1, 2))
                     said, wrong, result = _walk(
                         rng, links, weights, start, letter, labels, total, n_faults
                     )
-            # In the completion, `<think>` and the two words of the head stand before a walk.
+            # In the completion, `<think>` and two words of the section come before a walk.
             injected += [len(thought) + 3 + place for place in wrong]
             pivots.append(len(thought) + 5)  # the number of steps
             thought += [str(total), f"{letter}=", *said, f"{letter}:", str(result)]
@@ -224,9 +220,9 @@ def _walk(
     value: int,
     n_faults: int,
 ) -> tuple[list[str], list[int], int]:
-    """The words of one walk, the places of the wrong ones among them, and its total.
+    """The words of one walk, the positions of the wrong ones, and its total.
 
-    `value` is the total before. After a wrong word the walk goes on from what that word says.
+    `value` is the total before. After a wrong word the walk continues with that word.
     """
     words: list[str] = []
     wrong: list[int] = []
@@ -253,15 +249,16 @@ def _walk(
     return words, wrong, value
 
 
+# How a problem is made, and its number of steps at scale 1.
 _FAMILIES: dict[str, tuple[Callable[[random.Random, int], ReasonedProblem], int]] = {
-    "chain": (_chain, CHAIN_STEPS),
-    "hops": (_hops, HOPS_STEPS),
-    "program": (_program, PROGRAM_STEPS),
-    "ledger": (_ledger, LEDGER_STEPS),
-    "audit": (_audit, AUDIT_STEPS),
+    "chain": (_chain, 24),
+    "hops": (_hops, 20),
+    "program": (_program, 18),
+    "ledger": (_ledger, 22),
+    "audit": (_audit, 22),
 }
 
-#: The task families of the shipped model.
+#: The task families of the embedded model.
 FAMILIES = ("chain", "hops", "program", "ledger")
 #: Task families with long chains of thought, each for a model of its own.
 LONG_FAMILIES = ("audit",)
@@ -274,10 +271,9 @@ def make_problem(
 
     Args:
         family: one of `FAMILIES` or `LONG_FAMILIES`.
-        rng: where the randomness comes from.
-        scale: size in (0, 1]; 1 is the full size, of which the last fifth varies.
-        with_faults: whether chains of thought that check themselves have errors to recover
-            from, as training texts do.
+        rng: gives all random numbers.
+        scale: greatest size in (0, 1]; sizes vary by a fifth.
+        with_faults: put errors to recover from into an audit, as in training texts.
     """
     make, full = _FAMILIES[family]
     if with_faults and make is _audit:
@@ -289,13 +285,10 @@ def make_problem(
 def make_problems(
     family: str | None, n: int, seed: int, scale: float = 1.0
 ) -> list[ReasonedProblem]:
-    """`n` random problems, the same ones for the same arguments.
+    """`n` random problems, the same for the same arguments; training never uses them.
 
-    Args:
-        family: one of `FAMILIES` or `LONG_FAMILIES`, or None for all of `FAMILIES` in turn.
-        n: number of problems.
-        seed: any integer; training draws from streams that no seed here reaches.
-        scale: size in (0, 1].
+    `family` is one of `FAMILIES` or `LONG_FAMILIES`, or None for all of `FAMILIES` in turn; `scale`
+    is as in `make_problem`.
     """
     rng = random.Random(f"fresh-{family}-{seed}")
     return [make_problem(family or FAMILIES[i % len(FAMILIES)], rng, scale) for i in range(n)]
@@ -304,26 +297,22 @@ def make_problems(
 def vocabulary(family: str | None = None) -> Iterator[str]:
     """Every word that a problem or a completion may hold, in a fixed order.
 
-    Args:
-        family: the long family to include; None is the vocabulary of the shipped model.
+    `family` is a long family to include; None is the vocabulary of the embedded model.
     """
-    yield from (THINK, END_THINK, ANSWER)
-    yield from FAMILIES
+    yield from (THINK, END_THINK, ANSWER, *FAMILIES)
     yield from ("find", "from", "run", "total", "start", "end", "halt", "done")
-    yield from (str(digit) for digit in range(MODULUS))
-    yield from (f"+{digit}" for digit in range(MODULUS))
-    for pattern in ("{}", "{}=", "{}:"):
-        yield from (pattern.format(name) for name in VARIABLES)
-    for pattern in ("{}", "{}>", "{}$"):
-        yield from (pattern.format(name) for name in CREATURES)
-    for pattern in ("L{}", "v{}", "v{}=", "{}."):
-        yield from (pattern.format(number) for number in range(1, MAX_LINES + 1))
-    for pattern in ("{}", "{}$"):
-        yield from (pattern.format(name) for name in GOODS)
+    for patterns, names in (
+        (("{}", "+{}"), range(MODULUS)),
+        (("{}", "{}=", "{}:"), VARIABLES),
+        (("{}", "{}>", "{}$"), CREATURES),
+        (("L{}", "v{}", "v{}=", "{}."), range(1, MAX_LINES + 1)),
+        (("{}", "{}$"), GOODS),
+    ):
+        yield from (pattern.format(name) for pattern in patterns for name in names)
     if family in LONG_FAMILIES:
         yield family
 
 
 def example_question() -> str:
-    """A short problem for a first request; the same one every time."""
+    """A short problem for a first request, always the same."""
     return make_problems("hops", 1, seed=0, scale=0.3)[0].prompt

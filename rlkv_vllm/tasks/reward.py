@@ -1,4 +1,4 @@
-"""Scores by a function of the user."""
+"""Scores from the user's own function."""
 
 from __future__ import annotations
 
@@ -27,31 +27,22 @@ class RewardedTask:
             folder are found.
 
     Raises:
-        RlkvError: if there is no such function or it does not take these arguments.
+        RlkvError: there is no such function or it does not take these arguments.
     """
 
     def __init__(self, task: Task, path: str) -> None:
-        self._task = task
+        self.name = task.name
+        self.problems = task.problems
+        self.skipped: list[str] = getattr(task, "skipped", [])
         self._path = one_line(path)
         self._function = _find(path)
         self._check_signature()
-        self.skipped: int = getattr(task, "skipped", 0)
-        self.skip_reason: str = getattr(task, "skip_reason", "")
-
-    @property
-    def name(self) -> str:
-        """That of the task below."""
-        return self._task.name
-
-    def problems(self, n: int, seed: int) -> list[Problem]:
-        """Those of the task below."""
-        return self._task.problems(n, seed)
 
     def score(self, text: str, problem: Problem) -> float:
         """What the function returns.
 
         Raises:
-            RlkvError: if it fails or returns anything but a number in [0, 1].
+            RlkvError: it fails or returns anything but a number in [0, 1].
         """
         try:
             value = self._function(
@@ -76,9 +67,9 @@ class RewardedTask:
     def _check_signature(self) -> None:
         try:
             signature = inspect.signature(self._function)
-        except (TypeError, ValueError):  # some functions written in C tell nothing
+        except (TypeError, ValueError):  # some functions in C have no signature
             return
-        extra = self._task.problems(1, 0)[0].extra
+        extra = self.problems(1, 0)[0].extra
         try:
             signature.bind(completion="", answer="", messages=[], **extra)
         except TypeError as error:
@@ -99,7 +90,7 @@ def _find(path: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         found = pkgutil.resolve_name(f"{module}:{function}")
-    except Exception as error:  # importing runs code of whatever kind
+    except Exception as error:  # importing runs any code
         raise RlkvError(
             f"reward {one_line(path)}: cannot be imported ({type(error).__name__}: "
             f"{one_line(error)}): give package.module:function, importable from the current folder"
@@ -113,7 +104,7 @@ def _find(path: str) -> Callable[..., Any]:
 
 
 def _number(value: Any) -> float:
-    """`value` as a float, numbers and bools of array libraries included; NaN if it is none."""
+    """`value` as a float, also from array libraries; NaN if it is no number or bool."""
     try:
         return float(value) if hasattr(value, "__float__") else math.nan
     except Exception:

@@ -1,4 +1,4 @@
-"""From rows with columns to problems: what files and data sets have in common."""
+"""Problems from rows with columns, as files and data sets have them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlkv_vllm.files import one_line
 from rlkv_vllm.tasks.grading import gold_answer, is_equivalent
 from rlkv_vllm.tasks.task import Problem
 
-#: Names under which a reward gets the rest; columns called so are not passed on.
+#: Arguments of every reward; columns with these names are not passed on.
 REWARD_ARGUMENTS = ("completion", "answer", "messages")
 
 
@@ -23,9 +23,9 @@ class Columns:
     """Which columns to read.
 
     Attributes:
-        prompt: where the questions are: texts, or lists of chat messages.
-        answer: where the answers are: texts or numbers.
-        with_others: whether problems carry the other columns along, for a reward.
+        prompt: of the questions: texts, or lists of chat messages.
+        answer: of the answers: texts or numbers.
+        with_others: whether `Problem.extra` has the other columns, for a reward.
     """
 
     prompt: str = "prompt"
@@ -33,11 +33,7 @@ class Columns:
     with_others: bool = False
 
     def require(self, where: str, has: Iterable[str]) -> None:
-        """Refuse rows without them.
-
-        Raises:
-            RlkvError: naming the columns that there are.
-        """
+        """Raise an `RlkvError` that names the columns `has` if one is missing."""
         has = list(has)
         missing = [column for column in (self.prompt, self.answer) if column not in has]
         if missing:
@@ -51,76 +47,65 @@ class Columns:
         """The problem of a row.
 
         Raises:
-            UnusablePrompt: if it asks nothing.
-            UnusableAnswer: if there is no answer to compare with.
+            UnusablePrompt: the prompt is empty, or neither text nor messages.
+            UnusableAnswer: the answer is empty, or neither text nor a finite number.
         """
-        others = (
-            {
-                name: value
-                for name, value in row.items()
-                if name not in (self.prompt, self.answer, *REWARD_ARGUMENTS) and _is_json(value)
-            }
-            if self.with_others
-            else {}
-        )
-        return Problem(_messages(row[self.prompt]), _answer(row[self.answer]), others)
+        messages, answer = _messages(row[self.prompt]), _answer(row[self.answer])
+        if not self.with_others:
+            return Problem(messages, answer)
+        known = (self.prompt, self.answer, *REWARD_ARGUMENTS)
+        others = {
+            name: value for name, value in row.items() if name not in known and _is_json(value)
+        }
+        return Problem(messages, answer, others)
 
 
 class UnusablePrompt(ValueError):
-    """A prompt that is no question."""
+    """A row has no prompt."""
 
 
 class UnusableAnswer(ValueError):
-    """An answer that nothing can be compared with."""
+    """A row has no answer to compare with."""
 
 
+@dataclass(frozen=True)
 class RowsTask:
     """Problems sampled from rows, checked as `is_equivalent` does.
 
-    Args:
+    Attributes:
         name: what reports call it.
-        where: what messages call it.
+        where: what errors call it.
         count: number of usable rows.
         problem: the problem of a usable row, by its index.
-        skipped: number of rows that cannot be used.
-        skip_reason: why the first of them cannot.
+        skipped: why rows cannot be used, one reason per row.
 
     Raises:
-        RlkvError: if no row can be used.
+        RlkvError: no row can be used.
     """
 
-    def __init__(
-        self,
-        name: str,
-        where: str,
-        count: int,
-        problem: Callable[[int], Problem],
-        *,
-        skipped: int = 0,
-        skip_reason: str = "",
-    ) -> None:
-        if not count:
-            why = f" (rows skipped: {skipped}, the first one: {skip_reason})" if skipped else ""
-            raise RlkvError(f"{where}: holds no problem{why}: give rows with prompt and answer")
-        self.name = name
-        self.skipped = skipped
-        self.skip_reason = skip_reason
-        self._where = where
-        self._count = count
-        self._problem = problem
+    name: str
+    where: str
+    count: int
+    problem: Callable[[int], Problem]
+    skipped: list[str]
+
+    def __post_init__(self) -> None:
+        if not self.count:
+            why = ""
+            if self.skipped:
+                why = f" (rows skipped: {len(self.skipped)}, the first one: {self.skipped[0]})"
+            raise RlkvError(
+                f"{self.where}: holds no problem{why}: give rows with prompt and answer"
+            )
 
     def problems(self, n: int, seed: int) -> list[Problem]:
-        """`n` different rows in random order.
-
-        Raises:
-            RlkvError: if there are fewer.
-        """
-        if n > self._count:
+        """`n` different rows in random order; an `RlkvError` if there are fewer."""
+        if n > self.count:
             raise RlkvError(
-                f"{self._where}: holds {self._count} problems, {n} are wanted: ask for at most "
-                f"{self._count}"
+                f"{self.where}: holds {self.count} problems, {n} are wanted: ask for at most "
+                f"{self.count}"
             )
-        return [self._problem(i) for i in random.Random(seed).sample(range(self._count), n)]
+        return [self.problem(i) for i in random.Random(seed).sample(range(self.count), n)]
 
     def score(self, text: str, problem: Problem) -> float:
         """1 for a correct final answer, else 0."""
@@ -157,7 +142,7 @@ def _answer(answer: Any) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is one that can be encoded: JSON may hold half a character."""
+    """Whether `value` is text that can be encoded: JSON may hold half a surrogate pair."""
     try:
         return isinstance(value, str) and bool(value.encode() or True)
     except UnicodeEncodeError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-#: A problem is solved from this score on.
+#: The lowest score of a solved problem.
 SOLVED = 0.999
 
 
@@ -17,7 +17,7 @@ class Problem:
     Attributes:
         messages: role and content of each chat message.
         answer: the final answer.
-        extra: what the scoring of its task needs besides, fit for JSON; not compared.
+        extra: what else the scoring of its task needs, fit for JSON; not compared.
     """
 
     messages: list[dict[str, str]]
@@ -45,15 +45,12 @@ def is_solved(task: Task, text: str, problem: Problem) -> bool:
 
 
 def skip_note(task: Task) -> str | None:
-    """A note for the user about rows that `task` cannot use.
+    """One line about the rows that `task` cannot use, or None if there are none.
 
-    Tasks that read rows count them in `skipped` and keep the first `skip_reason`.
-
-    Returns:
-        One line, or None if no row was skipped.
+    Tasks that read rows have a list `skipped` with a reason per row.
     """
-    skipped = getattr(task, "skipped", 0)
+    skipped: list[str] = getattr(task, "skipped", [])
     if not skipped:
         return None
-    rows = "1 row" if skipped == 1 else f"{skipped} rows"
-    return f"task {task.name}: {rows} skipped, the first one: {getattr(task, 'skip_reason', '')}"
+    rows = "1 row" if len(skipped) == 1 else f"{len(skipped)} rows"
+    return f"task {task.name}: {rows} skipped, the first one: {skipped[0]}"

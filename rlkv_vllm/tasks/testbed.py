@@ -1,4 +1,4 @@
-"""The task families of the embedded reasoner and of the models with long answers."""
+"""The task families of the models that the package has or can train itself."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from rlkv_vllm.tasks.grading import is_correct
 from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES, make_problems
 from rlkv_vllm.tasks.task import Problem
 
-#: Names of the tasks here; the first one is all families of the shipped model in turn.
+#: The first one is all families of the embedded model in turn.
 NAMES = (MODEL_NAME, *FAMILIES, *LONG_FAMILIES)
 
 
 class TestbedTask:
-    """One task family of the testbed, or all of the shipped model in turn.
-
-    Args:
-        name: one of `NAMES`.
-    """
+    """The task of one of `NAMES`."""
 
     __test__ = False  # not a test class, in spite of its name
 
@@ -24,7 +20,7 @@ class TestbedTask:
         self.name = name
 
     def problems(self, n: int, seed: int) -> list[Problem]:
-        """Fresh problems; none of them was trained on."""
+        """New problems, none of which the models were trained on."""
         family = None if self.name == MODEL_NAME else self.name
         return [
             Problem([{"role": "user", "content": problem.prompt}], problem.answer)

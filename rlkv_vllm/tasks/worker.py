@@ -1,12 +1,12 @@
-"""What runs in the process of `rlkv_vllm.tasks.checker`.
+"""The worker process of `rlkv_vllm.tasks.checker`.
 
-Requests hold, by `check`:
+Requests by `check`, with their keys:
 
-- `math`: `gold`, `said`: does what was said end in a formula equal to the right one?
-- `gym`: `name`, `entry`, `answer`: the score of reasoning-gym's own scorer.
-- `gym-problems`: `name`, `n`, `seed`: `entries` of reasoning-gym, or `unknown` names like `name`.
+- `math` (`gold`, `said`): `score` 1 if `said` ends in a formula equal to `gold`, else 0.
+- `gym` (`name`, `entry`, `answer`): `score` of reasoning-gym's own scorer.
+- `gym-problems` (`name`, `n`, `seed`): `entries` of reasoning-gym, or `unknown`, names like `name`.
 
-A reply with `error` is one that no other answer would change.
+A reply with `error` does not depend on the answer.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from functools import cache
 from multiprocessing import connection, parent_process
 from typing import Any
 
-#: What checks may add to the memory of the process.
+#: How much memory checks may add to the process.
 MAX_MEMORY_BYTES = 4 * 2**30
 
 
 def prepare() -> None:
-    """Prepare the process: no output, no Ctrl-C, a limit of memory."""
+    """Prepare the process: no output, no Ctrl-C, a memory limit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
     warnings.simplefilter("ignore")
+    # It warns that its own time limit is off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     os.setsid()  # Ctrl-C is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Not handled, SIGPROF ends the process wherever it is, arithmetic in C included.
+    # Without a handler, SIGPROF ends the process at once, also in C code.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     try:
         with open("/proc/self/statm") as stream:
@@ -53,18 +55,12 @@ def _end_with_parent() -> None:
 
 
 def reply(request: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
-    """The reply to a request.
-
-    Args:
-        request: see above.
-        cpu_seconds: CPU time after which SIGPROF ends the process; 0 for no limit.
-    """
-    checks = {"math": _math, "gym": _gym, "gym-problems": _gym_problems}
-    check = checks[request["check"]]
+    """The reply to a request; after `cpu_seconds`, unless 0, SIGPROF ends the process."""
+    check = {"math": _math, "gym": _gym, "gym-problems": _gym_problems}[request["check"]]
     try:
-        # Imports and data files take seconds; they are not part of the answer's time.
+        # Imports and data files take seconds and do not count as time of the check.
         if check is _math:
-            _prepare_math()
+            import math_verify  # noqa: F401
         else:
             import reasoning_gym  # noqa: F401
         if check is _gym:
@@ -83,14 +79,6 @@ def reply(request: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
         return {"score": 0.0}  # the scorer failed on the answer
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-@cache
-def _prepare_math() -> None:
-    import math_verify  # noqa: F401
-
-    # It warns that its own time limit is off.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def _math(request: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +101,7 @@ def _math(request: dict[str, Any]) -> dict[str, Any]:
 def _gym(request: dict[str, Any]) -> dict[str, Any]:
     dataset = _gym_scorer(request["name"])
     scores = []
-    # JSON has no tuples; some scorers compare with them.
+    # Some scorers compare with tuples, which JSON does not have.
     for entry in (request["entry"], _with_tuples(request["entry"])):
         try:
             scores.append(float(dataset.score_answer(request["answer"], entry)))

@@ -26,7 +26,6 @@ MODEL_FILE, METRICS_FILE = "model.safetensors", "metrics.json"
 
 #: The accuracy that bfloat16 weights must keep to be preferred.
 _ENOUGH = 0.95
-_MEASURED = 300
 #: Where answers are cut off, in tokens: longer than any completion without errors, with room to
 #: recover from errors in `audit`.
 MAX_COMPLETION = {MODEL_NAME: 176, "audit": 1600}
@@ -39,22 +38,12 @@ def measure(
     *,
     streaming: bool,
     family: str | None = None,
-    n: int = _MEASURED,
-    seed: int = _MEASURE_SEED,
+    n: int,
 ) -> dict[str, float]:
-    """Share of fresh problems solved and the mean length of the outputs.
+    """Share of fresh problems that the model solves greedily, and "output_tokens", their mean.
 
-    Args:
-        model: decoded greedily.
-        tokenizer: its tokenizer.
-        streaming: whether all heads are streaming heads; otherwise none is.
-        family: the one family the model knows; None is all of the shipped model in turn.
-        n: number of problems.
-        seed: of the problems.
-
-    Returns:
-        The share solved per family, with `family` None also over all of them ("embedded"), and
-        "output_tokens".
+    The share is that of `family`; without one it is that of every family of the shipped model, and
+    of all together ("embedded"). Either all heads are streaming heads or none is.
     """
     task = get_task(family or MODEL_NAME)
     none_full = HeadSplit([()] * model.config.num_hidden_layers, *EMBEDDED_SPAN)
@@ -62,7 +51,7 @@ def measure(
         model,
         tokenizer,
         task,
-        task.problems(n, seed),
+        task.problems(n, _MEASURE_SEED),
         split=none_full if streaming else None,
         sampling=Sampling(max_tokens=MAX_COMPLETION[task.name], temperature=0),
         batch_size=32,
@@ -82,21 +71,12 @@ def export(
     output: Path,
     *,
     run: dict[str, Any],
-    family: str | None = None,
-    n: int = _MEASURED,
+    family: str | None,
+    n: int,
 ) -> dict[str, Any]:
     """Measure the model and write it, in bfloat16 if that solves enough, else in float32.
 
-    Args:
-        model: in float32.
-        tokenizer: written beside it.
-        output: folder of the model.
-        run: how the model came about, for the record.
-        family: the one family it knows; None is the mix of the shipped model.
-        n: number of problems to measure with.
-
-    Returns:
-        What `metrics.json` holds.
+    Returns what `metrics.json` holds, among it `run`: how the model came about.
 
     Raises:
         RlkvError: if the folder cannot be written.

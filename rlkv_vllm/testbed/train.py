@@ -5,16 +5,16 @@ curriculum that enlarges the problems as fast as the model masters them. A run i
 its configuration: the data of a step depend on seed and step alone, so that a resumed run ends
 in the same state as one that was never interrupted.
 
-The shipped weights were made with a Muon of our own, which iterated in float32 where
-`torch.optim.Muon` iterates in bfloat16: a run of today gives other weights and, on a CPU without
-bfloat16 arithmetic, takes longer.
+The shipped weights were made with a Muon that iterated in float32, `torch.optim.Muon` iterates in
+bfloat16: a run of today gives other weights and takes longer on a CPU without bfloat16 arithmetic.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.models import model_source
 from rlkv_vllm.store import differences
-from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES, ReasonedProblem, make_problem
+from rlkv_vllm.tasks.puzzles import FAMILIES, LONG_FAMILIES, make_problem
 from rlkv_vllm.testbed.export import MODEL_FILE, export
 from rlkv_vllm.testbed.model import MAX_LENGTH, build_model
 from rlkv_vllm.testbed.tokenizer import build_tokenizer, training_texts
@@ -41,39 +41,22 @@ _USUAL_STEPS_PER_SIZE = 20  # that a size takes to be mastered, once the first o
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train; the defaults are those of the shipped weights.
+    """How to train; the defaults are those of the shipped weights."""
 
-    Attributes:
-        seed: of the initial weights and of the data.
-        max_steps: where to stop when the curriculum has not ended the run before.
-        batch_tokens: tokens in a batch, prompts included.
-        muon_lr: peak learning rate of the hidden matrices.
-        adam_lr: peak learning rate of embeddings and norms.
-        warmup_steps: linear warm-up of both learning rates.
-        first_scale: size of the problems at the start, in (0, 1].
-        scale_step: how much they grow each time the model masters them.
-        master_accuracy: running token accuracy from which a size is mastered.
-        decay_accuracy: running token accuracy at full size from which the learning rate decays.
-        decay_steps: length of the linear decay to zero, the end of the run.
-        checkpoint_steps: how often the state is saved.
-        family: the one family to train on; None is the mix that the shipped model knows.
-        init: model to start from, `embedded` or a folder of this command; None: random weights.
-    """
-
-    seed: int = 0
-    max_steps: int = 6000
-    batch_tokens: int = 2000
-    muon_lr: float = 2e-3
-    adam_lr: float = 2.5e-3
-    warmup_steps: int = 50
-    first_scale: float = 0.15
-    scale_step: float = 0.04
-    master_accuracy: float = 0.93
-    decay_accuracy: float = 0.97
-    decay_steps: int = 500
-    checkpoint_steps: int = 200
-    family: str | None = None
-    init: str | None = None
+    seed: int = 0  # of the initial weights and of the data
+    max_steps: int = 6000  # where to stop when the curriculum has not ended the run before
+    batch_tokens: int = 2000  # prompts included
+    muon_lr: float = 2e-3  # peak, of the hidden matrices
+    adam_lr: float = 2.5e-3  # peak, of embeddings and norms
+    warmup_steps: int = 50  # linear, of both learning rates
+    first_scale: float = 0.15  # size of the problems at the start, in (0, 1]
+    scale_step: float = 0.04  # how much they grow each time the model masters them
+    master_accuracy: float = 0.93  # running token accuracy from which a size is mastered
+    decay_accuracy: float = 0.97  # the same at full size, from which the learning rates decay
+    decay_steps: int = 500  # length of the linear decay to zero, the end of the run
+    checkpoint_steps: int = 200  # between two checkpoints
+    family: str | None = None  # the only one to train on; None: the mix of the shipped model
+    init: str | None = None  # start from `embedded` or a folder of this command; None: random
 
     @classmethod
     def of(cls, family: str | None, **options: Any) -> TrainingConfig:
@@ -83,35 +66,20 @@ class TrainingConfig:
         at a higher token accuracy.
         """
         if family in LONG_FAMILIES:
-            options = {**_LONG_ANSWERS, **options}
+            accuracies = {"master_accuracy": 0.98, "decay_accuracy": 0.99}
+            options = {"batch_tokens": 3000, "decay_steps": 400, **accuracies, **options}
         return cls(family=family, **options)
-
-
-_LONG_ANSWERS = {
-    "batch_tokens": 3000,
-    "master_accuracy": 0.98,
-    "decay_accuracy": 0.99,
-    "decay_steps": 400,
-}
 
 
 @dataclass
 class TrainingState:
-    """Where a run is.
+    """Where a run is."""
 
-    Attributes:
-        step: steps done.
-        scale: present size of the problems.
-        accuracy: running token accuracy.
-        loss: running loss, nats per token.
-        decay_start: the step at which the decay began, if it has.
-    """
-
-    step: int = 0
-    scale: float = 0.0
-    accuracy: float = 0.0
-    loss: float = 0.0
-    decay_start: int | None = None
+    step: int = 0  # steps done
+    scale: float = 0.0  # present size of the problems
+    accuracy: float = 0.0  # running, of tokens
+    loss: float = 0.0  # running, nats per token
+    decay_start: int | None = None  # the step at which the decay began, if it has
 
     def learning_rate(self, config: TrainingConfig) -> float:
         """The factor on the peak learning rates, in [0, 1]."""
@@ -122,28 +90,19 @@ class TrainingState:
 
     def is_done(self, config: TrainingConfig) -> bool:
         """Whether the curriculum or the step limit has ended the run."""
-        if self.decay_start is not None and self.step >= self.decay_start + config.decay_steps:
-            return True
-        return self.step >= config.max_steps
+        return self.step >= self.expected_steps(config)
 
     def expected_steps(self, config: TrainingConfig) -> int:
-        """Estimated steps of the run, if every size is mastered as fast as usual."""
-        if self.is_done(config):
-            return self.step
-        if self.decay_start is not None:
-            end = self.decay_start + config.decay_steps
-        else:
+        """Steps of the run, estimated if it does not decay yet: sizes are mastered as usual."""
+        decay_start = self.decay_start
+        if decay_start is None:
             sizes = (1.0 - self.scale) / config.scale_step
-            end = self.step + round(sizes * _USUAL_STEPS_PER_SIZE) + config.decay_steps
-        return min(end, config.max_steps)
+            decay_start = self.step + round(sizes * _USUAL_STEPS_PER_SIZE)
+        return min(decay_start + config.decay_steps, config.max_steps)
 
 
 class TestbedTrainer:
-    """Model, optimisers and curriculum of one run.
-
-    Args:
-        config: how to train.
-    """
+    """Model, optimisers and curriculum of one run."""
 
     __test__ = False  # not a test class, in spite of its name
 
@@ -169,13 +128,12 @@ class TestbedTrainer:
             ),
             torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
-        self._peaks = (config.muon_lr, config.adam_lr)
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self) -> tuple[torch.Tensor, ...]:
         """The batch of the present step: ids, labels, their weights, each [problems, length]."""
         config = self.config
         rng = random.Random(f"train-{config.seed}-{self.state.step}")
-        rows: list[tuple[list[int], int, ReasonedProblem]] = []
+        rows: list[tuple[list[float], ...]] = []
         longest = 0
         while True:
             scale = self.state.scale
@@ -183,29 +141,22 @@ class TestbedTrainer:
                 scale *= rng.uniform(0.3, 1.0)
             family = config.family or rng.choice(FAMILIES)
             problem = make_problem(family, rng, scale, with_faults=True)
-            prompt, completion = training_texts(problem)
-            prompt_ids = self._encode(prompt)
-            ids = prompt_ids + self._encode(completion)
+            prompt, completion = (
+                self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+                for text in training_texts(problem)
+            )
+            ids = prompt + completion
             longest = max(longest, len(ids))
             if rows and longest * (len(rows) + 1) > config.batch_tokens:
                 break
-            rows.append((ids, len(prompt_ids), problem))
-        longest = max(len(ids) for ids, _, _ in rows)
-        inputs = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
-        labels = torch.full((len(rows), longest), _IGNORED)
-        weights = torch.ones((len(rows), longest))
-        for i, (ids, prompt_length, problem) in enumerate(rows):
-            inputs[i, : len(ids)] = torch.tensor(ids)
-            labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
+            labels, weights = [_IGNORED] * len(prompt) + completion, [1.0] * len(ids)
             for place in problem.injected:
-                labels[i, prompt_length + place] = _IGNORED
+                labels[len(prompt) + place] = _IGNORED
             for place in problem.pivots:
-                weights[i, prompt_length + place] = _PIVOT_WEIGHT
-        return inputs, labels, weights
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+                weights[len(prompt) + place] = _PIVOT_WEIGHT
+            rows.append((ids, labels, weights))
+        padding = self.tokenizer.pad_token_id, _IGNORED, 1.0
+        return tuple(map(_padded, zip(*rows, strict=True), padding))
 
     def step(self) -> None:
         """One optimiser step and, every tenth, a look at the curriculum."""
@@ -220,9 +171,8 @@ class TestbedTrainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         factor = state.learning_rate(config)
-        for optimizer, peak in zip(self._optimizers, self._peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         keep = min(0.9, state.step / (state.step + 1))
@@ -234,8 +184,6 @@ class TestbedTrainer:
                 state.scale = min(1.0, state.scale + config.scale_step)
             elif state.scale >= 1.0 and state.accuracy > config.decay_accuracy:
                 state.decay_start = state.step
-
-    # --- checkpoints -----------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
         """Write weights, optimisers and curriculum to one file, atomically.
@@ -249,17 +197,13 @@ class TestbedTrainer:
         for number, optimizer in enumerate(self._optimizers):
             for index, entry in optimizer.state_dict()["state"].items():
                 for key, value in entry.items():
-                    tensors[f"optimizer.{number}.{index}.{key}"] = value
+                    tensors[f"optimizer.{number}.{index}.{key}"] = value.contiguous()
         record = {
             "config": asdict(self.config),
             "state": asdict(self.state),
             "optimizers": self._optimizer_names(),
         }
-        content = save(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            metadata={"testbed": json.dumps(record)},
-        )
-        write_bytes_atomic({path: content})
+        write_bytes_atomic({path: save(tensors, metadata={"testbed": json.dumps(record)})})
 
     def _optimizer_names(self) -> list[str]:
         return [type(optimizer).__qualname__ for optimizer in self._optimizers]
@@ -285,8 +229,7 @@ class TestbedTrainer:
                 f"{path}: of another version of `rlkv testbed train`, with other optimisers: "
                 "delete it and start anew"
             )
-        ours = asdict(self.config)
-        if found := differences(record["config"], ours):
+        if found := differences(record["config"], asdict(self.config)):
             raise RlkvError(
                 f"{path}: has other settings ({'; '.join(found)}): resume with the same options, "
                 "or choose another --output"
@@ -295,26 +238,19 @@ class TestbedTrainer:
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
                 weight.copy_(tensors[f"model.{name}"])
-        for number, optimizer in enumerate(self._optimizers):
-            entries: dict[int, dict[str, torch.Tensor]] = {}
-            for name, tensor in tensors.items():
-                kind, _, rest = name.partition(".")
-                if kind != "optimizer" or not rest.startswith(f"{number}."):
-                    continue
-                _, index, key = rest.split(".")
-                entries.setdefault(int(index), {})[key] = tensor
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+        entries: list[Any] = [defaultdict(dict) for _ in self._optimizers]
+        for name, tensor in tensors.items():
+            match name.split("."):
+                case "optimizer", number, index, key:
+                    entries[int(number)][int(index)][key] = tensor
+        for optimizer, entry in zip(self._optimizers, entries, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": entry})
 
 
 def start_from(source: str, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Copy the weights of a finished model of this command into `model`.
 
     Words that only `model` knows come last in its vocabulary and keep their random embeddings.
-
-    Args:
-        source: `embedded` or the folder of the model.
-        model: changed in place.
-        tokenizer: of `model`.
 
     Raises:
         RlkvError: if the folder holds no such model, or one of another shape or vocabulary.
@@ -323,10 +259,9 @@ def start_from(source: str, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokeni
     from safetensors.torch import load_file
 
     folder = Path(model_source(source))
-    words_file = folder / "tokenizer.json"
     try:
         weights = load_file(folder / MODEL_FILE)
-        theirs = json.loads(words_file.read_text(encoding="utf-8"))["model"]["vocab"]
+        theirs = json.loads((folder / "tokenizer.json").read_bytes())["model"]["vocab"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RlkvError(
             f"--init {source}: no model of `rlkv testbed train` ({one_line(error)}): give "
@@ -353,16 +288,15 @@ def start_from(source: str, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokeni
             weight[:n].copy_(given)
 
 
+def _padded(rows: Iterable[list[float]], value: float) -> torch.Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
 def _loss_and_accuracy(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted means over the targets.
-
-    Args:
-        logits: [targets, vocabulary].
-        targets: [targets].
-        weights: [targets].
-    """
+    """Weighted means over the targets; `logits` are [targets, vocabulary]."""
     right = (logits.argmax(-1) == targets).float()
     if (weights == 1).all():  # the same sums, to the last bit, as for the shipped weights
         return torch.nn.functional.cross_entropy(logits, targets), right.mean()
@@ -380,12 +314,6 @@ def run(
     """Train to the end, with a checkpoint in `output` every `checkpoint_steps`.
 
     One thread: two of them gain little at this size and lose much where a core is shared.
-
-    Args:
-        config: how to train.
-        output: folder of the checkpoint.
-        resume: continue from its checkpoint, if there is one.
-        report: called after every step.
 
     Raises:
         RlkvError: if `output` holds a finished model, a checkpoint that does not fit, or any
@@ -420,17 +348,9 @@ def train(
     report: Callable[[TrainingState], None] = lambda state: None,
     measure: int = 300,
 ) -> dict[str, Any]:
-    """Train, measure, and write the model to `output`; the checkpoint goes when it is there.
+    """`run`, measure with `measure` problems, write the model to `output` without checkpoint.
 
-    Args:
-        config: how to train.
-        output: folder of the model.
-        resume: continue from its checkpoint, if there is one.
-        report: called after every step.
-        measure: number of problems to measure accuracy with.
-
-    Returns:
-        What `metrics.json` holds.
+    Returns what `metrics.json` holds.
 
     Raises:
         RlkvError: as `run`, or if the folder cannot be written.

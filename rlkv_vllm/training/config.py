@@ -15,7 +15,6 @@ from rlkv_vllm.files import one_line
 from rlkv_vllm.models import default_span
 from rlkv_vllm.options import Positive, Section, Share, override, read_options, validate
 from rlkv_vllm.rollouts.config import RolloutConfig
-from rlkv_vllm.tasks import Task, get_task
 
 DOCS = "docs/train.md"
 #: What `trainer` may not set: the job decides it.
@@ -53,14 +52,6 @@ class TaskConfig(Section):
         default=None,
         description="Own reward, `package.module:function`; null: 1 if the answer is right.",
     )
-
-    def load(self) -> Task:
-        """The task.
-
-        Raises:
-            RlkvError: there is none of that name, or it cannot be read.
-        """
-        return get_task(self.name, **self.model_dump(exclude={"name"}))
 
 
 class CurriculumConfig(Section):
@@ -151,11 +142,7 @@ class TrainConfig(JobConfig):
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply the changes of the command line.
-
-    Args:
-        path: the file.
-        changes: as of `rlkv_vllm.options.override`.
+    """Read a YAML file and apply the changes of the command line (`rlkv_vllm.options.override`).
 
     Raises:
         RlkvError: naming file or change, the key and what is allowed.

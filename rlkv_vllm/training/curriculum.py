@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
@@ -20,6 +20,9 @@ from rlkv_vllm.store import Store
 from rlkv_vllm.tasks import Problem
 from rlkv_vllm.training.solver import Solver
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 KEPT_FILE, SUMMARY_FILE = "curriculum.jsonl", "curriculum.json"
 PARTIAL_FILE = "curriculum.partial.{rank}.json"
 FORMAT = "rlkv curriculum 1"
@@ -27,15 +30,10 @@ FORMAT = "rlkv curriculum 1"
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The problems to train on.
+    """The problems that the ungated model solved, in the order of the task, and figures of them.
 
-    Attributes:
-        problems: those that the ungated model solved, in the order of the task.
-        tried: problems that it tried.
-        mean_tokens: mean length of its answers (tokens).
-        capped_share: share of the answers that the token limit cut off.
-        longest: longest prompt and correct answer together (tokens).
-        sha256: of the kept problems.
+    `longest` is the longest prompt and correct answer together (tokens); mean length and
+    `capped_share` (cut off by the token limit) are of the answers to all problems `tried`.
     """
 
     problems: list[Problem]
@@ -46,29 +44,6 @@ class Curriculum:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share a job.
-
-    Attributes:
-        rank: this one.
-        world: how many there are.
-        wait: returns when all of them have called it.
-    """
-
-    rank: int = 0
-    world: int = 1
-    wait: Callable[[], None] = lambda: None
-
-    @classmethod
-    def of_accelerate(cls) -> Processes:
-        """Those of `accelerate launch`; one without it."""
-        from accelerate import PartialState
-
-        state = PartialState()
-        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
-
-
 def make_curriculum(
     solver: Solver,
     output: Path,
@@ -77,7 +52,7 @@ def make_curriculum(
     keep: int | None,
     sampling: Sampling,
     batch_size: int,
-    processes: Processes = Processes(),
+    processes: PartialState,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Curriculum:
     """Answer `n` problems with the ungated model and keep the solved ones.
@@ -91,39 +66,39 @@ def make_curriculum(
         keep: stop as soon as all processes together have solved so many; None tries all.
         sampling: of the answers; its seed is that of the problems too.
         batch_size: problems answered together.
-        processes: that work on one curriculum.
+        processes: that share the work.
         report: called with (problems answered, problems in all).
 
     Raises:
         RlkvError: nothing is solved, or the files in `output` have other settings.
     """
-    names = {"temperature", "top_p", "top_k"}
-    draw = None if sampling.is_greedy else sampling.model_dump(include=names)
+    draw = sampling.model_dump(include={"temperature", "top_p", "top_k"})
     wanted = {
         **solver.settings,
-        "draw": draw,  # the name in earlier runs, which can be continued
+        "draw": None if sampling.is_greedy else draw,  # the name in earlier runs
         "max_new_tokens": sampling.max_tokens,
         "batch_size": batch_size,
         "n": n,
         "keep": keep,
         "seed": sampling.seed,
     }
-    summary = _store(output / SUMMARY_FILE, wanted, processes)
+    rank, world = processes.process_index, processes.num_processes
+    summary = _store(output / SUMMARY_FILE, wanted, rank == 0)
     if summary.content:
-        return _load(summary, output)
+        return _load(summary)
     problems = solver.task.problems(n, sampling.seed)
-    mine = list(enumerate(problems))[processes.rank :: processes.world]
-    files = [output / PARTIAL_FILE.format(rank=rank) for rank in range(processes.world)]
-    partial = _store(files[processes.rank], {**wanted, "world": processes.world})
+    mine = list(enumerate(problems))[rank::world]
+    files = [output / PARTIAL_FILE.format(rank=one) for one in range(world)]
+    partial = _store(files[rank], {**wanted, "world": world})
     rows: list[dict[str, Any]] = partial.content.setdefault("rows", [])
     partial.save()
     left = mine[len(rows) :]
 
     def all_rows() -> list[dict[str, Any]]:
         """Rows of all processes; alike on all of them."""
-        processes.wait()
+        processes.wait_for_everyone()
         found = [row for file in files for row in read_json_object(file)["rows"]]
-        processes.wait()  # before one of them writes again
+        processes.wait_for_everyone()  # before one of them writes again
         return found
 
     def is_enough() -> bool:
@@ -138,7 +113,8 @@ def make_curriculum(
             continue
         # Random numbers of its own for every batch: a continued run samples the same ones.
         seeded = sampling.model_copy(update={"seed": sampling.seed + batch[0][0]})
-        result = solver.solve([problem for _, problem in batch], seeded, batch_size)
+        asked = [problem for _, problem in batch]
+        result = solver.solve(asked, sampling=seeded, batch_size=batch_size)
         rows += [
             {
                 "index": i,
@@ -154,31 +130,27 @@ def make_curriculum(
     if left:  # enough are solved
         report(len(rows), len(rows))
     found = all_rows()
-    if processes.rank == 0:
-        _finish(summary, output, problems, found, keep)
+    if rank == 0:
+        _finish(summary, problems, found, keep)
         for file in output.glob(PARTIAL_FILE.format(rank="*")):
             file.unlink()
-    processes.wait()
-    return _load(_store(output / SUMMARY_FILE, wanted), output)
+    processes.wait_for_everyone()
+    return _load(_store(output / SUMMARY_FILE, wanted))
 
 
-def _store(path: Path, settings: Mapping[str, Any], processes: Processes = Processes()) -> Store:
+def _store(path: Path, settings: Mapping[str, Any], is_writer: bool = True) -> Store:
     return Store(
         path,
         FORMAT,
         settings,
-        is_writer=processes.rank == 0,
+        is_writer=is_writer,
         flag="",
         fix=f"choose another --output, or delete curriculum.* in {path.parent}",
     )
 
 
 def _finish(
-    summary: Store,
-    output: Path,
-    problems: list[Problem],
-    rows: list[dict[str, Any]],
-    keep: int | None,
+    summary: Store, problems: list[Problem], rows: list[dict[str, Any]], keep: int | None
 ) -> None:
     capped = sum(row["capped"] for row in rows) / len(rows)
     solved = sorted((row for row in rows if row["solved"]), key=lambda row: row["index"])[:keep]
@@ -188,15 +160,9 @@ def _finish(
             "answers were cut off): choose a task that it can solve, or raise the limit of tokens "
             "(trainer.max_completion_length, --max-new-tokens)"
         )
-    kept = (problems[row["index"]] for row in solved)
-    text = "".join(
-        json.dumps(
-            {"messages": problem.messages, "answer": problem.answer, "extra": dict(problem.extra)},
-            ensure_ascii=False,
-        )
-        + "\n"
-        for problem in kept
-    ).encode()
+    kept = [problems[row["index"]] for row in solved]
+    plain = [{"messages": p.messages, "answer": p.answer, "extra": dict(p.extra)} for p in kept]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain).encode()
     summary.content |= {
         "tried": len(rows),
         "kept": len(solved),
@@ -206,28 +172,19 @@ def _finish(
         "sha256": hashlib.sha256(text).hexdigest(),
     }
     # Problems first: where the summary is, the curriculum is finished.
-    write_bytes_atomic({output / KEPT_FILE: text})
+    write_bytes_atomic({summary.path.with_name(KEPT_FILE): text})
     summary.save()
 
 
-def _load(summary: Store, output: Path) -> Curriculum:
-    path = output / KEPT_FILE
+def _load(summary: Store) -> Curriculum:
+    path = summary.path.with_name(KEPT_FILE)
+    fix = f"delete curriculum.* in {path.parent}"
     try:
         text = path.read_bytes()
-        rows = [json.loads(line) for line in text.decode().split("\n") if line]
-        problems = [Problem(row["messages"], row["answer"], row["extra"]) for row in rows]
-        figures = {
-            field.name: summary.content[field.name]
-            for field in fields(Curriculum)
-            if field.name != "problems"
-        }
+        problems = [Problem(**json.loads(line)) for line in text.decode().split("\n") if line]
+        figures = {field.name: summary.content[field.name] for field in fields(Curriculum)[1:]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RlkvError(
-            f"{summary.path}: no finished curriculum ({error!r}): delete curriculum.* in {output}"
-        ) from error
+        raise RlkvError(f"{summary.path}: no finished curriculum ({error!r}): {fix}") from error
     if hashlib.sha256(text).hexdigest() != figures["sha256"]:
-        raise RlkvError(
-            f"{path}: was changed after it was made: delete curriculum.* in {output} to make it "
-            "again"
-        )
+        raise RlkvError(f"{path}: was changed after it was made: {fix} to make it again")
     return Curriculum(problems, **figures)

@@ -27,6 +27,7 @@ FINISHED_FILE = "finished.json"
 SOURCE = "arXiv:2510.08525 (RLKV)"
 
 
+@explained_failures
 def run(
     config: TrainConfig,
     *,
@@ -36,28 +37,13 @@ def run(
 ) -> HeadProfile | None:
     """Make a head profile by reinforcement learning.
 
-    Under `accelerate launch` every process calls this; the main one evaluates and writes.
-
-    Args:
-        config: the job.
-        resume: continue what `config.output` holds.
-        listener: told about progress.
-        rollouts: the engine of `config.rollout`; None: transformers' generate.
-
-    Returns:
-        The profile, on the main process; None on others.
+    Under `accelerate launch` every process calls this; the main one evaluates, writes, and gets
+    the profile. `rollouts` is the engine of `config.rollout`; None: transformers' generate.
 
     Raises:
         RlkvError: if the job cannot be done, with what to change; what was reached stays in
             `config.output`.
     """
-    with explained_failures(config.output):
-        return _run(config, resume, listener, rollouts)
-
-
-def _run(
-    config: TrainConfig, resume: bool, listener: Listener, rollouts: Rollouts | None
-) -> HeadProfile | None:
     output = config.output
     checkpoint = last_checkpoint(output)
     held = [METRICS_FILE, REFINE_FILE, *([checkpoint.name] if checkpoint else [])]
@@ -82,9 +68,9 @@ def _run(
             "signal: lower window"
         )
     is_sharded = _train(config, args, job.solver, curriculum, resume, listener, rollouts)
-    job.processes.wait()  # the main process writes the log
+    job.processes.wait_for_everyone()  # the main process writes the log
     gates, step = best_gates(output, args.tau, args.average_steps)
-    if job.processes.rank != 0:
+    if not job.processes.is_main_process:
         return None
     if is_sharded:
         listener.say("not evaluated: the model is sharded; use `rlkv eval --write-rows`")

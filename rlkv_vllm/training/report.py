@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.evaluation.plot import Point, accuracy_figure
+from rlkv_vllm.evaluation.plot import accuracy_figure
+from rlkv_vllm.evaluation.rows import accuracy_interval
 from rlkv_vllm.files import one_line, write_text_atomic
 from rlkv_vllm.profile.plot import profile_figure
 from rlkv_vllm.profile.schema import EvaluationRow, HeadProfile
-from rlkv_vllm.statistics import wilson_interval
 from rlkv_vllm.training import report_charts as charts
 from rlkv_vllm.training.report_charts import data_uri
 from rlkv_vllm.training.run_folder import RunFolder
@@ -35,13 +36,7 @@ def write_report(run_dir: Path) -> Path:
     """Describe a run of `rlkv train` or `rlkv refine` in `report.html` of its folder.
 
     It shows what is there of the run and names what is missing: a run that was stopped, or whose
-    profile was not evaluated, has a report too.
-
-    Args:
-        run_dir: the run's folder, see docs/train.md.
-
-    Returns:
-        The file.
+    profile was not evaluated, has a report too. Returns the file.
 
     Raises:
         RlkvError: if the folder holds nothing of a run, or the file cannot be written.
@@ -54,8 +49,8 @@ def write_report(run_dir: Path) -> Path:
     tasks = list(dict.fromkeys((row.task, row.n) for row in rows))
     figures: dict[str, Figure | None] = {
         "accuracy": _accuracy(rows, tasks) if rows else None,
-        "training": charts.training_figure(run.metrics),
-        "summary": charts.gate_summary_figure(run.metrics),
+        "training": charts.curves_figure(run.metrics, charts.TRAINING_CURVES),
+        "summary": charts.curves_figure(run.metrics, charts.GATE_CURVES),
         "gates": charts.gates_figure(run.gates) if run.gates else None,
         "heads": profile_figure(profile, best or DEFAULT_SPARSITY) if profile else None,
     }
@@ -71,14 +66,16 @@ def write_report(run_dir: Path) -> Path:
     jinja.filters |= {"number": _number, "heads": _heads, "interval": _interval_text}
     page = jinja.get_template(TEMPLATE).render(
         run=run,
-        title=_title(run, profile),
+        title=f"Head profile of {run.model} by {profile.provenance.method}"
+        if profile
+        else f"Run of {run.model or 'an unknown model'} by rlkv: no profile",
         byline=_byline(run, profile),
         rows=sorted(rows, key=lambda row: (tasks.index((row.task, row.n)), row.sparsity)),
         best=best,
         sparsity=best or DEFAULT_SPARSITY,
         figures={name: figure and data_uri(figure) for name, figure in figures.items()},
         refined=[
-            {key: row.get(key) for key in _REFINED}
+            dict.fromkeys(_REFINED) | row
             for row in (refined if isinstance(refined, list) else [])
             if isinstance(row, dict)
         ],
@@ -97,12 +94,6 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _title(run: RunFolder, profile: HeadProfile | None) -> str:
-    if profile is None:
-        return f"Run of {run.model or 'an unknown model'} by rlkv: no profile"
-    return f"Head profile of {run.model} by {profile.provenance.method}"
-
-
 def _byline(run: RunFolder, profile: HeadProfile | None) -> str:
     parts = [f"run {run.name}"]
     if profile is not None:
@@ -117,40 +108,26 @@ def _byline(run: RunFolder, profile: HeadProfile | None) -> str:
     if run.metrics:
         parts.append(f"{run.metrics[-1]['step']} steps")
         elapsed = charts.number(run.metrics[-1].get("elapsed"))
-        if elapsed is not None:
+        if not math.isnan(elapsed):
             parts.append(f"{elapsed / 60:.1f} minutes of training")
     return ", ".join(parts)
 
 
 def _accuracy(rows: list[EvaluationRow], tasks: list[tuple[str, int]]) -> Figure:
     series = {
-        f"{task}, {n} problems": [
-            Point(
-                row.sparsity,
-                row.accuracy,
-                _interval(row),
-                row.mean_output_tokens,
-                row.p95_output_tokens,
-            )
-            for row in rows
-            if (row.task, row.n) == (task, n)
-        ]
+        f"{task}, {n} problems": [row for row in rows if (row.task, row.n) == (task, n)]
         for task, n in tasks
     }
     return accuracy_figure(series, "Fresh problems")
 
 
-def _interval(row: EvaluationRow) -> tuple[float, float]:
-    return wilson_interval(round(row.accuracy * row.n), row.n)
-
-
 def _interval_text(row: EvaluationRow) -> str:
-    return "{:.3f}-{:.3f}".format(*_interval(row))
+    return "{:.3f}-{:.3f}".format(*accuracy_interval(row))
 
 
 def _number(value: object, spec: str) -> str:
     found = charts.number(value)
-    return "-" if found is None else format(found, spec)
+    return "-" if math.isnan(found) else format(found, spec)
 
 
 def _heads(heads: object) -> str:

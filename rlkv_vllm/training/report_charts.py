@@ -21,43 +21,49 @@ MAX_GATE_LINES = 32
 MAX_HEAT_POINTS = 25_000
 
 _T = TypeVar("_T")
-_Metrics = Sequence[Mapping[str, Any]]
 
 # Curves by panel: the label of the axis, and name and key of each line.
-_CURVES = (
-    ("reward", (("mean", "reward"), ("standard deviation", "reward_std"))),
-    ("penalty", (("penalty", "penalty"),)),
-    ("output tokens", (("mean", "output_tokens"),)),
-    ("share cut off", (("cut off", "clipped"),)),
-)
-_GATE_CURVES = (
-    (
-        "gates",
-        (
-            ("mean", "gate_mean"),
-            ("share below 0.1", "gate_low"),
-            ("share above 0.9", "gate_high"),
-        ),
-    ),
-)
+TRAINING_CURVES = {
+    "reward": {"mean": "reward", "standard deviation": "reward_std"},
+    "penalty": {"penalty": "penalty"},
+    "output tokens": {"mean": "output_tokens"},
+    "share cut off": {"cut off": "clipped"},
+}
+GATE_CURVES = {
+    "gates": {"mean": "gate_mean", "share below 0.1": "gate_low", "share above 0.9": "gate_high"}
+}
 _IN_0_TO_1 = ("reward", "share cut off", "gates")
 
 
-def training_figure(metrics: _Metrics) -> Figure | None:
-    """Reward, penalty and length over the steps, as far as they are known."""
-    return _curves(metrics, _CURVES)
+def curves_figure(
+    metrics: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]]
+) -> Figure | None:
+    """One panel for each of `panels` that has a value; None if none has."""
+    rows = _thinned(metrics, MAX_STEPS_SHOWN)
+    steps = [row["step"] for row in rows]
+    shown: list[tuple[str, dict[str, list[float]]]] = []
+    for label, lines in panels.items():
+        columns = {name: [number(row.get(key)) for row in rows] for name, key in lines.items()}
+        known = {name: it for name, it in columns.items() if not all(map(math.isnan, it))}
+        if known:
+            shown.append((label, known))
 
+    def plot(axes: Axes, index: int) -> None:
+        label, lines = shown[index]
+        for name, values in lines.items():
+            axes.plot(steps, values, label=name, linewidth=1.3, **_dots(steps))
+        axes.set_ylabel(label)
+        axes.set_ylim(*((-0.03, 1.03) if label in _IN_0_TO_1 else (0, None)))
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize="small")
 
-def gate_summary_figure(metrics: _Metrics) -> Figure | None:
-    """Mean of the gates and the shares at either end over the steps."""
-    return _curves(metrics, _GATE_CURVES)
+    return _grid(len(shown), plot) if shown else None
 
 
 def gates_figure(gates: Sequence[tuple[int, list[list[float]]]]) -> Figure:
     """Every gate over the steps: lines for a few heads, a heat map for many.
 
-    Args:
-        gates: (step, gates ``[layers][KV heads]``), at least one, all of the same shape.
+    All gates ``[layers][KV heads]`` have the same shape.
     """
     heads = [(layer, head) for layer, row in enumerate(gates[0][1]) for head in range(len(row))]
     is_heat_map = len(heads) > MAX_GATE_LINES
@@ -71,10 +77,8 @@ def gates_figure(gates: Sequence[tuple[int, list[list[float]]]]) -> Figure:
         from matplotlib import colormaps
 
         colours = colormaps["viridis"].resampled(layers + 1)  # the lightest is too light
-        seen: set[int] = set()
-        for (layer, _head), values in zip(heads, curves, strict=True):
-            label = None if layer in seen else f"layer {layer}"
-            seen.add(layer)
+        for (layer, head), values in zip(heads, curves, strict=True):
+            label = None if head else f"layer {layer}"
             axes.plot(steps, values, color=colours(layer), linewidth=1, label=label, **_dots(steps))
         axes.set_ylabel("gate of every KV head")
         axes.set_ylim(-0.03, 1.03)
@@ -114,37 +118,11 @@ def data_uri(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
-def number(value: object) -> float | None:
-    """`value` if it is a finite number."""
+def number(value: object) -> float:
+    """`value` if it is a finite number, else NaN, which is a gap in a curve."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
+        return math.nan
     return float(value)
-
-
-def _curves(
-    metrics: _Metrics, panels: Sequence[tuple[str, Sequence[tuple[str, str]]]]
-) -> Figure | None:
-    """One panel for each of `panels` that has a value; None if none has."""
-    rows = _thinned(metrics, MAX_STEPS_SHOWN)
-    steps = [row["step"] for row in rows]
-    columns = {
-        key: [number(row.get(key)) for row in rows] for _, lines in panels for _, key in lines
-    }
-    known = {key for key, values in columns.items() if any(v is not None for v in values)}
-    shown = [(label, [line for line in lines if line[1] in known]) for label, lines in panels]
-    shown = [(label, lines) for label, lines in shown if lines]
-
-    def plot(axes: Axes, index: int) -> None:
-        label, lines = shown[index]
-        for name, key in lines:
-            values = [math.nan if value is None else value for value in columns[key]]  # a gap
-            axes.plot(steps, values, label=name, linewidth=1.3, **_dots(steps))
-        axes.set_ylabel(label)
-        axes.set_ylim(*((-0.03, 1.03) if label in _IN_0_TO_1 else (0, None)))
-        if len(lines) > 1:
-            axes.legend(frameon=False, fontsize="small")
-
-    return _grid(len(shown), plot) if shown else None
 
 
 def _grid(panels: int, plot: Callable[[Axes, int], None], height: float = 3.0) -> Figure:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from accelerate import PartialState
 
 from rlkv_vllm.allocation.span import Span
 from rlkv_vllm.answers import Sampling
@@ -19,9 +21,9 @@ from rlkv_vllm.files import one_line
 from rlkv_vllm.options import RUN_FILE, job_versions, save_options
 from rlkv_vllm.profile import HeadProfile, Provenance
 from rlkv_vllm.profile.io import save_profile
-from rlkv_vllm.tasks import skip_note
+from rlkv_vllm.tasks import get_task, skip_note
 from rlkv_vllm.training.config import JobConfig
-from rlkv_vllm.training.curriculum import Curriculum, Processes, make_curriculum
+from rlkv_vllm.training.curriculum import Curriculum, make_curriculum
 from rlkv_vllm.training.report import write_report
 from rlkv_vllm.training.run_folder import PROFILE_FILE
 from rlkv_vllm.training.solver import Solver
@@ -32,13 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Listener:
-    """Hears of the progress of a job.
-
-    Attributes:
-        report: (stage, work done, work in all).
-        on_step: figures of a training step, and the number of steps.
-        say: a line of text.
-    """
+    """Hears of the progress of a job; `on_step` of the figures and the number of steps."""
 
     report: Report = lambda stage, done, total: None
     on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
@@ -46,32 +42,22 @@ class Listener:
 
 
 QUIET = Listener()
+_Config = TypeVar("_Config", bound=JobConfig)
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
 
 
 class Run:
-    """A job in its folder.
-
-    Args:
-        config: of the job.
-        listener: told about progress.
-        device: of the model.
-
-    Attributes:
-        processes: that share the job.
-        solver: model and task.
-
-    Raises:
-        RlkvError: model or task cannot be loaded.
-    """
+    """A job in its folder, with its model and task loaded."""
 
     def __init__(self, config: JobConfig, listener: Listener, device: torch.device) -> None:
         self._config, self._listener = config, listener
-        self.processes = Processes.of_accelerate()
-        task = config.task.load()
+        self.processes = PartialState()  # those of `accelerate launch`; one without it
+        task = get_task(**config.task.model_dump())
         if note := skip_note(task):
             listener.say(note)
         self.solver = Solver.load(config, task, device)
-        if self.processes.rank == 0:
+        if self.processes.is_main_process:
             save_options(config, config.output / RUN_FILE)
 
     def curriculum(
@@ -86,7 +72,7 @@ class Run:
             sampling=sampling.model_copy(update={"seed": self._config.seed}),
             batch_size=batch_size,
             processes=self.processes,
-            report=lambda done, total: self._listener.report("curriculum", done, total),
+            report=partial(self._listener.report, "curriculum"),
         )
         self._listener.say(
             f"curriculum: {len(made.problems)} of {made.tried} problems kept, answers of "
@@ -108,15 +94,8 @@ class Run:
     ) -> HeadProfile:
         """Write the profile, evaluate it by mask on fresh problems, and report.
 
-        Args:
-            gates: ``[layers][KV heads]``.
-            span: sink and window to serve with.
-            curriculum: problems that the gates were made from.
-            method: that found the gates.
-            source: its paper.
-            settings: to record beside the options of the job.
-            max_new_tokens: limit of an answer, if the options of the evaluation have none.
-            is_evaluated: False leaves the evaluation out.
+        `settings` are recorded beside the options of the job. `max_new_tokens` limits an answer of
+        the evaluation if its options do not.
         """
         config, solver, task = self._config, self.solver, self.solver.task
         options = config.model_dump(mode="json", exclude={"output", "evaluation"}) | settings
@@ -170,16 +149,7 @@ class Run:
 
 
 def check_output(output: Path, resume: bool, files: Sequence[str]) -> None:
-    """Refuse a folder that a job must not write to.
-
-    Args:
-        output: folder of the run.
-        resume: continue what it holds.
-        files: that only an earlier run leaves.
-
-    Raises:
-        RlkvError: it is a file, or holds a run that is not to be continued.
-    """
+    """Refuse a file, and a folder with some of the `files` that an earlier run leaves."""
     if output.exists() and not output.is_dir():
         raise RlkvError(f"--output {output}: is a file: give a folder")
     if not resume and any((output / name).exists() for name in files):
@@ -189,23 +159,28 @@ def check_output(output: Path, resume: bool, files: Sequence[str]) -> None:
         )
 
 
-@contextmanager
-def explained_failures(output: Path) -> Iterator[None]:
+def explained_failures(
+    job: Callable[Concatenate[_Config, _P], _Result],
+) -> Callable[Concatenate[_Config, _P], _Result]:
     """Name the folder of a job if one of its files cannot be written or read.
 
-    Raises:
-        RlkvError: for an `OSError`, and for a full disk where it looks like another error.
+    That is an `OSError`, or a full disk that looks like another error.
     """
-    try:
-        yield
-    except (OSError, RuntimeError, RlkvError) as error:
-        reason = _failed_file(error)
-        if reason is None:
-            raise
-        raise RlkvError(
-            f"--output {output}: cannot be written or read ({one_line(reason)}): fix that (free "
-            "space?) and continue with --resume"
-        ) from error
+
+    @wraps(job)
+    def run(config: _Config, /, *args: _P.args, **options: _P.kwargs) -> _Result:
+        try:
+            return job(config, *args, **options)
+        except (OSError, RuntimeError, RlkvError) as error:
+            reason = _failed_file(error)
+            if reason is None:
+                raise
+            raise RlkvError(
+                f"--output {config.output}: cannot be written or read ({one_line(reason)}): fix "
+                "that (free space?) and continue with --resume"
+            ) from error
+
+    return run
 
 
 def _failed_file(error: BaseException) -> str | None:

@@ -20,19 +20,9 @@ METRICS_FILE, GATES_LOG_FILE = "metrics.jsonl", "gates.jsonl"
 class RunFolder:
     """A run that may have been stopped anywhere.
 
-    Args:
-        path: of its folder.
-
-    Attributes:
-        name: of its folder.
-        profile: the head profile, if it got that far.
-        metrics: a mapping per training step, in order.
-        gates: (step, gates ``[layers][KV heads]``), in order.
-        refinement: the result of the search; empty without one, or before its end.
-        curriculum: figures of the problem set.
-        config: text of run.yaml.
-        model: its name, by the profile or else by run.yaml.
-        missing: what is not there or not readable, in words.
+    `metrics` has a mapping per training step, `gates` (step, gates ``[layers][KV heads]``), both
+    in order. `refinement` is the result of the search, empty before its end; `config` the text of
+    run.yaml; `missing` what is not there or not readable, in words.
 
     Raises:
         RlkvError: there is no such folder, or nothing of a run in it.
@@ -46,10 +36,11 @@ class RunFolder:
         self.missing: list[str] = []
         self.profile = self._read_profile()
         # `rlkv refine` trains nothing.
-        names = (METRICS_FILE, GATES_LOG_FILE)
+        logs = [path / METRICS_FILE, path / GATES_LOG_FILE]
         is_refinement = (path / REFINE_FILE).exists()
-        is_training = not is_refinement or any((path / name).exists() for name in names)
-        self.metrics = self._read_metrics() if is_training else []
+        is_training = not is_refinement or any(log.exists() for log in logs)
+        steps = "reward, penalty and length of the steps"
+        self.metrics = [*self._read_rows(METRICS_FILE, steps).values()] if is_training else []
         self.gates = self._read_gates() if is_training else []
         self.refinement = self._read_refinement() if is_refinement else {}
         self.curriculum = self._read_mapping("curriculum.json", "the curriculum")
@@ -82,28 +73,24 @@ class RunFolder:
         return ""
 
     def _read_profile(self) -> HeadProfile | None:
-        path, what = self._path / PROFILE_FILE, "gates of the result and their accuracy"
+        path, reason = self._path / PROFILE_FILE, f"there is no {PROFILE_FILE}"
         try:
             if path.exists():
                 return load_profile(path)
-            self.missing.append(f"{what}: there is no {PROFILE_FILE}")
         except RlkvError as error:
-            self.missing.append(f"{what}: {error}")
+            reason = str(error)
+        self.missing.append(f"gates of the result and their accuracy: {reason}")
         return None
 
-    def _read_lines(self, name: str, what: str) -> dict[int, dict[str, Any]]:
+    def _read_rows(self, name: str, what: str) -> dict[int, dict[str, Any]]:
         rows, damaged = step_rows(self._read_text(name, what))
         if damaged:
             self.missing.append(f"{damaged} lines of {name} that cannot be read")
         return rows
 
-    def _read_metrics(self) -> list[dict[str, Any]]:
-        rows = self._read_lines(METRICS_FILE, "reward, penalty and length of the steps")
-        return list(rows.values())
-
     def _read_gates(self) -> list[tuple[int, list[list[float]]]]:
         found: list[tuple[int, list[list[float]]]] = []
-        for step, row in self._read_lines(GATES_LOG_FILE, "gates of the steps").items():
+        for step, row in self._read_rows(GATES_LOG_FILE, "gates of the steps").items():
             try:
                 table = [[float(gate) for gate in layer] for layer in row["gates"]]
             except (ValueError, TypeError, KeyError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
@@ -27,27 +28,17 @@ OnStep = Callable[[dict[str, Any], int], None]
 class RunLog(TrainerCallback):
     """Appends a line per step to `metrics.jsonl` and `gates.jsonl`, and stops a collapsed run.
 
-    Called before TensorBoard and other loggers, it gives them the figures of the gates too.
-
-    Args:
-        output: folder of the run.
-        gates: of the model that is trained.
-        tau: reward below which a step counts as failed.
-        collapse_steps: failed steps in a row after which the run is stopped.
-        on_step: told about every step.
+    Called before TensorBoard and other loggers, it gives them the figures of the gates too. A run
+    is stopped after `collapse_steps` steps in a row with a reward below `tau`.
     """
 
     def __init__(
         self, output: Path, gates: GatedAttention, tau: float, collapse_steps: int, on_step: OnStep
     ) -> None:
-        self._output = output
-        self._gates = gates
-        self._tau = tau
-        self._collapse_steps = collapse_steps
-        self._on_step = on_step
+        self._output, self._gates, self._on_step = output, gates, on_step
+        self._tau, self._collapse_steps = tau, collapse_steps
         self._failed = 0
-        self._before = 0.0
-        self._started = 0.0
+        self._before = self._started = 0.0
         self.collapsed_at: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -101,8 +92,10 @@ class RunLog(TrainerCallback):
             "seconds": logs.get("step_time"),
             "elapsed": self._before + time.monotonic() - self._started,
         }
-        _append(self._output / METRICS_FILE, row)
-        _append(self._output / GATES_LOG_FILE, {"step": state.global_step, "gates": values})
+        gates = {"step": state.global_step, "gates": values}
+        for name, line in ((METRICS_FILE, row), (GATES_LOG_FILE, gates)):
+            with (self._output / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         self._on_step(row, state.max_steps)
 
 
@@ -113,13 +106,8 @@ def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[
     it; a run that did not collapse has its very last steps. The penalty makes later gates the
     more telling ones.
 
-    Args:
-        output: folder of the run.
-        tau: what counts as reasoning well.
-        average_steps: gates are averaged over so many steps up to that one.
-
     Returns:
-        Gates ``[layers][KV heads]`` and the step.
+        Gates ``[layers][KV heads]``, averaged over `average_steps` up to that step, and the step.
 
     Raises:
         RlkvError: if no step qualifies.
@@ -143,16 +131,8 @@ def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[
         )
     steps = [row["step"] for row in metrics[max(0, good[-1] + 1 - average_steps) : good[-1] + 1]]
     chosen = [tables[step] for step in steps]
-    gates = [
-        [sum(column) / len(chosen) for column in zip(*layer, strict=True)]
-        for layer in zip(*chosen, strict=True)
-    ]
+    gates: list[list[float]] = np.mean(chosen, axis=0).tolist()
     return gates, steps[-1]
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlkv_vllm.answers import Sampling
-from rlkv_vllm.hf.answers import HeadSplit, TaskResult, solve
+from rlkv_vllm.hf.answers import solve
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.profile import ModelFingerprint
 from rlkv_vllm.tasks import Problem, Task
+from rlkv_vllm.tasks.measurement import Measurement
 from rlkv_vllm.training.config import JobConfig
 
 if TYPE_CHECKING:
@@ -20,15 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solver:
-    """A model and a task.
-
-    Attributes:
-        model: ungated.
-        tokenizer: with a chat template.
-        fingerprint: of the model.
-        task: gives and checks the problems.
-        settings: that decide its answers, plain values.
-    """
+    """An ungated model and a task; `settings` are plain values that decide its answers."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -38,11 +30,7 @@ class Solver:
 
     @classmethod
     def load(cls, job: JobConfig, task: Task, device: torch.device) -> Solver:
-        """Load the model of a job.
-
-        Raises:
-            RlkvError: it cannot be loaded.
-        """
+        """The model of a job, loaded."""
         model, tokenizer, fingerprint = load_model(job.model, job.revision, job.dtype, device)
         settings = {
             "model": fingerprint.model_dump(mode="json"),
@@ -50,27 +38,6 @@ class Solver:
         }
         return cls(model, tokenizer, fingerprint, task, settings)
 
-    def solve(
-        self,
-        problems: Sequence[Problem],
-        sampling: Sampling,
-        batch_size: int,
-        split: Sequence[HeadSplit] | None = None,
-    ) -> TaskResult:
-        """Answer problems.
-
-        Args:
-            problems: of the task, at least one.
-            sampling: of the answers.
-            batch_size: problems answered together.
-            split: full heads for each problem; None for the full cache.
-        """
-        return solve(
-            self.model,
-            self.tokenizer,
-            self.task,
-            problems,
-            sampling=sampling,
-            split=split,
-            batch_size=batch_size,
-        )
+    def solve(self, problems: Sequence[Problem], **options: Any) -> Measurement:
+        """Answer problems of the task; options as of `rlkv_vllm.hf.answers.solve`."""
+        return solve(self.model, self.tokenizer, self.task, problems, **options)

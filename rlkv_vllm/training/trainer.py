@@ -8,8 +8,9 @@ keeps special tokens, and answers may come from an engine in gated mode.
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from rlkv_vllm.hf.gated_attention import GatedAttention
 from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.rollouts.queue import RolloutQueue
 from rlkv_vllm.tasks import Problem, Task, output_text
-from rlkv_vllm.training.penalty import penalty_weight
 
 GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
 
@@ -81,19 +81,12 @@ class RlkvConfig(GRPOConfig):
 
 
 class RlkvTrainer(GRPOTrainer):
-    """Trains the gates of a model by GRPO on its own answers.
+    """Trains the gates of a model, whose weights are frozen, by GRPO on its own answers.
 
-    Args:
-        gates: attached to the model to train; its weights are frozen.
-        task: gives rewards.
-        args: options.
-        problems: to train on.
-        processing_class: tokenizer with a chat template.
-        callbacks: more of transformers' callbacks.
-        rollouts: samples the answers instead of transformers' generate. TRL then corrects for
-            its log-probabilities (`vllm_importance_sampling_*` of the options).
-        staleness: by how many steps the gates that sampled a batch may be older than the step
-            that trains on it; above 0 the answers of the next steps are written meanwhile.
+    With `rollouts` these sample the answers instead of transformers' generate, and TRL corrects
+    for their log-probabilities (`vllm_importance_sampling_*` of the options). The gates that
+    sampled a batch may be `staleness` steps older than the step that trains on it; above 0 the
+    answers of the next steps are written meanwhile.
     """
 
     def __init__(
@@ -107,19 +100,22 @@ class RlkvTrainer(GRPOTrainer):
         rollouts: Rollouts | None = None,
         staleness: int = 0,
     ) -> None:
-        self.gates = gates
-        self.rollouts = rollouts
-        self._staleness = staleness
+        self.gates, self.rollouts, self._staleness = gates, rollouts, staleness
         self._queue: RolloutQueue | None = None
         # Batches of the next steps, whose answers are asked for; and how many were ever fetched.
         self._fetched: deque[tuple[list[Any], Any]] = deque()
-        self._num_fetched = 0
-        self._lag = 0
+        self._num_fetched = self._lag = 0
         super().__init__(
             model=gates.model,
             reward_funcs=_reward_function(task, processing_class),
             args=args,
-            train_dataset=_dataset(problems),
+            # As JSON: `datasets` would give the extras of all problems the same keys.
+            train_dataset=Dataset.from_list(
+                [
+                    {"prompt": p.messages, "answer": p.answer, "extra": json.dumps(dict(p.extra))}
+                    for p in problems
+                ]
+            ),
             processing_class=processing_class,
             callbacks=list(callbacks),
         )
@@ -201,27 +197,24 @@ class RlkvTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         # A tensor with one entry per completion survives TRL's shuffle and split.
         metrics = self._metrics["train" if self.model.training else "eval"]
-        if self.rollouts is not None:
-            self._check_rollouts(metrics["sampling/sampling_logp_difference/mean"][-1])
-        reward = metrics["reward"][-1]
-        output["rlkv_reward"] = torch.full_like(output["advantages"], reward)
-        return output
-
-    def _check_rollouts(self, difference: float) -> None:
-        limit = self.args.max_logprob_difference
         # Older gates differ by what was trained since. The first batch of a run has the newest.
-        if self._lag == 0 and difference > limit:
-            raise RlkvError(
-                f"rollout: log-probabilities of engine and trainer differ by {difference:.3g} on "
-                f"average, more than trainer.max_logprob_difference {limit:g}: the engine serves "
-                "another model, precision, sink or window; fix it and continue with --resume"
-            )
+        if self.rollouts is not None and self._lag == 0:
+            difference = metrics["sampling/sampling_logp_difference/mean"][-1]
+            limit = self.args.max_logprob_difference
+            if difference > limit:
+                raise RlkvError(
+                    f"rollout: log-probabilities of engine and trainer differ by {difference:.3g} "
+                    f"on average, more than trainer.max_logprob_difference {limit:g}: the engine "
+                    "serves another model, precision, sink or window; fix it and continue with "
+                    "--resume"
+                )
+        output["rlkv_reward"] = torch.full_like(output["advantages"], metrics["reward"][-1])
+        return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         reward = inputs["rlkv_reward"][0].item()
         loss: torch.Tensor = super()._compute_loss(model, inputs)
-        weight = penalty_weight(reward, self.args.reg, self.args.tau)
-        penalty = weight * self.gates.mean()
+        penalty = penalty_weight(reward, self.args.reg, self.args.tau) * self.gates.mean()
         self._metrics["train" if self.model.training else "eval"]["rlkv/penalty"].append(
             penalty.item()
         )
@@ -274,14 +267,13 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
 
 
-def _dataset(problems: Sequence[Problem]) -> Dataset:
-    # As JSON: `datasets` would give the extras of all problems the same keys.
-    return Dataset.from_list(
-        [
-            {"prompt": p.messages, "answer": p.answer, "extra": json.dumps(dict(p.extra))}
-            for p in problems
-        ]
-    )
+def penalty_weight(reward: float, reg: float, tau: float) -> float:
+    """What ``mean|gate|`` is multiplied with in the loss (RLKV, arXiv 2510.08525, section 3.3).
+
+    It pushes gates towards streaming; below a mean reward of `tau` it is 0, so that the policy can
+    recover.
+    """
+    return reg * math.expm1(reward) if reward > tau else 0.0
 
 
 def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
@@ -299,8 +291,8 @@ def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable
                 list(prompt), tokenize=False, add_generation_prompt=True
             )
             text = output_text(tokenizer, str(asked), ids)
-            fields: Mapping[str, Any] = json.loads(more)
-            rewards.append(float(task.score(text, Problem(list(prompt), gold, fields))))
+            problem = Problem(list(prompt), gold, json.loads(more))
+            rewards.append(float(task.score(text, problem)))
         return rewards
 
     return correctness

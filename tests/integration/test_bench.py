@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def bench(stem: Path, *flags: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
@@ -55,3 +57,24 @@ def test_measures_reports_and_goes_on(tmp_path: Path) -> None:
     assert "started" not in again.stderr
     refused = bench(stem, "--cases", "capacity", *small, "--sparsity", ".5", status=2)
     assert "model.sparsity 0.2 there, 0.5 here" in refused.stderr
+
+
+@pytest.mark.parametrize("model", ["embedded", "random:2x2x32"])
+def test_rollouts_by_vllm_and_by_transformers(model: str, tmp_path: Path) -> None:
+    stem = tmp_path / "report"
+    small = ("--rounds", "1", "--memory", "64MiB", "--max-model-len", "1152")
+    done = bench(stem, model, "--cases", "rollouts", *small)
+    assert "vllm rollouts started" in done.stderr
+    (result,) = json.loads(stem.with_suffix(".json").read_text())["results"]
+    assert result["alternating"]
+    assert set(result["samples"]) == {"transformers", "vllm"}
+    for (sample,) in result["samples"].values():
+        assert sample["tokens_per_s"] > 0
+        assert sample["tokens_per_cpu_s"] > 0
+        if model == "embedded":
+            assert 20 < sample["mean_tokens"] < 200, "answers end by themselves"
+        else:
+            assert sample["mean_tokens"] == 64
+    report = stem.with_suffix(".md").read_text()
+    assert "transformers: tok/s | vllm | ratio" in report
+    assert not list(tmp_path.glob("*.log"))

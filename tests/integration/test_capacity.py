@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,17 +123,13 @@ def make_pool(
                 dtype=torch.bfloat16,
             )
         else:
-            register_head_caches(
-                plan,
-                vllm_config,
-                SplitCPUBackend,
-                layer_name=name,
-                layer_index=layer,
-                rank=0,
-                num_q_heads=16,
-                head_dim=HEAD_DIM,
-                dtype=torch.bfloat16,
+            attention = SimpleNamespace(
+                get_attn_backend=lambda: SplitCPUBackend,
+                num_heads=16,
+                head_size=HEAD_DIM,
+                kv_cache_torch_dtype=torch.bfloat16,
             )
+            register_head_caches(plan, vllm_config, name, attention, rank=0)
     context = vllm_config.compilation_config.static_forward_context
     specs |= {n: c.spec for n, c in context.items() if isinstance(c, HeadCacheLayer)}
     (cache,) = get_kv_cache_configs(vllm_config, [specs], [memory])
@@ -245,7 +242,7 @@ def test_report_agrees_with_the_pool(model: Path, tmp_path: Path) -> None:
     assert report.cache_bytes == pool.cache.kv_cache_tensors[0].size
     assert report.full_heads == report.streaming_heads == LAYERS * HEADS // 2
     assert report.bytes_per_token * 2 == report.full_bytes_per_token
-    assert SplitReport.from_dict(report.to_dict()) == report
+    assert SplitReport.from_dict(asdict(report)) == report
 
 
 def test_tensor_parallel_ranks_get_equal_groups(model: Path, tmp_path: Path) -> None:

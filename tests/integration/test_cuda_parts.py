@@ -318,10 +318,10 @@ def test_gated_layers_attend_over_vllms_own_caches(
         assert step.workspace.lse.numel() >= 2 * 8 * NUM_Q
         # A head's rows where the kernels look for them.
         blocks = cache.base.shape[0]
-        flat = torch.as_strided(cache.base, (blocks * cache.block_stride,), (1,))
+        flat = torch.as_strided(cache.base, (blocks * cache.strides[0],), (1,))
         layer.kv_cache.copy_(torch.arange(layer.kv_cache.numel()).view(layer.kv_cache.shape))
         for head, offset in enumerate((cache.offsets_H * OFFSET_UNIT).tolist()):
-            found = flat[offset + 2 * cache.block_stride + 3 * cache.slot_stride :][: 2 * HEAD_DIM]
+            found = flat[offset + 2 * cache.strides[0] + 3 * cache.strides[1] :][: 2 * HEAD_DIM]
             assert found.equal(layer.kv_cache[2, head, 3])
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
-from rlkv_vllm.bench.case import SPLIT, STOCK, Case, Metric, Point, Setup
+from rlkv_vllm.bench.case import STOCK, Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine, params
 from rlkv_vllm.planning.roofline import Device
 
@@ -21,11 +21,7 @@ class Endless:
     A pool filled with new requests takes thousands of steps until ages are mixed. So requests of
     a moment in the steady state are sampled and entered into the prefix cache, and as many of
     them are started as vLLM's block managers have room for. A new one replaces each that ends.
-
-    Args:
-        engine: idle.
-        shortest: total length of the shortest request (tokens).
-        longest: of the longest; lengths are sampled evenly between the two.
+    Their total lengths (tokens) are sampled evenly from `shortest` to `longest`.
     """
 
     def __init__(self, engine: Engine, shortest: int, longest: int) -> None:
@@ -79,14 +75,14 @@ class Endless:
             ahead = (r.num_tokens - r.num_computed_tokens for r in scheduler.running)
             quiet = quiet + 1 if all(tokens <= 1 for tokens in ahead) else 0
 
-    def run(self, seconds: float, at_least: int = 1) -> dict[str, float]:
+    def run(self, seconds: float) -> dict[str, float]:
         """Step for so long, and count."""
         scheduler = self.engine.scheduler
         running: list[int] = []
         contexts: list[float] = []
         tokens = preemptions = 0
         start = time.perf_counter()
-        while len(running) < at_least or time.perf_counter() - start < seconds:
+        while not running or time.perf_counter() - start < seconds:
             requests = list(scheduler.requests.values())  # also counts those that end in the step
             tokens -= sum(request.num_output_tokens for request in requests)
             preemptions -= sum(request.num_preemptions for request in requests)
@@ -123,69 +119,50 @@ class Capacity(Case):
         Metric("running", "requests at once", more_is_better=True),
         Metric("tokens_per_s", "tok/s", more_is_better=True),
     )
-    columns: ClassVar[Mapping[str, str]] = {"tokens": "request, up to"}
+    columns: ClassVar[dict[str, str]] = {"tokens": "request, up to"}
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
-        """Long outputs; longer ones too when there is time."""
         lengths = (4096, 16384) if full else (4096,)
         fitting = [n for n in lengths if n <= setup.max_model_len]
         return [
-            {
-                "tokens": tokens,
-                "at_once": self.at_once(setup, tokens),
-                "seconds": setup.turn_seconds,
-            }
-            for tokens in fitting or [setup.max_model_len]
+            {"tokens": n, "at_once": self.at_once(setup, n), "seconds": setup.turn_seconds}
+            for n in fitting or [setup.max_model_len]
         ]
 
-    @staticmethod
-    def at_once(setup: Setup, tokens: int) -> dict[str, int]:
+    def at_once(self, setup: Setup, tokens: int) -> dict[str, int]:
         """Requests that hold the pool when they are of all ages, by variant."""
         mean = mean_context(tokens // 2, tokens)
-        return {
-            variant: min(
-                setup.max_num_seqs,
-                (setup.blocks(variant) - 1) // setup.blocks_per_request(variant, mean),
-            )
-            for variant in (STOCK, SPLIT)
-        }
+        each = {variant: setup.blocks_per_request(variant, mean) for variant in self.variants}
+        fit = {variant: (setup.blocks(variant) - 1) // blocks for variant, blocks in each.items()}
+        return {variant: min(setup.max_num_seqs, count) for variant, count in fit.items()}
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
         """Two requests must fit, and the cache must be the limit."""
-        lacks = setup.lacks(2, point["tokens"] - 1)
-        if lacks is not None:
+        if lacks := setup.lacks(2, point["tokens"] - 1):
             return lacks
         if point["at_once"][STOCK] >= setup.max_num_seqs:
             return "a smaller --memory or a larger --max-num-seqs, or the cache is never full"
         return None
 
-    def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
+    def expected(self, setup: Setup, device: Device, point: Point) -> dict[str, float]:
         """Requests of mean length that the pool holds, stepping at the roofline."""
         mean = mean_context(point["tokens"] // 2, point["tokens"])
-        rates = {}
-        for variant in (STOCK, SPLIT):
-            count = point["at_once"][variant]
-            rates[variant] = count / setup.roofline(device, variant).decode_seconds(count, mean)
-        return {
-            "running": point["at_once"][SPLIT] / point["at_once"][STOCK],
-            "tokens_per_s": rates[SPLIT] / rates[STOCK],
-        }
+        stock, split = counts = [point["at_once"][variant] for variant in self.variants]
+        bounds = [setup.roofline(device, variant) for variant in self.variants]
+        steps = [b.decode_seconds(n, mean) for b, n in zip(bounds, counts, strict=True)]
+        return {"running": split / stock, "tokens_per_s": split / steps[1] / (stock / steps[0])}
 
     def prepare(self, engine: Engine, point: Point) -> Endless:
-        """Fill the pool, and let a few steps pass."""
         load = Endless(engine, point["tokens"] // 2, point["tokens"])
         load.finish_prefill()
         load.run(point["seconds"] / 2)
         return load
 
     def turn(self, engine: Engine, point: Point, state: Endless) -> dict[str, float]:
-        """Some seconds of it."""
         return state.run(point["seconds"])
 
 
 def mean_context(shortest: int, longest: int) -> int:
     """Mean current length of the requests in flight: longer ones are in flight for longer."""
-    lengths = range(shortest, longest + 1)
-    decoded = [length - PROMPT for length in lengths]
-    weighted = sum(d * (PROMPT + d / 2) for d in decoded)
-    return round(weighted / sum(decoded))
+    decoded = range(shortest - PROMPT, longest - PROMPT + 1)
+    return round(sum(d * (PROMPT + d / 2) for d in decoded) / sum(decoded))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
-from rlkv_vllm.bench.case import SPLIT, STOCK, Case, Metric, Point, Setup
+from rlkv_vllm.bench.case import Case, Metric, Point, Setup
 from rlkv_vllm.bench.engine import Engine
-from rlkv_vllm.planning.roofline import Device
+from rlkv_vllm.planning.roofline import Roofline
 
 
 class Prefix(Case):
@@ -26,7 +26,7 @@ class Prefix(Case):
         Metric("seconds", "seconds"),
         Metric("hit", "hit (%)", more_is_better=True, scale=100, is_ratio_shown=False),
     )
-    columns: ClassVar[Mapping[str, str]] = {
+    columns: ClassVar[dict[str, str]] = {
         "kind": "kind",
         "requests": "requests",
         "prefix": "beginning",
@@ -36,53 +36,36 @@ class Prefix(Case):
     }
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
-        """A system prompt with many questions, and a chat."""
         prefix = min(2048 if full else 1024, setup.max_model_len // 2)
-        count = 16 if full else 4
-        return [
-            {
-                "kind": kind,
-                "requests": count,
-                "prefix": prefix,
-                "question": 64,
-                "output": 16 if kind == "shared" else 32,
-                "turns": 1 if kind == "shared" else 3,
-            }
-            for kind in ("shared", "turns")
-        ]
+        both = {"requests": 16 if full else 4, "prefix": prefix, "question": 64}
+        shared, turns = {"output": 16, "turns": 1}, {"output": 32, "turns": 3}
+        return [{"kind": "shared"} | both | shared, {"kind": "turns"} | both | turns]
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
-        """Every request must fit with its final length."""
         length = point["prefix"] + point["turns"] * (point["question"] + point["output"])
         return setup.lacks(point["requests"], length)
 
-    def expected(self, setup: Setup, device: Device, point: Point) -> Mapping[str, float]:
+    def seconds(self, roofline: Roofline, point: Point) -> float:
         """Only new tokens are computed; all others are found in the cache."""
-        seconds = []
-        for variant in (STOCK, SPLIT):
-            roofline = setup.roofline(device, variant)
-            total, known = 0.0, point["prefix"]
-            for _ in range(point["turns"]):
-                length = known + point["question"]
-                total += point["requests"] * roofline.prefill_seconds(length, known)
-                mean = length + point["output"] / 2
-                total += point["output"] * roofline.decode_seconds(point["requests"], mean)
-                known = length + point["output"]
-            seconds.append(total)
-        return {"seconds": seconds[0] / seconds[1]}
+        total, known = 0.0, point["prefix"]
+        for _ in range(point["turns"]):
+            length = known + point["question"]
+            total += point["requests"] * roofline.prefill_seconds(length, known)
+            mean = length + point["output"] / 2
+            total += point["output"] * roofline.decode_seconds(point["requests"], mean)
+            known = length + point["output"]
+        return total
 
     def turn(self, engine: Engine, point: Point, state: None) -> dict[str, float]:
-        """All requests once, or all turns of all conversations."""
         engine.reset_prefix_cache()
         rng = random.Random(5)
         count = point["requests"]
         shared = engine.prompt(point["prefix"], rng)
-        if point["kind"] == "shared":
-            histories = [shared for _ in range(count)]
-        else:
+        histories = [shared] * count
+        if point["kind"] == "turns":
             histories = [engine.prompt(point["prefix"], rng) for _ in range(count)]
         # Not timed: what is in the cache before the requests arrive.
-        engine.generate([shared] if point["kind"] == "shared" else histories, 1)
+        engine.generate(histories if point["kind"] == "turns" else [shared], 1)
         cached = tokens = 0
         start = time.perf_counter()
         for _ in range(point["turns"]):

@@ -30,7 +30,6 @@ class Solve(Case):
     columns: ClassVar[dict[str, str]] = {"task": "task", "n": "problems"}
 
     def points(self, setup: Setup, *, full: bool) -> Sequence[Point]:
-        """Problems of one seed."""
         return [{"task": setup.task, "n": 256 if full else 64, "max_tokens": 1024, "seed": 1}]
 
     def prepare(self, engine: Engine, point: Point) -> Any:
@@ -41,7 +40,6 @@ class Solve(Case):
         return task, problems
 
     def turn(self, engine: Engine, point: Point, state: Any) -> dict[str, float]:
-        """All problems once, with an empty prefix cache."""
         task, problems = state
         engine.reset_prefix_cache()
         sampling = Sampling(max_tokens=point["max_tokens"], temperature=0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
@@ -65,7 +66,6 @@ class HeadCacheLayer(AttentionLayerBase):
         return self.backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        del vllm_config
         return self.spec
 
 
@@ -73,10 +73,7 @@ class HeadCacheLayer(AttentionLayerBase):
 class HeadGroup:
     """Heads of one attention layer that read one block table.
 
-    Attributes:
-        kv_heads: their indices among the rank's KV heads, ascending.
-        names: their cache layers.
-        layers: as ``names``.
+    ``kv_heads`` are their indices among the rank's KV heads, ascending.
     """
 
     kv_heads: tuple[int, ...]
@@ -125,49 +122,29 @@ class LayerHeads:
 
 
 def register_head_caches(
-    plan: SplitPlan,
-    vllm_config: VllmConfig,
-    backend: type[AttentionBackend],
-    *,
-    layer_name: str,
-    layer_index: int,
-    rank: int,
-    num_q_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
+    plan: SplitPlan, vllm_config: VllmConfig, layer_name: str, layer: Any, rank: int
 ) -> LayerHeads:
-    """Register one cache layer per KV head of an attention layer.
+    """Register one cache layer per KV head of vLLM's attention layer in its forward context.
 
     Dummy cache layers fill smaller groups up to the largest one of the rank, so
     that vLLM's grouping makes exactly one group of each bucket. They lie in
     bytes of the block that a smaller group leaves unused anyway.
-
-    Args:
-        plan: the split plan.
-        vllm_config: its static forward context receives the layers.
-        backend: backend of the attention layer.
-        layer_name: the attention layer's name.
-        layer_index: its index in the model.
-        rank: tensor-parallel rank.
-        num_q_heads: query heads of the layer on this rank.
-        head_dim: head dimension.
-        dtype: of the cache.
     """
     context: dict[str, Any] = vllm_config.compilation_config.static_forward_context
-    groups = plan.groups
+    groups, backend = plan.groups, layer.get_attn_backend()
 
     def add(name: str, group: int) -> HeadCacheLayer:
-        spec = _spec(plan, vllm_config, group, head_dim, dtype)
-        context[name] = HeadCacheLayer(backend, num_q_heads, spec)
+        spec = _spec(plan, vllm_config, group, layer)
+        context[name] = HeadCacheLayer(backend, layer.num_heads, spec)
         return context[name]
 
     members: dict[int, list[tuple[int, str, HeadCacheLayer]]] = {}
-    for local, head in enumerate(groups.heads_of(rank)):
-        group = groups.group_of[layer_index][head]
+    for local, head in enumerate(groups.allocation.heads_of(rank)):
+        group = groups.group_of[extract_layer_index(layer_name)][head]
         # vLLM allows exactly one dot-separated integer in a cache layer's name. With
         # more ranks than heads several ranks hold the same head, each its own layer.
         name = f"{layer_name}.kvh{head}" + (
-            f"_r{rank}" if plan.groups.allocation.tp_size > plan.geometry.num_kv_heads else ""
+            f"_r{rank}" if groups.allocation.tp_size > plan.geometry.num_kv_heads else ""
         )
         members.setdefault(group, []).append((local, name, add(name, group)))
     if not any(PADDING in name for name in context):
@@ -185,23 +162,19 @@ def register_head_caches(
     )
 
 
-def _spec(
-    plan: SplitPlan, vllm_config: VllmConfig, group: int, head_dim: int, dtype: torch.dtype
-) -> AttentionSpec:
+def _spec(plan: SplitPlan, vllm_config: VllmConfig, group: int, layer: Any) -> AttentionSpec:
+    head = {"num_kv_heads": 1, "head_size": layer.head_size, "dtype": layer.kv_cache_torch_dtype}
+    block_size = plan.geometry.block_size
     if group == FULL_GROUP:
-        return FullAttentionSpec(
-            block_size=plan.geometry.block_size, num_kv_heads=1, head_size=head_dim, dtype=dtype
-        )
+        return FullAttentionSpec(block_size=block_size, **head)
     return RingSpec(
-        block_size=plan.geometry.block_size,
-        num_kv_heads=1,
-        head_size=head_dim,
-        dtype=dtype,
+        block_size=block_size,
+        **head,
         sliding_window=plan.geometry.window,
         sink=plan.geometry.sink,
         cache_group=group,
         retention_interval=plan.retention_interval,
         num_groups=plan.groups.num_ring_groups + 1,
-        chunk_blocks=cdiv(vllm_config.max_in_flight_tokens, plan.geometry.block_size),
+        chunk_blocks=cdiv(vllm_config.max_in_flight_tokens, block_size),
         steps_in_flight=vllm_config.max_concurrent_batches,
     )

@@ -201,10 +201,7 @@ class RingManager(SlidingWindowManager):
         super().new_step_starts()
 
     def remove_skipped_blocks(
-        self,
-        request_id: str,
-        processed_computed_tokens: int,
-        num_prompt_tokens: int | None = None,
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free what left the window, except the sinks.
 

@@ -17,7 +17,6 @@ class RingSpec(SlidingWindowSpec):
     A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap only to those.
 
     Attributes:
-        sink: first tokens that are never freed (tokens).
         cache_group: which streaming heads share a block table. It exists only
             while vLLM sorts specs into groups: :meth:`merge` refuses to mix two
             values, so each becomes a KV cache group of its own, and erases it
@@ -50,19 +49,14 @@ class RingSpec(SlidingWindowSpec):
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
-        """Most blocks a request holds at once, chunked prefill included.
-
-        Blocks are freed when a step's results are known, so each further step in flight holds
-        one more window.
-        """
-        del max_in_flight_tokens
+        # Blocks are freed when a step's results are known, so each further step in flight holds
+        # one more window.
         windows = 1 + self.steps_in_flight
         return ring.ring_blocks(
             max_model_len, self.sink, self.sliding_window, self.block_size, num_windows=windows
         )
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether one block table serves all of ``kv_cache_specs``."""
         return all(
             isinstance(spec, RingSpec)
             and (spec.sliding_window, spec.sink, spec.cache_group)

@@ -68,14 +68,8 @@ def register_layer(
     """Give an attention layer one cache layer per KV head, and none of its own.
 
     Called from ``process_weights_after_loading``: the only hook between the
-    layer's construction and vLLM's collection of cache specs.
-
-    Args:
-        impl: the layer's attention implementation.
-        plan: the split plan.
-        vllm_config: its static forward context holds the layer.
-        act_dtype: of the model.
-        on_bind: called whenever a head of the layer gets or loses its cache.
+    layer's construction and vLLM's collection of cache specs. ``on_bind`` is called whenever a
+    head of the layer gets or loses its cache.
 
     Raises:
         RlkvError: the layer is not like all others of the model.
@@ -90,39 +84,23 @@ def register_layer(
         (plan.groups.allocation.heads_per_rank, plan.geometry.head_dim),
         "" if cache_dtype == expected_dtype else f"{act_dtype}, cache {cache_dtype}",
     )
-    layer_index = extract_layer_index(name)
     rank = get_tensor_model_parallel_rank()
-    heads = register_head_caches(
-        plan,
-        vllm_config,
-        layer.get_attn_backend(),
-        layer_name=name,
-        layer_index=layer_index,
-        rank=rank,
-        num_q_heads=layer.num_heads,
-        head_dim=layer.head_size,
-        dtype=cache_dtype,
-    )
+    heads = register_head_caches(plan, vllm_config, name, layer, rank)
     cache_layers = [cache_layer for group in heads.groups for cache_layer in group.layers]
     for cache_layer in cache_layers:
         cache_layer.on_bind = on_bind
-    if layer_index == 0 and rank == 0:
+    if extract_layer_index(name) == 0 and rank == 0:
         first = cache_layers[0]
 
         def report_too() -> None:
             on_bind()
-            _report_capacity(plan, vllm_config, len(first.kv_cache))
+            num_blocks = len(first.kv_cache)
+            # A cache that is bound only to profile CUDA graphs is not the pool.
+            if num_blocks and num_blocks == vllm_config.cache_config.num_gpu_blocks:
+                # What it really holds: vLLM's own figure counts a ring's admission cap.
+                logger.info_once("%s", SplitReport.of(plan, 0, num_blocks).sentence())
 
         first.on_bind = report_too
     # The attention layer owns no cache but needs an entry in the step's metadata.
     layer.kv_sharing_target_layer_name = heads.groups[0].metadata_name
     return heads
-
-
-def _report_capacity(plan: SplitPlan, vllm_config: VllmConfig, num_blocks: int) -> None:
-    """Log what the pool really holds: vLLM's own figure counts a ring's admission cap.
-
-    A cache that is bound only to profile CUDA graphs is not the pool.
-    """
-    if num_blocks and num_blocks == vllm_config.cache_config.num_gpu_blocks:
-        logger.info_once("%s", SplitReport.of(plan, 0, num_blocks).sentence())

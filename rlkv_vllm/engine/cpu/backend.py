@@ -7,10 +7,10 @@ Full heads use vLLM's own C++ paged attention. Streaming heads use it over the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionLayer, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
@@ -32,9 +32,7 @@ from rlkv_vllm.engine.support import check_layer_supported
 from rlkv_vllm.kernels.cpu.ring_tiles import serves
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 class SplitCPUBackend(CPUAttentionBackend):
@@ -71,14 +69,14 @@ class StockCPUImpl(CPUAttentionBackendImpl):
     def forward(
         self,
         layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
         attn_metadata: CPUAttentionMetadata | None,
         *args: Any,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         shares_cache = getattr(layer, "kv_sharing_target_layer_name", None) is not None
         if attn_metadata is not None and key is not None and value is not None and not shares_cache:
             self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
@@ -88,16 +86,11 @@ class StockCPUImpl(CPUAttentionBackendImpl):
 class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     """Keeps the step's tensors; vLLM's builder for a model without a split."""
 
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        self.split = split_config(vllm_config) is not None
-        base = AttentionMetadataBuilder if self.split else CPUAttentionMetadataBuilder
-        base.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        AttentionMetadataBuilder.__init__(self, *args, **kwargs)
+        self.split = split_config(self.vllm_config) is not None
+        if not self.split:
+            super().__init__(*args, **kwargs)
 
     def build(
         self,
@@ -108,29 +101,6 @@ class SplitCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if not self.split:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         return SplitMetadata(**StepMetadata.fields_of(common_attn_metadata))
-
-
-@dataclass(frozen=True)
-class _HeadIndex:
-    """Which heads of a layer each group has.
-
-    Attributes:
-        heads: KV heads and query heads of each group.
-        order: where each query head of the layer is found in the groups' side by side.
-    """
-
-    heads: list[tuple[torch.Tensor, torch.Tensor]]
-    order: torch.Tensor
-
-    @classmethod
-    def of(cls, layer: LayerHeads, queries_per_kv: int) -> _HeadIndex | None:
-        """The index of a layer, or None when one group has all its heads."""
-        if len(layer.groups) == 1:
-            return None
-        kv_heads = [torch.tensor(group.kv_heads) for group in layer.groups]
-        each = torch.arange(queries_per_kv)
-        query_heads = [(heads[:, None] * queries_per_kv + each).flatten() for heads in kv_heads]
-        return cls(list(zip(kv_heads, query_heads, strict=True)), torch.cat(query_heads).argsort())
 
 
 class SplitCPUImpl(CPUAttentionBackendImpl):
@@ -145,7 +115,6 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         self._bound: list[Heads] | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Register the layer's head caches: the only hook before vLLM collects cache specs."""
         super().process_weights_after_loading(act_dtype)
         assert self.plan is not None
         if self.heads is None:
@@ -159,8 +128,16 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         self._isa = _get_attn_isa(
             act_dtype, self.plan.geometry.block_size, self.head_size, self.kv_cache_dtype
         )
-        self._names = [group.metadata_name for group in self.heads.groups]
-        self._split = _HeadIndex.of(self.heads, self.num_queries_per_kv)
+        groups = self.heads.groups
+        self._names = [group.metadata_name for group in groups]
+        # KV and query heads of each group, and where each query head of the layer is found in the
+        # groups' side by side; not needed by a group that has all heads.
+        self._picked: list[tuple[Tensor, Tensor]] = []
+        if len(groups) > 1:
+            kv_heads, each = [torch.tensor(g.kv_heads) for g in groups], self.num_queries_per_kv
+            q_heads = [(h[:, None] * each + torch.arange(each)).flatten() for h in kv_heads]
+            self._picked = list(zip(kv_heads, q_heads, strict=True))
+            self._order = torch.cat(q_heads).argsort()
 
     def _bind(self, group: HeadGroup, layer: AttentionLayer) -> Heads:
         assert self.heads is not None
@@ -179,14 +156,14 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
     def forward(
         self,
         layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
         attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
+        output: Tensor,
         **_: None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if attn_metadata is None:  # vLLM profiles the model
             return output
         assert self.heads is not None
@@ -197,16 +174,16 @@ class SplitCPUImpl(CPUAttentionBackendImpl):
         answer = output
         if len(query) != n:  # padded; four slices cost as much as a call of the operator
             query, key, value, answer = query[:n], key[:n], value[:n], output[:n]
-        if self._split is None:
+        if not self._picked:
             self._bound[0].attend(metadata[self._names[0]], query, key, value, answer)
             return output
         parts = []
         for heads, name, (kv_heads, query_heads) in zip(
-            self._bound, self._names, self._split.heads, strict=True
+            self._bound, self._names, self._picked, strict=True
         ):
             q = query.index_select(1, query_heads)
             k, v = key.index_select(1, kv_heads), value.index_select(1, kv_heads)
             parts.append(torch.empty_like(q))
             heads.attend(metadata[name], q, k, v, parts[-1])
-        torch.index_select(torch.cat(parts, 1), 1, self._split.order, out=answer)
+        torch.index_select(torch.cat(parts, 1), 1, self._order, out=answer)
         return output

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlkv_vllm.engine.cache.split_layer import StepMetadata
 from rlkv_vllm.engine.cpu.paged import CacheNumber, PagedCache, PagedRequests
 from rlkv_vllm.kernels.cpu.ring_tiles import PAGE, Scratch, Tiles, plan_ring_step
+from rlkv_vllm.kernels.cpu.step import StreamingStep
 from rlkv_vllm.kernels.cpu.streaming import StepPlan, plan_step, streaming_attention
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ if TYPE_CHECKING:
 _RING_ISA = "vec16"
 
 #: vLLM's names of 8-bit caches, which it keeps as bytes.
-_FP8 = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+_FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 @dataclass
@@ -45,14 +42,9 @@ class Heads(Protocol):
     """
 
     def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Write the step's keys and values, then attend.
+        """Write the step's keys and values, attend, and fill ``out``, which is dense.
 
-        Args:
-            step: of the heads' block table.
-            q: ``[tokens, query heads, head_dim]``.
-            k: ``[tokens, KV heads, head_dim]``.
-            v: as ``k``.
-            out: as ``q``, dense; filled in place.
+        ``q`` to ``out``: ``[tokens, heads, head_dim]``; ``step``: that of the heads' block table.
         """
 
 
@@ -70,30 +62,35 @@ class FullHeads:
         step.full.attend(self._cache, q, out, self._scale)
 
 
+def _streaming_step(step: StepMetadata, geometry: CacheGeometry) -> StreamingStep:
+    return StreamingStep(
+        step.block_table,
+        step.seq_lens,
+        step.query_start_loc,
+        step.slot_mapping[: step.num_actual_tokens],
+        geometry.block_size,
+        geometry.sink,
+        geometry.window,
+    )
+
+
+#: Which rows of the step, None for all, and their requests.
+_Part = tuple[Tensor | None, PagedRequests]
+
+
 class _RingRequests:
     """A step's tiles for the operator."""
 
     def __init__(self, step: StepMetadata, geometry: CacheGeometry) -> None:
-        plan = plan_ring_step(
-            step.block_table,
-            step.seq_lens,
-            step.query_start_loc,
-            step.slot_mapping[: step.num_actual_tokens],
-            block_size=geometry.block_size,
-            sink=geometry.sink,
-            window=geometry.window,
-        )
-        self._visible = geometry.sink + geometry.window
-        self.slots = plan.slots
-        self.decode = self._part(plan.decode)
-        self.prefill = self._part(plan.prefill)
-        self.scratch = plan.scratch
+        plan = plan_ring_step(_streaming_step(step, geometry))
+        visible = geometry.sink + geometry.window
 
-    def _part(self, tiles: Tiles | None) -> tuple[Tensor | None, PagedRequests] | None:
-        if tiles is None:
-            return None
-        requests = PagedRequests(tiles.tables, tiles.lengths, tiles.starts, self._visible)
-        return tiles.rows, requests
+        def part(tiles: Tiles) -> _Part:
+            return tiles.rows, PagedRequests(tiles.tables, tiles.lengths, tiles.starts, visible)
+
+        self.slots = plan.slots
+        self.decode = part(plan.decode) if plan.decode else None
+        self.prefill = (part(plan.prefill[0]), plan.prefill[1]) if plan.prefill else None
 
 
 class RingHeads:
@@ -116,19 +113,13 @@ class RingHeads:
         ring = step.ring
         self._cache.write(k, v, ring.slots)
         if ring.decode is not None:
-            self._part(*ring.decode, self._cache, q, out)
-        if ring.prefill is not None and ring.scratch is not None:
-            rows = ring.prefill[0]
-            self._part(*ring.prefill, self._gather(ring.scratch, k[rows], v[rows]), q, out)
+            self._attend(ring.decode, self._cache, q, out)
+        if ring.prefill is not None:
+            part, scratch = ring.prefill
+            self._attend(part, self._gather(scratch, k[part[0]], v[part[0]]), q, out)
 
-    def _part(
-        self,
-        rows: Tensor | None,
-        requests: PagedRequests,
-        cache: PagedCache,
-        q: Tensor,
-        out: Tensor,
-    ) -> None:
+    def _attend(self, part: _Part, cache: PagedCache, q: Tensor, out: Tensor) -> None:
+        rows, requests = part
         if rows is None:
             requests.attend(cache, q, out, self._scale)
             return
@@ -167,15 +158,7 @@ class StreamingHeads:
     def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         n, num_heads, head_dim = k.shape
         if step.streaming is None:
-            step.streaming = plan_step(
-                step.block_table,
-                step.seq_lens,
-                step.query_start_loc,
-                step.slot_mapping[:n],
-                block_size=self._geometry.block_size,
-                sink=self._geometry.sink,
-                window=self._geometry.window,
-            )
+            step.streaming = plan_step(_streaming_step(step, self._geometry))
         per_head = (n, num_heads, q.shape[1] // num_heads, head_dim)
         streaming_attention(
             step.streaming,

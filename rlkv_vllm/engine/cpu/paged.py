@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
 
 
 @dataclass(frozen=True)
 class CacheNumber:
-    """How a number is stored in the cache.
-
-    Attributes:
-        dtype: as vLLM names it; ``auto``: that of the model.
-        k_scale: what a key in the cache is to be multiplied by.
-        v_scale: the same of a value.
+    """vLLM's name of the cache's type (``auto``: that of the model), and what a key and a value in
+    the cache are to be multiplied by.
     """
 
     dtype: str = "auto"
@@ -38,24 +34,18 @@ class PagedCache:
         number: how a number is stored in it.
     """
 
-    def __init__(self, pages: torch.Tensor, isa: str, number: CacheNumber = CacheNumber()) -> None:
+    def __init__(self, pages: Tensor, isa: str, number: CacheNumber = CacheNumber()) -> None:
         num_pages, num_heads, page_size, content = pages.shape
-        self.pages = pages
-        self.isa = isa
-        self.number = number
-        self.num_heads = num_heads
-        self.head_dim = content // 2
+        self.pages, self.isa, self.number = pages, isa, number
+        self.num_heads, self.head_dim = num_heads, content // 2
         self.keys, self.values = pages.view(
             num_pages, num_heads, page_size * 2, self.head_dim
         ).chunk(2, dim=2)
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write tokens.
+    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Write tokens, ``[tokens, heads, head_dim]``.
 
-        Args:
-            key: ``[tokens, heads, head_dim]``.
-            value: as ``key``.
-            slots: int64, ``page * page_size + place`` of each token; negative: not written.
+        ``slots``: int64, ``page * page_size + place`` of each token; negative: not written.
         """
         ops.cpu_attn_reshape_and_cache(
             key, value, self.keys, self.values, slots, self.isa, **self.number.of_cache()
@@ -73,22 +63,17 @@ class PagedRequests:
         window: keys that a query sees, its own included; -1: all.
     """
 
-    tables: torch.Tensor
-    lengths: torch.Tensor
-    starts: torch.Tensor
+    tables: Tensor
+    lengths: Tensor
+    starts: Tensor
     window: int = -1
-    schedules: dict[int, torch.Tensor] = field(default_factory=dict)
+    schedules: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self, cache: PagedCache, query: torch.Tensor, output: torch.Tensor, scale: float
-    ) -> None:
-        """Attend to ``cache``.
+    def attend(self, cache: PagedCache, query: Tensor, output: Tensor, scale: float) -> None:
+        """Attend to the cache of the KV heads that the query heads belong to.
 
-        Args:
-            cache: of the KV heads that the query heads belong to.
-            query: ``[tokens, query heads, head_dim]``; only the last dimension need be dense.
-            output: as ``query``, dense; filled in place.
-            scale: factor on ``q @ k``.
+        ``query``: ``[tokens, query heads, head_dim]``, of which only the last dimension need be
+        dense; ``output``: as ``query``, dense; filled in place.
         """
         schedule = self.schedules.get(cache.num_heads)
         if schedule is None:

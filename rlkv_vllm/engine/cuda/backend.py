@@ -26,18 +26,13 @@ if TYPE_CHECKING:
 class SplitCUDABackend(AttentionBackend):
     """The split KV cache and gated mode as ``--attention-backend CUSTOM``."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-    ]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
     # Both caches of a layer are written in forward(): the attention layer itself owns none.
     forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_name() -> str:
-        """Name of the member of vLLM's enum under which the class is registered."""
         return "CUSTOM"
 
     @staticmethod
@@ -49,12 +44,10 @@ class SplitCUDABackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        """Head dimensions that the kernel is tested with."""
         return list(CUDA_HEAD_DIMS)
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
-        """Ampere and later."""
         return tuple(capability) >= MIN_CUDA_CAPABILITY
 
     @classmethod

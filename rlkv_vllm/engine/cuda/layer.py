@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
 
@@ -29,15 +30,9 @@ if TYPE_CHECKING:
 class _Part:
     """Heads of a layer that one kernel call serves.
 
-    All of them, but for a layer without full heads whose streaming heads lie in
-    two cache groups: the kernel reads one table of each kind.
-
-    Attributes:
-        cache: their caches.
-        full: cache layer under which the metadata of the full heads is found.
-        ring: the same for the streaming heads.
-        kv_heads: None for all of the layer.
-        q_heads: as ``kv_heads``.
+    All of them (then without slices), but for a layer without full heads whose streaming heads
+    lie in two cache groups: the kernel reads one table of each kind. ``full`` and ``ring`` are
+    the cache layers under which the metadata of the full and the streaming heads is found.
     """
 
     cache: LayerCache
@@ -83,7 +78,6 @@ class SplitCUDAImpl(CUDAImpl):
         self._parts: list[_Part] = []
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Register the layer's head caches."""
         if self.heads is None:
             self.heads = register_layer(
                 self, self.plan, self._vllm_config, act_dtype, self._caches_changed
@@ -126,14 +120,14 @@ class SplitCUDAImpl(CUDAImpl):
     def forward(
         self,
         layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
         attn_metadata: CUDAMetadata | None,
-        output: torch.Tensor,
+        output: Tensor,
         **_: None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if attn_metadata is None:  # vLLM profiles the model
             return output.fill_(0)
         assert self._parts, "the head caches are not bound"

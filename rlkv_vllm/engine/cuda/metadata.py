@@ -18,10 +18,7 @@ from rlkv_vllm.engine.config import gated_config
 from rlkv_vllm.kernels.triton.split_attention import Workspace
 
 if TYPE_CHECKING:
-    import torch
-    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 @dataclass
@@ -38,21 +35,16 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[CUDAMetadata]):
     # graphs of uniform decode, the number of tokens for graphs of mixed batches.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        vllm_config = self.vllm_config
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         self.workspace = _shared_workspace(
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             num_q_heads=model.get_num_attention_heads(parallel),
             num_kv_heads=model.get_num_kv_heads(parallel),
             head_dim=model.get_head_size(),
-            device=device,
+            device=self.device,
             gated=gated_config(vllm_config) is not None,
         )
 

@@ -5,8 +5,10 @@ Only what a page holds and how it is attended to is ours, see :mod:`rlkv_vllm.ke
 
 from __future__ import annotations
 
-import torch
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from rlkv_vllm.engine.gated.layer import GatedLayer
 from rlkv_vllm.kernels.cpu.gated import gated_attention, write_pages
@@ -16,23 +18,17 @@ class GatedCPUImpl(GatedLayer, CPUAttentionBackendImpl):
     """Attention of one layer."""
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        kv_cache: torch.Tensor,
-        step: CPUAttentionMetadata,
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cache: Tensor, step: Any
     ) -> None:
-        write_pages(key, value, kv_cache, step.slot_mapping[: len(key)])
+        write_pages(k, v, cache, step.slot_mapping[: len(k)])
         gated_attention(
-            query,
-            kv_cache,
+            q,
+            cache,
             step.block_table,
             step.seq_lens,
             step.query_start_loc,
             self.gates,
-            output,
+            out,
             sink=self.config.sink,
             window=self.config.window,
             scale=self.scale,

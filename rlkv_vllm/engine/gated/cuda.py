@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlkv_vllm.engine.cuda.layer import CUDAImpl
-from rlkv_vllm.engine.cuda.metadata import CUDAMetadata
 from rlkv_vllm.engine.gated.layer import GatedLayer
 from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT
 from rlkv_vllm.kernels.triton.split_attention import LayerCache, split_attention, write_cache
@@ -25,23 +25,17 @@ class GatedCUDAImpl(GatedLayer, CUDAImpl):
         self._streaming_H = torch.ones_like(heads, dtype=torch.int32)
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        kv_cache: torch.Tensor,
-        step: CUDAMetadata,
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cache: Tensor, step: Any
     ) -> None:
-        cache = LayerCache.of_whole(kv_cache, self._offsets_H, self._streaming_H)
-        slots = step.slot_mapping[: len(key)]
-        write_cache(key, value, cache, slots, slots)
+        layer_cache = LayerCache.of_whole(cache, self._offsets_H, self._streaming_H)
+        slots = step.slot_mapping[: len(k)]
+        write_cache(k, v, layer_cache, slots, slots)
         split_attention(
-            query,
-            key,
-            value,
-            output,
-            cache,
+            q,
+            k,
+            v,
+            out,
+            layer_cache,
             full_table_RB=step.block_table,
             ring_table_RB=step.block_table,
             query_start_loc=step.query_start_loc,

@@ -6,10 +6,12 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionImpl
 
+from rlkv_vllm.allocation.heads import heads_of_rank
 from rlkv_vllm.engine.compat import attention_layer
 from rlkv_vllm.engine.config import gated_config
 from rlkv_vllm.engine.support import check_layer_shape, check_layer_supported
@@ -22,7 +24,6 @@ class GatedLayer(AttentionImpl[Any]):
     """Every head keeps its full cache, managed by vLLM as always.
 
     Attributes:
-        config: sink and window.
         gates: of this rank's KV heads, float32; changed in place, between two steps, so that
             CUDA graphs read them where they were.
         kv_heads: which KV heads of the model these are.
@@ -39,11 +40,11 @@ class GatedLayer(AttentionImpl[Any]):
         self.gates = torch.ones(
             self.num_kv_heads, dtype=torch.float32, device=vllm_config.device_config.device
         )
-        # Ranks take KV heads in order; where there are more ranks than heads, vLLM copies heads.
-        total = vllm_config.model_config.get_total_num_kv_heads()
-        tp_size = vllm_config.parallel_config.tensor_parallel_size
-        first = get_tensor_model_parallel_rank() * total // tp_size
-        self.kv_heads = range(first, first + self.num_kv_heads)
+        self.kv_heads = heads_of_rank(
+            get_tensor_model_parallel_rank(),
+            vllm_config.model_config.get_total_num_kv_heads(),
+            vllm_config.parallel_config.tensor_parallel_size,
+        )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Refuse a layer, which now exists, that is not like all others or masks differently."""
@@ -56,14 +57,14 @@ class GatedLayer(AttentionImpl[Any]):
     def forward(
         self,
         layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
         attn_metadata: Any,
-        output: torch.Tensor,
+        output: Tensor,
         **_: None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if attn_metadata is None:  # vLLM profiles the model
             return output.fill_(0)
         n = attn_metadata.num_actual_tokens
@@ -72,21 +73,9 @@ class GatedLayer(AttentionImpl[Any]):
 
     @abstractmethod
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        kv_cache: torch.Tensor,
-        step: Any,
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cache: Tensor, step: Any
     ) -> None:
-        """Write the step's keys and values into the cache, then attend.
+        """Write the step's keys and values into the layer's cache, attend, and fill ``out``.
 
-        Args:
-            query: ``[tokens, query heads, head_dim]``.
-            key: ``[tokens, KV heads, head_dim]``.
-            value: as ``key``.
-            output: as ``query``; filled in place.
-            kv_cache: of the layer.
-            step: the backend's metadata of the step.
+        ``q`` to ``out``: ``[tokens, heads, head_dim]``; ``step``: the backend's metadata.
         """

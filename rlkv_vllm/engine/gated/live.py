@@ -31,12 +31,7 @@ _PREFIX = "gates-"
 
 @dataclass(frozen=True)
 class LiveGates:
-    """The gates of all workers.
-
-    Attributes:
-        version: how often they were set.
-        gates: ``[layers][KV heads]``.
-    """
+    """The gates of all workers, ``[layers][KV heads]``, and how often they were set."""
 
     version: int
     gates: list[list[float]]
@@ -91,20 +86,12 @@ def _counts(shape: Sequence[int]) -> str:
 
 
 def get_gates(llm: LLM) -> LiveGates:
-    """The gates of an engine in gated mode.
-
-    Raises:
-        RlkvError: it is not in gated mode.
-    """
+    """The gates of an engine; raises as `LiveGates.of`."""
     return LiveGates.of(llm.collective_rpc(GET_METHOD))
 
 
 def set_gates(llm: LLM, gates: Gates) -> int:
     """Give an engine in gated mode these gates, between two calls of ``generate``.
-
-    Args:
-        llm: the engine.
-        gates: ``[layers][KV heads]``, in [0, 1].
 
     Returns:
         Their version; the present one if the engine has these gates.
@@ -131,10 +118,6 @@ class GatesUpdater:
 
     Requests that run when gates are set finish with the earlier gates; those that arrive in the
     meantime wait, and so do requests for other gates than those in use.
-
-    Args:
-        engine_client: the engine.
-        now: its gates when the server starts.
     """
 
     def __init__(self, engine_client: EngineClient, now: LiveGates) -> None:
@@ -145,10 +128,7 @@ class GatesUpdater:
 
     @asynccontextmanager
     async def using(self, gates: Gates) -> AsyncIterator[int]:
-        """Set them if the engine has others, and keep them to the end of the block.
-
-        Yields:
-            Their version.
+        """Set them if the engine has others, keep them to the block's end; gives their version.
 
         Raises:
             RlkvError: wrong gates; nothing has changed.
@@ -193,8 +173,7 @@ def gates_version(completion: CompletionOutput) -> int:
     Raises:
         RlkvError: the answer has no version, or was sampled with several.
     """
-    spans = completion.weight_versions or []
-    names = {span.version for span in spans}
+    names = {span.version for span in completion.weight_versions or ()}
     if len(names) != 1:
         raise RlkvError(f"an answer was sampled with {len(names)} versions of the gates")
     name = names.pop()

@@ -1,7 +1,7 @@
 """The compiled loop of :mod:`rlkv_vllm.kernels.cpu.gated`: one query of one request at a time.
 
-Functions of a module, since Numba keeps nothing on disk of functions that use another one through
-a closure. Sizes are no constants: LLVM would unroll the loops over them, and make no vectors.
+The functions are top-level, since Numba does not cache functions that call another one through a
+closure. Sizes are not constants: LLVM would unroll the loops over them instead of vectorising.
 
 Shape suffixes as there.
 """
@@ -16,12 +16,12 @@ from numba.core import types
 from numba.extending import overload
 
 _compiled: Any = numba.njit(cache=True, nogil=True, fastmath={"contract"})
-#: Sums may be reordered, which is what makes vectors of them; infinities stay what they are.
+#: Sums may be reordered, so that they are vectorised; infinities stay what they are.
 _reordered: Any = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 
 
 def _number(stored: Any) -> Any:
-    """The float32 that a cache of float32, or of the bits of bfloat16, holds."""
+    """The number in a cache of float32 or of the bits of bfloat16, as float32."""
     raise NotImplementedError  # compiled code has the overload
 
 
@@ -32,8 +32,8 @@ def _number_of(stored):  # type: ignore[no-untyped-def]  # Numba compares the si
     return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
 
 
-# Compilers make no vectors of exp: this is 2**n * 2**r with |r| <= 1/2, n in the exponent's bits
-# and a polynomial for the rest, right to 2e-7.
+# Compilers do not vectorise exp: this is 2**n * 2**r with |r| <= 1/2, n in the bits of the exponent
+# and a polynomial for the rest, accurate to 2e-7.
 @_compiled  # type: ignore[untyped-decorator]
 def _exp_of(
     source: Any, to: Any, scale_bits: Any, scale_of: Any, top: Any, start: int, end: int
@@ -66,16 +66,8 @@ def attend(
 ) -> None:
     """Attend for single queries.
 
-    Args:
-        query_NQD: float32, scaled.
-        cache_BHCE: pages, float32 or the bits of bfloat16 (uint16).
-        block_table_RB: pages of each request.
-        request_N: whose query it is.
-        lengths_N: how many tokens of its request a query sees.
-        gates_H: float32.
-        out_NQD: float32, filled in place.
-        sink: first tokens that local attention sees.
-        window: last tokens that local attention sees.
+    Query ``i`` sees the first ``lengths_N[i]`` tokens of request ``request_N[i]``. Queries are
+    scaled float32, the cache is float32 or the bits of bfloat16 (uint16); the output is filled.
     """
     num_queries, num_q_heads, size = query_NQD.shape
     num_kv_heads, block_size = cache_BHCE.shape[1], cache_BHCE.shape[2]
@@ -110,7 +102,7 @@ def attend(
                         for d in range(size):
                             dot += query[g, d] * _number(row[d])
                         weights[g, s] = dot
-                    # The value lies behind its key: it is brought here now, not from afar later.
+                    # The value follows its key in memory: copied now, it is near later.
                     for d in range(size):
                         values[s, d] = _number(row[size + d])
                 start += block_size

@@ -1,22 +1,18 @@
-"""Streaming-head attention as dense paged attention over short block tables, for the CPU.
+"""Streaming heads on the CPU as dense paged attention over short block tables.
 
-vLLM's C++ paged attention knows causal and sliding-window masks, no sinks. A *tile* - up to
-``window`` consecutive query tokens of one request - becomes a request of its own whose table is
+vLLM's C++ paged attention supports causal and sliding-window masks, but no sinks. Here a *tile*, up
+to ``window`` consecutive query tokens of one request, becomes a request of its own with the table
 
     [window before the tile] [sinks] [the tile's own tokens]
 
-Keys keep no position in the cache (it is rotated into them), so their order is free. With a
-sliding window of ``sink + window`` over this table every query sees exactly its window and the
-sinks: the sinks stand between the window's old end and the query, so they never leave, and
-they push the window's start out by just their number. Only the two ends of a table
-may hold part of a page: the causal mask cuts one, the sliding window the other. That is why a
-sink must be whole pages; :mod:`rlkv_vllm.kernels.cpu.streaming` takes any.
+Keys hold their position (it is rotated into them), so their order is free. With a sliding window of
+``sink + window`` every query sees exactly its window and the sinks: they stand between the old end
+of the window and the query, so they never leave, and push its start out by their number. Only the
+two ends of a table may hold part of a page (the causal mask cuts one, the sliding window the
+other), so a sink must be whole pages; :mod:`rlkv_vllm.kernels.cpu.streaming` supports any.
 
-A decode step reads the cache in place. A prefill reads a scratch cache of the same layout, since
-a chunk's tokens that leave the window before the chunk ends have no block (lean prefill).
-
-Pages here are ``PAGE`` tokens, whatever the block size: a block of a streaming head is
-``block_size / PAGE`` of them, and slots count alike.
+A decode step reads the cache in place. A prefill reads a scratch cache of the same layout: tokens
+that leave the window before their chunk ends have no block (lean prefill).
 
 Shape suffixes: N tokens, M requests, P tiles, W pages of a table.
 """
@@ -28,8 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-#: Tokens of a page: the smallest that vLLM's kernel takes.
+from rlkv_vllm.kernels.cpu.step import StreamingStep
+
+#: Tokens of a page, the smallest that vLLM's kernel takes; a block holds one or more.
 PAGE = 16
 
 #: Most query tokens of a tile. From 16 to 256 the length made no difference (CPU, 2026-11-24).
@@ -45,99 +44,52 @@ def serves(sink: int, window: int) -> bool:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles as vLLM's operator takes requests.
+    """Tiles as vLLM's operator takes requests."""
 
-    Attributes:
-        rows: rows of the step that the tiles answer, in order; None: all of them.
-        tables: int32 ``[P, W]``, page ids.
-        lengths: int32 ``[P]``, keys in each table.
-        starts: int32 ``[P + 1]``, first row of each tile among ``rows``.
-    """
-
-    rows: torch.Tensor | None
-    tables: torch.Tensor
-    lengths: torch.Tensor
-    starts: torch.Tensor
+    rows: Tensor | None  # rows of the step that the tiles answer, in order; None: all rows
+    tables: Tensor  # int32 [P, W], page ids
+    lengths: Tensor  # int32 [P], keys in each table
+    starts: Tensor  # int32 [P + 1], first row of each tile among `rows`
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Where the pages of a prefill come from.
-
-    Attributes:
-        num_pages: of the scratch cache.
-        cached: page ids in the cache that are copied.
-        copies: their pages in the scratch cache.
-        ends: pages that hold the last token of a request: what follows it is read and masked.
-        slots: int64, scratch slots of the new tokens of ``Tiles.rows``.
-    """
+    """The scratch cache of a prefill."""
 
     num_pages: int
-    cached: torch.Tensor
-    copies: torch.Tensor
-    ends: torch.Tensor
-    slots: torch.Tensor
+    cached: Tensor  # page ids in the cache that are copied
+    copies: Tensor  # their pages in the scratch cache
+    ends: Tensor  # pages with the last token of a request: what follows is read and masked
+    slots: Tensor  # int64, scratch slots of the new tokens of `Tiles.rows`
 
 
 @dataclass(frozen=True)
 class RingStep:
-    """One step of all streaming heads that read one block table.
+    """One step of all streaming heads that read one block table."""
 
-    Attributes:
-        slots: int64 ``[N]``, cache slots of the new tokens; -1 where there is no block.
-        decode: requests with one new token, over the cache.
-        prefill: the others, over the scratch cache.
-        scratch: with ``prefill``.
-    """
-
-    slots: torch.Tensor
-    decode: Tiles | None
-    prefill: Tiles | None
-    scratch: Scratch | None
+    slots: Tensor  # int64 [N], cache slots of the new tokens; -1 where there is no block
+    decode: Tiles | None  # requests with one new token, over the cache
+    prefill: tuple[Tiles, Scratch] | None  # the others
 
 
-def plan_ring_step(
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    block_size: int,
-    sink: int,
-    window: int,
-    null_block: int = 0,
-) -> RingStep:
-    """Tables of one step, shared by all layers.
-
-    Args:
-        block_table: int32 ``[M, max blocks]``, entry ``i`` holds positions ``i * block_size ..``;
-            entries out of the window may be stale.
-        seq_lens: ``[M]`` tokens after this step, new ones included.
-        query_start_loc: ``[M + 1]`` first row of each request.
-        slot_mapping: ``[N]`` slot of each new token; in the null block where it has none.
-        block_size: tokens per block, a multiple of ``PAGE``.
-        sink: first tokens kept; see :func:`serves`.
-        window: last tokens kept, the query's own included.
-        null_block: id of the block that nobody owns.
-    """
+def plan_ring_step(step: StreamingStep) -> RingStep:
+    """Tables of one step, shared by all layers; `serves` must hold for its sink and window."""
     # numpy: at these sizes a torch operation costs several times as much.
-    table = block_table.numpy()
-    ends = seq_lens.numpy().astype(np.int64)
-    starts = query_start_loc.numpy().astype(np.int64)
-    news = np.diff(starts)
-    geometry = _Geometry(sink // PAGE, window, block_size // PAGE)
-    slots = slot_mapping
-    single = news == 1
-    decode = prefill = scratch = None
+    table = step.block_table.numpy()
+    ends = step.seq_lens.numpy().astype(np.int64)
+    rows = step.query_start_loc.numpy().astype(np.int64)
+    news, rows = np.diff(rows), rows[:-1]
+    geometry = _Geometry(step.sink // PAGE, step.window, step.block_size // PAGE)
+    slots = step.slot_mapping
+    single, many = news == 1, news > 1
     if single.all():
-        decode = _decode(table, ends, None, geometry)
-        return RingStep(slots, decode, None, None)
-    slots = torch.where(slot_mapping >= (null_block + 1) * block_size, slot_mapping, -1)
+        return RingStep(slots, _decode(table, ends, None, geometry), None)
+    slots = torch.where(slots >= step.block_size, slots, -1)
+    decode = None
     if single.any():
-        decode = _decode(table[single], ends[single], starts[:-1][single], geometry)
-    many = news > 1
-    prefill, scratch = _prefill(table[many], ends[many], news[many], starts[:-1][many], geometry)
-    return RingStep(slots, decode, prefill, scratch)
+        decode = _decode(table[single], ends[single], rows[single], geometry)
+    prefill = _prefill(table[many], ends[many], news[many], rows[many], geometry)
+    return RingStep(slots, decode, prefill)
 
 
 @dataclass(frozen=True)
@@ -158,10 +110,7 @@ class _Geometry:
 def _tables(first: _Ints, last: _Ints, geometry: _Geometry) -> tuple[_Ints, _Ints]:
     """Logical pages of tiles, and how many keys precede each tile's own pages.
 
-    Args:
-        first: position of each tile's first query.
-        last: of its last.
-        geometry: sizes.
+    ``first`` and ``last`` are the positions of each tile's first and last query.
     """
     sinks = geometry.sink_pages
     own, end = first // PAGE, last // PAGE
@@ -257,5 +206,5 @@ def _prefill(
     )
 
 
-def _int32(values: _Ints) -> torch.Tensor:
+def _int32(values: _Ints) -> Tensor:
     return torch.from_numpy(values.astype(np.int32))

@@ -1,13 +1,9 @@
 """Decode: one launch for all requests with one new token and all heads of a layer.
 
-A program serves (request, KV head, KV split). The rows of its tile are the query heads of the KV
-head. A streaming head takes one split: its visible keys, sinks and window, are numbered without
-the gap between them, so no masked key is loaded. A full head's keys are spread over the splits,
-and a second small launch merges their partial results.
-
-A gated head is a streaming head that also attends to the gap between sinks and window: split 0
-takes the keys of local attention, the others share the gap. Each key is read once, and the merge
-has both results: split 0 is local attention, all splits together are full attention.
+The rows of a tile are the query heads of a KV head. Visible keys are numbered without the gap
+between sinks and window, so no masked key is loaded. The keys of a full head are spread over
+splits, whose partial results a second launch merges. Split 0 of a gated head is local attention,
+the others share the gap: all splits together are full attention.
 
 Shape suffixes: R requests, Q query heads, S splits, D head_dim.
 """
@@ -19,14 +15,15 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT, LayerCache, StepRequests
-from rlkv_vllm.kernels.triton.tile import attend_tile, load_tile, page_rows
+from rlkv_vllm.kernels.triton.tile import attend_tile, head_view, load_tile, page_rows
 
 #: Programs per multiprocessor that a decode launch aims for: about two waves of two.
 PROGRAMS_PER_SM = 4
 #: A full head is not cut into pieces of fewer tiles than this.
-MIN_TILES_PER_SPLIT = 4
+MIN_TILES_PER_SPLIT = tl.constexpr(4)
 MAX_SPLITS = 64
 #: Rows of the smallest matrix product that the tensor cores do.
 MIN_ROWS = 16
@@ -36,17 +33,11 @@ INTERPRETER = 0
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Launch parameters.
+    """Launch parameters."""
 
-    Attributes:
-        block_n: keys per tile.
-        num_warps: warps per program.
-        num_stages: tiles of keys in flight.
-    """
-
-    block_n: int
+    block_n: int  # keys per tile
     num_warps: int
-    num_stages: int
+    num_stages: int  # tiles of keys in flight
 
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
@@ -59,28 +50,23 @@ def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
 
 
 @triton.jit
-def key_range(seq_len, streaming, sink, window):
+def key_range(seq_len, sink, window):
     """Visible keys of the last token, numbered without a gap.
 
     Returns:
         ``(num_keys, num_sinks, skip)``: key ``j`` stands at position ``j`` if
         ``j < num_sinks`` else ``j + skip``.
     """
-    # A full head is a streaming head without sinks whose window holds everything.
-    sink = tl.where(streaming, sink, 0)
-    window = tl.where(streaming, window, seq_len)
     num_sinks = tl.minimum(sink, seq_len)
     first = tl.maximum(seq_len - window, num_sinks)
     return num_sinks + seq_len - first, num_sinks, first - num_sinks
 
 
 @triton.jit
-def keys_per_split(
-    num_keys, NUM_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def keys_per_split(num_keys, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys that one split of a full head takes."""
     tiles = tl.cdiv(tl.cdiv(num_keys, BLOCK_N), NUM_SPLITS)
-    return tl.maximum(tiles, MIN_TILES) * BLOCK_N
+    return tl.maximum(tiles, MIN_TILES_PER_SPLIT) * BLOCK_N
 
 
 @triton.jit
@@ -107,15 +93,14 @@ def decode_kernel(
     query_stride_h,
     output_stride_n,
     output_stride_h,
-    full_table_stride,
-    ring_table_stride,
+    full_stride,
+    ring_stride,
     block_stride,
     slot_stride,
     sink,
     window,
     scale_log2,
     NUM_SPLITS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -133,20 +118,18 @@ def decode_kernel(
         return  # prefill, or padding of a CUDA graph
     seq_len = tl.load(seq_lens + request)
     streaming = tl.load(head_streaming + head) != 0
-    num_keys, num_sinks, skip = key_range(seq_len, streaming, sink, window)
-    if streaming:
-        table = ring_table + request.to(tl.int64) * ring_table_stride
-        per_split = num_keys
-    else:
-        table = full_table + request.to(tl.int64) * full_table_stride
-        per_split = keys_per_split(num_keys, NUM_SPLITS, MIN_TILES, BLOCK_N)
+    table, sink, window = head_view(
+        request, streaming, full_table, ring_table, full_stride, ring_stride, seq_len, sink, window
+    )
+    num_keys, num_sinks, skip = key_range(seq_len, sink, window)
+    per_split = num_keys if streaming else keys_per_split(num_keys, NUM_SPLITS, BLOCK_N)
     begin = split * per_split
     is_alone = per_split >= num_keys
     if gates is not None:
         between = gap_of(gates, head, skip)
         is_alone = between == 0
         if split > 0:
-            per_split = keys_per_split(between, NUM_SPLITS - 1, MIN_TILES, BLOCK_N)
+            per_split = keys_per_split(between, NUM_SPLITS - 1, BLOCK_N)
             begin = (split - 1) * per_split
             num_keys, num_sinks, skip = between, 0, num_sinks
     end = tl.minimum(begin + per_split, num_keys)
@@ -199,7 +182,6 @@ def merge_kernel(
     sink,
     window,
     NUM_SPLITS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -214,13 +196,13 @@ def merge_kernel(
     head = q_head // GROUP
     num_keys = tl.load(seq_lens + request)
     if gates is not None:
-        _, _, skip = key_range(num_keys, True, sink, window)
+        _, _, skip = key_range(num_keys, sink, window)
         between = gap_of(gates, head, skip)
-        used = 1 + tl.cdiv(between, keys_per_split(between, NUM_SPLITS - 1, MIN_TILES, BLOCK_N))
+        used = 1 + tl.cdiv(between, keys_per_split(between, NUM_SPLITS - 1, BLOCK_N))
     else:
         if tl.load(head_streaming + head) != 0:
             return
-        used = tl.cdiv(num_keys, keys_per_split(num_keys, NUM_SPLITS, MIN_TILES, BLOCK_N))
+        used = tl.cdiv(num_keys, keys_per_split(num_keys, NUM_SPLITS, BLOCK_N))
     if used == 1:
         return  # one split did it all
     s = tl.arange(0, NUM_SPLITS)
@@ -260,19 +242,12 @@ def num_splits(
 
 @dataclass(frozen=True)
 class Workspace:
-    """Partial results of split-KV decode; allocated once, shared by all layers of a rank.
+    """Partial results of split-KV decode; allocated once, shared by all layers of a rank."""
 
-    Attributes:
-        output: float32, room for ``[R, Q, S, D]`` of any batch.
-        lse: float32, room for ``[R, Q, S]``.
-        target_programs: programs that a launch aims for.
-        capability: compute capability of the device, e.g. 90; ``INTERPRETER`` without one.
-    """
-
-    output: torch.Tensor
-    lse: torch.Tensor
-    target_programs: int
-    capability: int
+    output: Tensor  # float32, room for [R, Q, S, D] of any batch
+    lse: Tensor  # float32, room for [R, Q, S]
+    target_programs: int  # that a launch aims for
+    capability: int  # compute capability of the device, e.g. 90; `INTERPRETER` without one
 
     @classmethod
     def of(
@@ -287,18 +262,10 @@ class Workspace:
         target_programs: int | None = None,
         capability: int | None = None,
     ) -> Workspace:
-        """Allocate for batches of up to ``max_requests`` requests.
+        """Allocate for steps of up to ``max_requests`` requests, padding of CUDA graphs included.
 
-        Args:
-            max_requests: most requests of a step, padding of CUDA graphs included.
-            num_q_heads: query heads of a layer on this rank.
-            num_kv_heads: KV heads of a layer on this rank.
-            head_dim: head dimension.
-            device: of the cache.
-            gated: whether the heads are gated.
-            target_programs: programs that a launch aims for; given together with ``capability``,
-                where the device is no GPU or another one.
-            capability: compute capability.
+        Heads are those of a layer on this rank. ``target_programs`` and ``capability`` are given,
+        both, where the device is no GPU or another one.
         """
         if target_programs is None or capability is None:
             properties = torch.cuda.get_device_properties(device)
@@ -318,8 +285,8 @@ class Workspace:
 
 
 def decode(
-    query_NQD: torch.Tensor,
-    output_NQD: torch.Tensor,
+    query_NQD: Tensor,
+    output_NQD: Tensor,
     cache: LayerCache,
     step: StepRequests,
     *,
@@ -330,16 +297,11 @@ def decode(
     num_requests = step.seq_lens.shape[0]
     num_q_heads, head_dim = query_NQD.shape[1:]
     gated = step.gates_H is not None
-    splits = num_splits(
-        num_requests,
-        cache.num_heads if gated else cache.num_full,
-        workspace.target_programs,
-        gated=gated,
-    )
+    num_cut = cache.num_heads if gated else cache.num_full
+    splits = num_splits(num_requests, num_cut, workspace.target_programs, gated=gated)
     group = num_q_heads // cache.num_heads
     shared = {
         "NUM_SPLITS": splits,
-        "MIN_TILES": MIN_TILES_PER_SPLIT,
         "GROUP": group,
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 #: Elements in a unit of a head's offset. With it the compiler can prove that rows are aligned, and
 #: loads them in 16-byte pieces.
@@ -17,38 +18,22 @@ OFFSET_UNIT = 16
 
 @dataclass(frozen=True)
 class StepRequests:
-    """The requests of a step and what their heads see; arguments as in `split_attention`.
+    """The requests of a step and what their heads see; attributes as in `split_attention`."""
 
-    Attributes:
-        gates_H: float32, in gated mode.
-        full_table_RB: int32, pages of full heads.
-        ring_table_RB: int32, pages of streaming heads.
-        query_start_loc: int32 ``[R + 1]``, first row of each request.
-        seq_lens: int32 ``[R]``, tokens of each request after the step.
-        sink: first tokens that a streaming head sees.
-        window: last tokens that a streaming head sees.
-        scale_log2: factor on ``q @ k``, times log2(e).
-    """
-
-    gates_H: torch.Tensor | None
-    full_table_RB: torch.Tensor
-    ring_table_RB: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
+    gates_H: Tensor | None
+    full_table_RB: Tensor
+    ring_table_RB: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
     sink: int
     window: int
-    scale_log2: float
+    scale_log2: float  # factor on q @ k, times log2(e)
 
     @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor | None, ...]:
         """Tensor arguments of the attention kernels."""
-        return (
-            self.gates_H,
-            self.full_table_RB,
-            self.ring_table_RB,
-            self.query_start_loc,
-            self.seq_lens,
-        )
+        tables = (self.full_table_RB, self.ring_table_RB)
+        return (self.gates_H, *tables, self.query_start_loc, self.seq_lens)
 
     def scalars(self, cache: LayerCache) -> tuple[float, ...]:
         """Strides of tables and cache, and the numbers of the attention kernels."""
@@ -62,28 +47,15 @@ class LayerCache:
 
     One page is one block of one KV head, ``[block_size, 2 * head_dim]``, K then V. All heads of
     the layer, full and streaming, are addressed from one base pointer with an offset per head.
-
-    Attributes:
-        base: cache of the first head; keeps the memory alive and gives dtype and device.
-        caches: the caches of all heads, kept alive; none where they are one tensor.
-        offsets_H: int64, offset of each head from ``base`` in units of ``OFFSET_UNIT`` elements.
-        streaming_H: int32, 1 for a streaming head, 0 for a full head.
-        num_full: number of full heads.
-        block_size: tokens per block.
-        head_dim: head dimension.
-        block_stride: elements between two blocks of a head.
-        slot_stride: elements between two tokens of a block.
     """
 
-    base: torch.Tensor
-    caches: tuple[torch.Tensor, ...]
-    offsets_H: torch.Tensor
-    streaming_H: torch.Tensor
+    base: Tensor  # cache of the first head; keeps the memory alive, gives dtype and device
+    caches: tuple[Tensor, ...]  # of all heads, kept alive; none where they are one tensor
+    offsets_H: Tensor  # int64, from `base`, in units of `OFFSET_UNIT` elements
+    streaming_H: Tensor  # int32, 1 for a streaming head, 0 for a full head
     num_full: int
     block_size: int
-    head_dim: int
-    block_stride: int
-    slot_stride: int
+    strides: tuple[int, int]  # elements between two blocks, and between two tokens of a block
 
     @property
     def num_heads(self) -> int:
@@ -91,17 +63,12 @@ class LayerCache:
         return len(self.offsets_H)
 
     @property
-    def heads(self) -> tuple[torch.Tensor, ...]:
+    def heads(self) -> tuple[Tensor, ...]:
         """Tensor arguments of all kernels."""
         return self.base, self.offsets_H, self.streaming_H
 
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Elements between two blocks, and between two tokens of a block."""
-        return self.block_stride, self.slot_stride
-
     @classmethod
-    def of(cls, caches: Sequence[torch.Tensor], streaming: Sequence[bool]) -> LayerCache:
+    def of(cls, caches: Sequence[Tensor], streaming: Sequence[bool]) -> LayerCache:
         """Build the table that the kernels read; not inside a CUDA graph.
 
         Args:
@@ -114,7 +81,7 @@ class LayerCache:
         """
         first = caches[0]
 
-        def layout(cache: torch.Tensor) -> str:
+        def layout(cache: Tensor) -> str:
             shape = ", ".join(map(str, cache.shape[1:]))
             return f"[blocks, {shape}], strides {cache.stride()}, {cache.dtype} on {cache.device}"
 
@@ -140,15 +107,11 @@ class LayerCache:
             streaming_H=torch.tensor(list(streaming), dtype=torch.int32).to(first.device),
             num_full=sum(not kind for kind in streaming),
             block_size=first.shape[1],
-            head_dim=first.shape[2] // 2,
-            block_stride=first.stride(0),
-            slot_stride=first.stride(1),
+            strides=strides,
         )
 
     @classmethod
-    def of_whole(
-        cls, cache_BHNC: torch.Tensor, offsets_H: torch.Tensor, streaming_H: torch.Tensor
-    ) -> LayerCache:
+    def of_whole(cls, cache_BHNC: Tensor, offsets_H: Tensor, streaming_H: Tensor) -> LayerCache:
         """The cache of a layer as stock vLLM binds it; looks at no tensor, so for every step.
 
         Args:
@@ -172,7 +135,5 @@ class LayerCache:
             streaming_H=streaming_H,
             num_full=0,
             block_size=block_size,
-            head_dim=row // 2,
-            block_stride=cache_BHNC.stride(0),
-            slot_stride=num_heads * row,
+            strides=(cache_BHNC.stride(0), num_heads * row),
         )

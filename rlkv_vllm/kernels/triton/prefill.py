@@ -1,43 +1,32 @@
 """Prefill: causal for full heads, sinks and a window for streaming heads, in one launch.
 
-A program serves (tile of queries of one request, KV head); rows of the tile are queries times the
-query heads of the KV head. It reads two runs of keys: those before the chunk from the pages, those
-of the chunk from the step's inputs (lean prefill keeps no pages for most of them). In both runs a
-streaming head numbers its visible keys without the gap between sinks and window, so its work grows
-with the window and not with the prompt. Requests with one new token are decode's.
-
-A gated head is a streaming head that then goes on to the keys between sinks and window: what it has
-before is local attention, what it has after is full attention.
+The rows of a tile are queries of one request times the query heads of a KV head. Keys before the
+chunk are read from the pages, those of the chunk from the step's inputs: lean prefill keeps no
+pages for most of them. In both, visible keys are numbered without the gap between sinks and window.
+A gated head goes on to the keys in the gap: local attention before is full attention after.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rlkv_vllm.kernels.triton.decode import INTERPRETER, gap_of
 from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT, LayerCache, StepRequests
-from rlkv_vllm.kernels.triton.tile import attend_tile, load_tile, page_rows
+from rlkv_vllm.kernels.triton.tile import attend_tile, head_view, load_tile, page_rows
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Launch parameters.
+    """Launch parameters."""
 
-    Attributes:
-        block_m: rows per tile, queries times padded query heads of a KV head.
-        block_n: keys per tile.
-        num_warps: warps per program.
-        num_stages: tiles of keys in flight.
-    """
-
-    block_m: int
-    block_n: int
+    block_m: int  # rows per tile, queries times padded query heads of a KV head
+    block_n: int  # keys per tile
     num_warps: int
-    num_stages: int
+    num_stages: int  # tiles of keys in flight
 
 
 def prefill_config(
@@ -102,8 +91,8 @@ def prefill_kernel(
     value_stride_h,
     output_stride_n,
     output_stride_h,
-    full_table_stride,
-    ring_table_stride,
+    full_stride,
+    ring_stride,
     block_stride,
     slot_stride,
     sink,
@@ -134,14 +123,9 @@ def prefill_kernel(
     seq_len = tl.load(seq_lens + request)
     chunk = seq_len - num_queries  # position of the chunk's first token
     streaming = tl.load(head_streaming + head) != 0
-    if streaming:
-        table = ring_table + request.to(tl.int64) * ring_table_stride
-    else:
-        table = full_table + request.to(tl.int64) * full_table_stride
-    # A full head is a streaming head without sinks whose window holds everything.
-    sink = tl.where(streaming, sink, 0)
-    window = tl.where(streaming, window, seq_len)
-
+    table, sink, window = head_view(
+        request, streaming, full_table, ring_table, full_stride, ring_stride, seq_len, sink, window
+    )
     m_index = tl.arange(0, BLOCK_M)
     query_index = first_query + m_index // GROUP_PAD
     g = m_index % GROUP_PAD
@@ -204,16 +188,8 @@ def prefill_kernel(
             index = tl.where(j < new_first, j, j + new_low - chunk - new_first)
             position = chunk + index
             index64 = index.to(tl.int64)
-            k = tl.load(
-                chunk_key + index64[None, :] * key_stride_n + d[:, None],
-                mask=exists[None, :] & in_d[:, None],
-                other=0.0,
-            )
-            v = tl.load(
-                chunk_value + index64[:, None] * value_stride_n + d[None, :],
-                mask=exists[:, None] & in_d[None, :],
-                other=0.0,
-            )
+            key_rows, value_rows = index64 * key_stride_n, index64 * value_stride_n
+            k, v = load_tile(chunk_key, chunk_value, key_rows, value_rows, exists, d, in_d)
             in_window = position[None, :] > q_position[:, None] - window
             if between:
                 visible = exists[None, :] & ~in_window
@@ -231,10 +207,10 @@ def prefill_kernel(
 
 
 def prefill(
-    query_NQD: torch.Tensor,
-    key_NHD: torch.Tensor,
-    value_NHD: torch.Tensor,
-    output_NQD: torch.Tensor,
+    query_NQD: Tensor,
+    key_NHD: Tensor,
+    value_NHD: Tensor,
+    output_NQD: Tensor,
     cache: LayerCache,
     step: StepRequests,
     *,

@@ -1,8 +1,7 @@
 """Attention on the GPU with full and streaming heads in one layer: what the engine calls.
 
-Three Triton kernels, each one launch for all heads of a layer: `write`, `decode` and `prefill`.
-None gathers queries or scatters outputs by kind of head, none reads data on the host, and a launch
-depends on shapes alone.
+`write`, `decode` and `prefill` are one launch each for all heads of a layer; a launch depends on
+shapes alone.
 
 Shape suffixes: N tokens of the step, R requests, B blocks of a table, Q query heads, H KV heads,
 D head_dim.
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-import torch
+from torch import Tensor
 
 from rlkv_vllm.kernels.triton.decode import DecodeConfig, Workspace, decode, decode_config
 from rlkv_vllm.kernels.triton.layer_cache import LayerCache, StepRequests
@@ -23,22 +22,22 @@ __all__ = ["LayerCache", "Workspace", "split_attention", "write_cache"]
 
 
 def split_attention(
-    query_NQD: torch.Tensor,
-    key_NHD: torch.Tensor,
-    value_NHD: torch.Tensor,
-    output_NQD: torch.Tensor,
+    query_NQD: Tensor,
+    key_NHD: Tensor,
+    value_NHD: Tensor,
+    output_NQD: Tensor,
     cache: LayerCache,
     *,
-    full_table_RB: torch.Tensor,
-    ring_table_RB: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    full_table_RB: Tensor,
+    ring_table_RB: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
     max_query_len: int,
     workspace: Workspace,
     sink: int,
     window: int,
     scale: float,
-    gates_H: torch.Tensor | None = None,
+    gates_H: Tensor | None = None,
     decode_with: DecodeConfig | None = None,
     prefill_with: PrefillConfig | None = None,
 ) -> None:
@@ -73,26 +72,15 @@ def split_attention(
         prefill_with: the same of prefill.
     """
     head_dim, itemsize = query_NQD.shape[2], query_NQD.element_size()
+    scale_log2 = scale * math.log2(math.e)
     step = StepRequests(
-        gates_H,
-        full_table_RB,
-        ring_table_RB,
-        query_start_loc,
-        seq_lens,
-        sink,
-        window,
-        scale_log2=scale * math.log2(math.e),
+        gates_H, full_table_RB, ring_table_RB, query_start_loc, seq_lens, sink, window, scale_log2
     )
-    decode(
-        query_NQD,
-        output_NQD,
-        cache,
-        step,
-        workspace=workspace,
-        config=decode_with or decode_config(head_dim, itemsize),
-    )
+    config = decode_with or decode_config(head_dim, itemsize)
+    decode(query_NQD, output_NQD, cache, step, workspace=workspace, config=config)
     if max_query_len > 1:
-        config = prefill_with or prefill_config(
-            head_dim, itemsize, workspace.capability, gated=gates_H is not None
+        gated = gates_H is not None
+        prefill_with = prefill_with or prefill_config(
+            head_dim, itemsize, workspace.capability, gated=gated
         )
-        prefill(query_NQD, key_NHD, value_NHD, output_NQD, cache, step, config=config)
+        prefill(query_NQD, key_NHD, value_NHD, output_NQD, cache, step, config=prefill_with)

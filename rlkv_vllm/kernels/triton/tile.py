@@ -1,4 +1,4 @@
-"""One tile of keys against one tile of queries: the step that decode and prefill share.
+"""What the kernels of decode and prefill share: a head's keys, and a tile of them.
 
 Shape suffixes: M rows of queries, N keys, D head_dim.
 """
@@ -10,21 +10,27 @@ import triton.language as tl
 
 
 @triton.jit
+def head_view(
+    request, streaming, full_table, ring_table, full_stride, ring_stride, seq_len, sink, window
+):
+    """Block table, sink and window of a head.
+
+    A full head is a streaming head without sinks whose window holds everything.
+    """
+    if streaming:
+        table = ring_table + request.to(tl.int64) * ring_stride
+    else:
+        table = full_table + request.to(tl.int64) * full_stride
+    return table, tl.where(streaming, sink, 0), tl.where(streaming, window, seq_len)
+
+
+@triton.jit
 def attend_tile(q, k, v, visible, m, norm, acc, scale_log2):
-    """Online softmax over one more tile of keys.
+    """Online softmax of queries ``q [M, D]`` over one more tile, ``k [D, N]`` and ``v [N, D]``.
 
-    Args:
-        q: ``[M, D]`` queries.
-        k: ``[D, N]`` keys, transposed.
-        v: ``[N, D]`` values.
-        visible: ``[M, N]``, which query sees which key.
-        m: ``[M]`` running maximum of the scores, in units of log2.
-        norm: ``[M]`` running sum of ``2 ** (score - m)``.
-        acc: ``[M, D]`` running sum of weighted values, not normalised.
-        scale_log2: softmax scale times log2(e).
-
-    Returns:
-        New ``m``, ``norm`` and ``acc``.
+    ``m [M]`` is the running maximum of the scores in units of log2, ``norm [M]`` the sum of
+    ``2 ** (score - m)``, ``acc [M, D]`` the sum of weighted values, not normalised. ``scale_log2``
+    is the factor on ``q @ k`` times log2(e).
     """
     scores = tl.dot(q, k, input_precision="ieee") * scale_log2
     scores = tl.where(visible, scores, float("-inf"))
@@ -47,16 +53,10 @@ def page_rows(table, positions, mask, block_stride, slot_stride, BLOCK_SIZE: tl.
 
 @triton.jit
 def load_tile(keys, values, key_rows, value_rows, exists, d, in_d):
-    """Keys ``[D, N]``, transposed, and values ``[N, D]``; rows that do not exist are 0.
+    """Keys ``[D, N]``, transposed, and values ``[N, D]`` of a head; rows that do not exist are 0.
 
-    Args:
-        keys: pointer to the keys of a head.
-        values: pointer to its values.
-        key_rows: ``[N]`` element offsets.
-        value_rows: ``[N]`` element offsets.
-        exists: ``[N]``, which rows are loaded.
-        d: ``[D]`` element numbers, padded.
-        in_d: ``[D]``, which of them exist.
+    Rows are element offsets from the pointers. ``d`` are element numbers, padded; ``in_d`` tells
+    which exist.
     """
     k = tl.load(
         keys + key_rows[None, :] + d[:, None], mask=exists[None, :] & in_d[:, None], other=0.0

@@ -5,9 +5,9 @@ Shape suffixes: N tokens of the step, H KV heads, D head_dim.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rlkv_vllm.kernels.triton.layer_cache import OFFSET_UNIT, LayerCache
 
@@ -59,11 +59,11 @@ def write_kernel(
 
 
 def write_cache(
-    key_NHD: torch.Tensor,
-    value_NHD: torch.Tensor,
+    key_NHD: Tensor,
+    value_NHD: Tensor,
     cache: LayerCache,
-    full_slots_N: torch.Tensor,
-    ring_slots_N: torch.Tensor,
+    full_slots_N: Tensor,
+    ring_slots_N: Tensor,
 ) -> None:
     """Write a step's keys and values into the pages of all heads.
 

@@ -32,7 +32,9 @@ def check(groups):
     for rank in range(allocation.tp_size):
         seen = [0] * (groups.num_ring_groups + 1)
         for layer in range(allocation.num_layers):
-            local = {head: groups.group_of[layer][head] for head in groups.heads_of(rank)}
+            local = {
+                head: groups.group_of[layer][head] for head in groups.allocation.heads_of(rank)
+            }
             for head, group in local.items():
                 assert (group == FULL_GROUP) == (head in allocation.full[layer])
                 assert 0 <= group <= groups.num_ring_groups
@@ -56,7 +58,7 @@ def layer_need(allocation, rank):
     need = 0
     for layer in range(allocation.num_layers):
         ring = len(allocation.streaming_on(rank, layer))
-        need = max(need, ring if allocation.full_on(rank, layer) else -(-ring // 2))
+        need = max(need, ring if ring < allocation.heads_per_rank else -(-ring // 2))
     return need
 
 
@@ -114,7 +116,8 @@ def brute_force_cost(allocation, full_blocks, ring_blocks):
     heads = [
         (layer, head)
         for layer in range(allocation.num_layers)
-        for head in allocation.streaming(layer)
+        for head in range(allocation.num_kv_heads)
+        if head not in allocation.full[layer]
     ]
     allowed = {layer: 1 if allocation.full[layer] else 2 for layer, _ in heads}
     best = float("inf")

@@ -32,8 +32,7 @@ def test_exact_deterministic_and_balanced(case):
     assert allocation.num_full + allocation.num_streaming == layers * heads == allocation.num_heads
     for layer in range(layers):
         assert list(allocation.full[layer]) == sorted(set(allocation.full[layer]))
-        both = sorted(allocation.full[layer] + allocation.streaming(layer))
-        assert both == list(range(heads))
+        assert set(allocation.full[layer]) <= set(range(heads))
     counts = [allocation.num_full_on(rank) for rank in range(tp)]
     assert max(counts) - min(counts) <= 1
     for rank in range(tp):
@@ -42,11 +41,12 @@ def test_exact_deterministic_and_balanced(case):
         assert counts[rank] + allocation.num_streaming_on(rank) == layers * len(local)
         # Within a rank no streaming head ranks above a full one.
         order = sorted((-gates[n][h], n, h) for n in range(layers) for h in local)
-        chosen = {(n, h) for n in range(layers) for h in allocation.full_on(rank, n)}
+        chosen = {(n, h) for n in range(layers) for h in allocation.full[n] if h in local}
         assert {(n, h) for _, n, h in order[: counts[rank]]} == chosen
         for layer in range(layers):
-            both = allocation.full_on(rank, layer) + allocation.streaming_on(rank, layer)
-            assert sorted(both) == list(local)
+            full = {head for head in allocation.full[layer] if head in local}
+            assert sorted(full.union(allocation.streaming_on(rank, layer))) == list(local)
+            assert full.isdisjoint(allocation.streaming_on(rank, layer))
 
 
 @given(cases())

@@ -13,10 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from rlkv_vllm import cli
-from rlkv_vllm.bench.case import SPLIT, STOCK, Setup
+from rlkv_vllm.answers import Answer, Sampling
+from rlkv_vllm.bench.case import ALL_FULL, SPLIT, STOCK, TRANSFORMERS, VLLM, Setup
 from rlkv_vllm.bench.cases import CASES
 from rlkv_vllm.bench.cases.capacity import PROMPT, mean_context
-from rlkv_vllm.bench.cases.monitoring import Monitoring
+from rlkv_vllm.bench.cases.rollouts import RolloutsCase, Writer
+from rlkv_vllm.bench.cases.serve import Monitoring
 from rlkv_vllm.bench.random_model import parse_shape
 from rlkv_vllm.bench.record import Record
 from rlkv_vllm.bench.report import figure, markdown
@@ -68,6 +70,9 @@ def test_variants_start_with_equal_options(target: Target) -> None:
     assert specs[STOCK].environment()["VLLM_PLUGINS"] == "none"
     assert (specs[SPLIT].split or {})["sparsity"] == 0.5
     assert (specs["all-full"].split or {})["sparsity"] == 0
+    assert set(specs) == {STOCK, SPLIT, ALL_FULL, TRANSFORMERS, VLLM}
+    assert specs[TRANSFORMERS].options == specs[VLLM].options == specs[STOCK].options
+    assert specs[VLLM].split == {"mode": "gated", "sink": 16, "window": 64}
 
 
 def test_the_split_is_that_of_the_public_api(tmp_path: Path) -> None:
@@ -124,6 +129,61 @@ def test_monitoring_compares_a_server_with_itself(variant: str, page: str, read:
     assert found["speed"] == 0.8
     assert found["token_cpu"] > 1
     assert {metric.key for metric in case.metrics} == set(found)
+
+
+class FakeWriter:
+    """Answers every prompt with as many tokens as allowed, and keeps what it is asked."""
+
+    def __init__(self, model: str) -> None:
+        self.model, self.rollouts = model, self
+        self.asked: list[tuple[Any, Sampling, Any]] = []
+
+    def generate(self, prompts: Any, sampling: Sampling, gates: Any) -> list[Answer]:
+        self.asked.append((prompts, sampling, gates))
+        return [Answer([7] * sampling.max_tokens) for _ in prompts]
+
+
+def test_both_writers_of_rollouts_are_asked_the_same(target: Target) -> None:
+    case = RolloutsCase()
+    (point,) = case.points(target.setup, full=False)
+    asked = []
+    for _ in range(2):
+        writer: Any = FakeWriter(target.specs[VLLM].model)
+        state = case.prepare(writer, point)
+        found = case.turn(writer, point, state)
+        case.turn(writer, point, state)
+        assert found["mean_tokens"] == point["tokens"] == 64
+        assert found["tokens_per_s"] == pytest.approx(32 * 64 / found["seconds"])
+        assert {metric.key for metric in case.metrics} < set(found)
+        asked.append(writer.asked)
+    assert asked[0] == asked[1]
+    (_, warm_up, _), (prompts, sampling, gates), (_, _, others) = asked[0]
+    assert (warm_up.max_tokens, sampling.max_tokens) == (8, 64)
+    assert len(prompts) == 32
+    assert prompts[0] == prompts[3] != prompts[4]
+    assert [len(row) for row in gates] == [2] * 4
+    assert gates != others, "they empty the prefix cache"
+
+
+def test_rollouts_that_do_not_fit_name_the_flag(setup: Setup) -> None:
+    case = RolloutsCase()
+    point = case.points(setup, full=True)[-1]
+    assert case.too_large(setup, point | {"prompts": 33}) == "--max-num-seqs 132"
+    assert case.too_large(setup, point | {"tokens": 9000}) == "--max-model-len 9065"
+
+
+def test_rollouts_by_transformers_end_at_the_end_token(target: Target) -> None:
+    writer = Writer(target.specs[TRANSFORMERS])
+    prompts = [[5, 6, 7], [8], [8]]
+    gates = [[0.5, 1.0]] * 4
+    answers = [
+        a.token_ids for a in writer.rollouts.generate(prompts, Sampling(max_tokens=6), gates)
+    ]
+    assert [len(answer) for answer in answers] == [6] * 3
+    end = answers[0][2]
+    sampling = Sampling(max_tokens=6, stop_token_ids=(end,))
+    ended = writer.rollouts.generate(prompts, sampling, gates)[0].token_ids
+    assert ended == answers[0][: answers[0].index(end) + 1]
 
 
 @pytest.mark.parametrize("name", CASES)

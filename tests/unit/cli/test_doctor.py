@@ -2,6 +2,7 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from typer.testing import CliRunner
@@ -113,7 +114,7 @@ def test_exit_status_and_json(monkeypatch: pytest.MonkeyPatch, ok: bool) -> None
     assert [line.split()[0] for line in plain.output.splitlines()] == ["ok", "ok" if ok else "FAIL"]
     assert json.loads(as_json.output) == {
         "ok": ok,
-        "checks": [finding.as_json() for finding in found],
+        "checks": [asdict(finding) for finding in found],
     }
 
 

@@ -16,11 +16,11 @@ from rlkv_vllm.answers import Sampling
 from rlkv_vllm.cli import app
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation import served
-from rlkv_vllm.evaluation.measurement import Measurement
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.profile.io import load_profile, save_profile
 from rlkv_vllm.profile.lookup import packaged_profiles
 from rlkv_vllm.tasks import Problem
+from rlkv_vllm.tasks.measurement import Measurement
 from tests.support.profiles import assert_one_line, make_model_dir, make_profile, random_gates
 
 N = 10

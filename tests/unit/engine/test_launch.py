@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,7 +136,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLLM]]:
     FakeLLM.made = []
     monkeypatch.setattr(vllm, "LLM", FakeLLM)
     plan = make_plan()
-    report = SplitReport.of(plan, 0, BLOCKS).to_dict()
+    report = asdict(SplitReport.of(plan, 0, BLOCKS))
     monkeypatch.setattr(FakeLLM, "answer", {"active": True, "rank": 0} | report)
     monkeypatch.setattr(
         launch, "split_plan", lambda config: plan if "rlkv" in config.additional_config else None

@@ -6,12 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from rlkv_vllm.evaluation.plot import Point, accuracy_figure
+from rlkv_vllm.evaluation.plot import accuracy_figure
 from rlkv_vllm.profile.plot import save_figure
+from rlkv_vllm.profile.schema import EvaluationRow
 
 
-def points(*pairs: tuple[float, float]) -> list[Point]:
-    return [Point(s, a, (a - 0.1, a + 0.05), 100 * (1 + s), None) for s, a in pairs]
+def row(sparsity: float, accuracy: float, tokens: float, p95: int | None = None) -> EvaluationRow:
+    return EvaluationRow(
+        task="sums",
+        n=100,
+        sparsity=sparsity,
+        accuracy=accuracy,
+        full_accuracy=0.9,
+        mean_output_tokens=tokens,
+        p95_output_tokens=p95,
+    )
+
+
+def points(*pairs: tuple[float, float]) -> list[EvaluationRow]:
+    return [row(sparsity, accuracy, 100 * (1 + sparsity)) for sparsity, accuracy in pairs]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -26,7 +39,7 @@ def test_any_label_and_number_of_profiles(tmp_path: Path, suffix: str) -> None:
 
 
 def test_lines_go_through_the_points_in_order() -> None:
-    shuffled = [Point(1, 0.1, (0, 0.3), 300, 900), *points((0, 0.9)), *points((0.5, 0.8))]
+    shuffled = [row(1, 0.1, 300, 900), *points((0, 0.9)), *points((0.5, 0.8))]
     figure = accuracy_figure({"one": shuffled}, "t")
     accuracy, length = figure.axes
     line = next(line for line in accuracy.lines if line.get_marker() == "o")

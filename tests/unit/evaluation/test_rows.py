@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rlkv_vllm.evaluation.measurement import Measurement
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.evaluation.rows import evaluation_row, recommended_sparsity, with_rows
 from rlkv_vllm.profile.io import load_profile, profile_text, save_profile
 from rlkv_vllm.profile.lookup import packaged_profiles
 from rlkv_vllm.profile.schema import EvaluationRow
+from rlkv_vllm.tasks.measurement import Measurement
 from tests.support.profiles import make_profile
 
 
@@ -51,17 +52,8 @@ def test_rows_replace_those_of_the_same_measurement_only() -> None:
 def test_a_row_says_all_that_was_measured(tmp_path: Path) -> None:
     result = Measurement((True, False, True, True), (10, 20, 30, 40), capped=1, seconds=6.0)
     full = Measurement((True,) * 4, (1,) * 4, capped=0, seconds=1.0)
-    made = evaluation_row(
-        "sums",
-        4,
-        0.4,
-        result,
-        full,
-        seed=3,
-        max_tokens=40,
-        temperature=0.6,
-        seconds_per_solved=result.seconds_per_solved,
-    )
+    sampling = Sampling(max_tokens=40, temperature=0.6)
+    made = evaluation_row("sums", 0.4, result, full, seed=3, sampling=sampling)
     assert made.model_dump() == {
         "task": "sums",
         "n": 4,

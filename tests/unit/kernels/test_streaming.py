@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlkv_vllm.kernels.cpu.step import StreamingStep
 from rlkv_vllm.kernels.cpu.streaming import plan_step, prefill_tile, streaming_attention
 from rlkv_vllm.kernels.reference import reference_attention, streaming_mask
 
@@ -63,13 +64,15 @@ class Step:
             self.v.append(v)
         starts = torch.tensor([0] + [n for _, n in requests]).cumsum(0).int()
         self.plan = plan_step(
-            table,
-            torch.tensor(total, dtype=torch.int32),
-            starts,
-            torch.tensor(slots),
-            block_size=block_size,
-            sink=sink,
-            window=window,
+            StreamingStep(
+                table,
+                torch.tensor(total, dtype=torch.int32),
+                starts,
+                torch.tensor(slots),
+                block_size=block_size,
+                sink=sink,
+                window=window,
+            )
         )
         self.null_slots = self.cache[:, :block_size].clone()
         self.shape = (num_heads, group, head_dim)

@@ -21,7 +21,7 @@ from rlkv_vllm.scorers.optimise import (
     make_batch,
     optimise_gates,
 )
-from rlkv_vllm.scorers.scorer import Sample
+from rlkv_vllm.scorers.scorer import Sample, ScoringInput
 from tests.support.checkpoints import NUM_KV_HEADS, NUM_LAYERS, VOCAB, make_checkpoint
 from tests.support.profiles import assert_one_line
 
@@ -87,14 +87,20 @@ def optimise(
             seen.append(batch.input_ids[:, 0].tolist())
             return loss(gates.gates)
 
-        means = optimise_gates(
-            gates,
+        nothing: Any = None
+        given = ScoringInput(
+            model,
+            nothing,
+            nothing,
+            [],
             samples(),
-            recorded,
-            GateTraining(steps=steps, learning_rate=rate, batch_size=batch_size),
+            SINK,
+            WINDOW,
             seed,
-            done.append,
+            GateTraining(steps=steps, learning_rate=rate, batch_size=batch_size),
+            lambda step, total: done.append(step),
         )
+        means = optimise_gates(gates, given, recorded)
         last = gates.values()
         assert all(weight.grad is None for weight in model.parameters() if weight.dim() > 1)
     assert done == list(range(1, steps + 1))

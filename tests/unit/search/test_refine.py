@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ Gates = list[list[float]]
 
 def streaming_heads(gates: Gates, sparsity: float) -> set[Head]:
     found = allocate(gates, sparsity)
-    return {(layer, head) for layer in range(LAYERS) for head in found.streaming(layer)}
+    all_heads = product(range(LAYERS), range(KV_HEADS))
+    return {(layer, head) for layer, head in all_heads if head not in found.full[layer]}
 
 
 def planted(problems: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:

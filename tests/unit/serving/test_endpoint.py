@@ -1,6 +1,6 @@
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from tests.support.profiles import assert_one_line
 
 def answer(plan: SplitPlan, rank: int = 0, **changes: Any) -> dict[str, Any]:
     found = {"active": True, "rank": rank, "unsplit_layers": [], "full_head_caches": 4}
-    report = SplitReport.of(plan, rank, BLOCKS).to_dict()
+    report = asdict(SplitReport.of(plan, rank, BLOCKS))
     return found | {"streaming_head_caches": 4} | report | changes
 
 

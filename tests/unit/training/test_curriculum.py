@@ -1,16 +1,18 @@
 import json
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.hf.answers import TaskResult
 from rlkv_vllm.tasks import Problem
-from rlkv_vllm.training.curriculum import Curriculum, Processes, make_curriculum
+from rlkv_vllm.tasks.measurement import Measurement
+from rlkv_vllm.training.curriculum import Curriculum, make_curriculum
 from rlkv_vllm.training.solver import Solver
 
 
@@ -43,7 +45,7 @@ class Model:
         self.seeds.append(kw["sampling"].seed)
         numbers = [int(problem.answer) for problem in problems]
         self.asked += numbers
-        return TaskResult(
+        return Measurement.of(
             [
                 Answer([2] * 10, [1] * 5, is_correct=i % 2 == 0 and not self._odd_only)
                 for i in numbers
@@ -51,11 +53,15 @@ class Model:
         )
 
 
+def processes(rank: int = 0, world: int = 1, wait: Callable[[], None] = lambda: None) -> Any:
+    return SimpleNamespace(process_index=rank, num_processes=world, wait_for_everyone=wait)
+
+
 def make(
     output: Path, monkeypatch: pytest.MonkeyPatch, solver: Model, **options: Any
 ) -> Curriculum:
     monkeypatch.setattr("rlkv_vllm.training.solver.solve", solver)
-    options = {"n": 20, "keep": None, "batch_size": 4} | options
+    options = {"n": 20, "keep": None, "batch_size": 4, "processes": processes()} | options
     settings = options.pop("settings", {"x": 1})
     nothing: Any = None
     return make_curriculum(
@@ -117,8 +123,8 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise Stop
 
     with pytest.raises(Stop):
-        make(tmp_path, monkeypatch, solvers[1], processes=Processes(1, 2, stop))
-    made = make(tmp_path, monkeypatch, solvers[0], processes=Processes(0, 2))
+        make(tmp_path, monkeypatch, solvers[1], processes=processes(1, 2, stop))
+    made = make(tmp_path, monkeypatch, solvers[0], processes=processes(0, 2))
     assert sorted(solvers[0].asked + solvers[1].asked) == list(range(20))
     assert [int(problem.answer) for problem in made.problems] == list(range(0, 20, 2))
 
@@ -146,7 +152,7 @@ def test_processes_keep_together_what_one_would(
                     solver,
                     keep=keep,
                     batch_size=2,
-                    processes=Processes(rank, 2, wait),
+                    processes=processes(rank, 2, wait),
                 ),
                 range(2),
             )

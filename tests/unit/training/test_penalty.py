@@ -2,7 +2,9 @@ import math
 
 import pytest
 
-from rlkv_vllm.training.penalty import penalty_weight
+pytest.importorskip("trl")
+
+from rlkv_vllm.training.trainer import penalty_weight
 
 
 def test_weight_grows_with_the_reward_and_is_zero_up_to_tau() -> None:

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from rlkv_vllm.answers import Answer
 from rlkv_vllm.statistics import percentile_95, wilson_interval
-
-
-class Result(Protocol):
-    """What a row of a table says, however the answers were made."""
-
-    @property
-    def accuracy(self) -> float:
-        """Share of problems solved."""
-
-    @property
-    def mean_output_tokens(self) -> float:
-        """Mean length of the answers (tokens)."""
-
-    @property
-    def p95_output_tokens(self) -> int:
-        """95th percentile of the lengths (tokens)."""
-
-    @property
-    def capped_share(self) -> float:
-        """Share of the answers that the length cap cut off."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +15,36 @@ class Measurement:
 
     Attributes:
         correct: per problem, whether it is solved; not empty.
-        output_tokens: per problem, the length of the answer (tokens).
-        capped: answers that the length cap cut off.
-        seconds: wall time of answering all of them together, without the engine's start.
+        output_tokens: per problem, the length of the answer (tokens, end token included).
+        capped: number of answers that the token limit cut off.
+        seconds: wall time of answering all of them together, without the engine's start; 0 if
+            not measured.
+        answers: the answers themselves, where they are kept.
     """
 
-    correct: tuple[bool, ...]
-    output_tokens: tuple[int, ...]
+    correct: Sequence[bool]
+    output_tokens: Sequence[int]
     capped: int
-    seconds: float
+    seconds: float = 0.0
+    answers: Sequence[Answer] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], seconds: float = 0.0) -> Measurement:
+        """The measurement of `answers`, one per problem."""
+        return cls(
+            correct=[answer.is_correct for answer in answers],
+            output_tokens=[len(answer.token_ids) for answer in answers],
+            capped=sum(answer.hit_cap for answer in answers),
+            seconds=seconds,
+            answers=answers,
+        )
 
     @property
     def n(self) -> int:
-        """Problems."""
         return len(self.correct)
 
     @property
     def solved(self) -> int:
-        """Problems with the right answer."""
         return sum(self.correct)
 
     @property
@@ -76,14 +69,14 @@ class Measurement:
 
     @property
     def capped_share(self) -> float:
-        """Share of the answers that the length cap cut off."""
+        """Share of the answers that the token limit cut off."""
         return self.capped / self.n
 
     @property
     def seconds_per_solved(self) -> float | None:
-        """Seconds of the whole run per solved problem, None if nothing is solved.
+        """Seconds of the whole run per solved problem, None if unknown or nothing is solved.
 
         A throughput of this machine with all problems in flight together, not the time that one
         request takes.
         """
-        return self.seconds / self.solved if self.solved else None
+        return self.seconds / self.solved if self.seconds and self.solved else None
