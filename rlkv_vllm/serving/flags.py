@@ -80,8 +80,9 @@ def _plain(arguments: Sequence[str]) -> list[str]:
             flag, *value = argument.split("=", 1)
             name = flag.split(".")[0].replace("_", "-")
             plain.append("=".join([name, *value]))
-        elif re.fullmatch(r"-O=?\S+", argument):
-            plain += ["--optimization-level", argument[2:].removeprefix("=")]
+        elif argument.startswith("-O"):
+            level = argument[2:].removeprefix("=")
+            plain += ["--optimization-level", *([level] if level else [])]
         else:
             plain.append(argument)
     return plain
