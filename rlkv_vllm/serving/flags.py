@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,8 +47,8 @@ class FlagParser(argparse.ArgumentParser):
             Our flags, ``model_tag``, and vLLM's: None where they are not given.
 
         Raises:
-            RlkvError: a flag does not exist, or has no or a wrong value. Flags of a version of
-                vLLM that is not in the file are not checked.
+            RlkvError: a flag does not exist, or has no or a wrong value. Unknown ones pass where
+                the file does not know this version of vLLM.
         """
         versions = json.loads(FLAGS_FILE.read_text(encoding="utf-8"))
         known = versions.get(_vllm_version())
@@ -60,7 +60,9 @@ class FlagParser(argparse.ArgumentParser):
                 settings = {"action": "store_const", "const": True}
             self.add_argument(*spellings, default=_DEFAULTS.get(name), **settings)
         plain = _plain(arguments)
-        return self.parse_args(plain) if known else self.parse_known_args(plain)[0]
+        # A platform plugin may add flags.
+        is_complete = known and not entry_points(group="vllm.platform_plugins")
+        return self.parse_args(plain) if is_complete else self.parse_known_args(plain)[0]
 
 
 def _vllm_version() -> str | None:
