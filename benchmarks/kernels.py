@@ -192,7 +192,8 @@ class Layers:
             k, v = torch.stack(heads, dim=1).float().chunk(2, -1)
             rows = slice(r * new, (r + 1) * new)
             # What lean prefill does not keep comes from the step's inputs.
-            k[-new:], v[-new:] = self.k[rows], self.v[rows]
+            if new > 1:
+                k[-new:], v[-new:] = self.k[rows], self.v[rows]
             attend = partial(reference_attention, self.q[rows][-last:].float(), k, v, **self.spans)
             expected = attend(full_heads=full_heads)
             if self.gates is not None:

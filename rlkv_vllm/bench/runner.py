@@ -55,7 +55,9 @@ class Runner:
         try:
             for job, points in zip(jobs, todo, strict=True):
                 setup, variants = job.target.setup, job.case.variants
-                each = setup.memory_bytes + setup.model.resident_bytes + PROCESS_BYTES
+                # Who writes rollouts takes float32 on a CPU where the user names no type.
+                weights = setup.model.resident_bytes * (2 if job.case.runs == "rollouts" else 1)
+                each = setup.memory_bytes + weights + PROCESS_BYTES
                 fit = job.case.starts_engines or len(variants) * each <= self.free_bytes
                 for together in [variants] if fit else [(variant,) for variant in variants]:
                     if points:

@@ -157,7 +157,7 @@ def find_target(key: str, options: Options, folder: Path) -> Target:
     if options.is_cuda:
         engine["gpu_memory_utilization"] = 0.4  # the share that must be free; two engines share it
     # The engine beside a trainer is eager also on a GPU.
-    rollouts = engine | {"enforce_eager": options.eager is not False}, {"mode": "gated"} | span
+    rollouts = (engine | {"enforce_eager": options.eager is not False}, {"mode": "gated"} | span)
     started: dict[str, tuple[dict[str, Any], dict[str, Any] | None]]
     started = {variant: (engine, one.engine_config()) for variant, one in choices.items()}
     started |= {STOCK: (engine, None), TRANSFORMERS: rollouts, VLLM: rollouts}

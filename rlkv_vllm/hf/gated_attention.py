@@ -39,7 +39,8 @@ def local_mask(allowed_B1TS: torch.Tensor, sink: int, window: int) -> torch.Tens
     """The keys that a streaming head sees, of those that a full head sees (boolean).
 
     Counts allowed keys instead of using positions: right under padding on either side and with
-    any cache. The window includes the query's own token.
+    any cache. The window includes the query's own token. `allowed_B1TS` is the causal mask, with
+    padding.
     """
     rank = allowed_B1TS.cumsum(-1, dtype=torch.int32)
     total = rank[..., -1:]

@@ -94,16 +94,18 @@ def _from_hub(
     file = file or HUB_FILE
     path, commit = hub.download(repo, file, revision, what="profile")
     actual = hashlib.sha256(read_bytes(path)).hexdigest()
-    expected = {} if pinned is None else {"the name": pinned}
-    sidecar = hub.download_optional(repo, f"{file}.sha256", commit or revision, what="profile")
-    if sidecar is not None:
-        words = read_text(sidecar).split()  # `sha256sum` writes "HEX  name"
-        expected[f"{file}.sha256"] = words[0] if words else "nothing"
-    for origin, digest in expected.items():
+
+    def check(origin: str, digest: str) -> None:
         if actual != digest.lower():
             raise RlkvError(
                 f"profile {one_line(name)}: SHA-256 of {file} is {actual}, but {origin} says "
-                f"{one_line(digest, 64)}: do not use this file; ask its author, or fix the "
-                "name"
+                f"{one_line(digest, 64)}: do not use this file; ask its author, or fix the name"
             )
+
+    if pinned is not None:
+        check("the name", pinned)
+    sidecar = hub.download_optional(repo, f"{file}.sha256", commit or revision, what="profile")
+    if sidecar is not None:
+        words = read_text(sidecar).split()  # `sha256sum` writes "HEX  name"
+        check(f"{file}.sha256", words[0] if words else "nothing")
     return path

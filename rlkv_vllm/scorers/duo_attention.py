@@ -29,7 +29,7 @@ CUE = 2
 
 
 class Settings(GateTraining):
-    """Of the training, and of its `texts`: `length` tokens of each around its `passkeys`."""
+    """Of the training on `texts`: each has `length` tokens around `passkeys` hidden passkeys."""
 
     steps: Positive = 80
     reg: Weight = 1.0

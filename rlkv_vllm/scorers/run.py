@@ -94,7 +94,7 @@ def make_profile(
             report=partial(report, "scoring"),
         )
     )
-    rows = measure_gates(
+    rows = measure_gates(  # yields each when it is asked for
         model,
         tokenizer,
         task,

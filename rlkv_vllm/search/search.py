@@ -49,9 +49,9 @@ BEAM = 32
 
 @dataclass(frozen=True)
 class Found:
-    """Heads that cost too much alone; and the finalists, best first.
+    """`needed` heads cost too much alone; `finalists` come best first.
 
-    They come with the share of all problems that they solve, a mean over the sparsities.
+    Each with its share of all problems solved, a mean over the sparsities.
     """
 
     needed: list[Head]

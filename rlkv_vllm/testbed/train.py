@@ -90,6 +90,7 @@ class TrainingState:
 
     def is_done(self, config: TrainingConfig) -> bool:
         """Whether the curriculum or the step limit has ended the run."""
+        assert config.decay_steps > 0
         return self.step >= self.expected_steps(config)
 
     def expected_steps(self, config: TrainingConfig) -> int:

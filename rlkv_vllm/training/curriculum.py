@@ -182,7 +182,8 @@ def _load(summary: Store) -> Curriculum:
     try:
         text = path.read_bytes()
         problems = [Problem(**json.loads(line)) for line in text.decode().split("\n") if line]
-        figures = {field.name: summary.content[field.name] for field in fields(Curriculum)[1:]}
+        names = {field.name for field in fields(Curriculum)} - {"problems"}
+        figures = {name: summary.content[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RlkvError(f"{summary.path}: no finished curriculum ({error!r}): {fix}") from error
     if hashlib.sha256(text).hexdigest() != figures["sha256"]:

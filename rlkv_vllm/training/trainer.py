@@ -8,7 +8,6 @@ keeps special tokens, and answers may come from an engine in gated mode.
 from __future__ import annotations
 
 import json
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from rlkv_vllm.hf.gated_attention import GatedAttention
 from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.rollouts.queue import RolloutQueue
 from rlkv_vllm.tasks import Problem, Task, output_text
+from rlkv_vllm.training.penalty import penalty_weight
 
 GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
 
@@ -265,15 +265,6 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint that was written to its end, if there is one."""
     complete = [folder.parent for folder in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
     return max(complete, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
-
-
-def penalty_weight(reward: float, reg: float, tau: float) -> float:
-    """What ``mean|gate|`` is multiplied with in the loss (RLKV, arXiv 2510.08525, section 3.3).
-
-    It pushes gates towards streaming; below a mean reward of `tau` it is 0, so that the policy can
-    recover.
-    """
-    return reg * math.expm1(reward) if reward > tau else 0.0
 
 
 def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:

@@ -122,7 +122,7 @@ class RolloutsCase(Case):
         ]
 
     def too_large(self, setup: Setup, point: Point) -> str | None:
-        """No answer of vLLM's waits, as none of transformers' does."""
+        """No answer of vLLM's should wait; an estimate where a task's prompts are longer."""
         return setup.lacks(point["prompts"] * point["samples"], PROMPT + point["tokens"])
 
     def prepare(self, engine: Writer, point: Point) -> Any:

@@ -17,6 +17,7 @@ class RingSpec(SlidingWindowSpec):
     A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap only to those.
 
     Attributes:
+        sink: first tokens that are never freed (tokens).
         cache_group: which streaming heads share a block table. It exists only
             while vLLM sorts specs into groups: :meth:`merge` refuses to mix two
             values, so each becomes a KV cache group of its own, and erases it

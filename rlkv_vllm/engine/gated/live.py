@@ -93,6 +93,8 @@ def get_gates(llm: LLM) -> LiveGates:
 def set_gates(llm: LLM, gates: Gates) -> int:
     """Give an engine in gated mode these gates, between two calls of ``generate``.
 
+    ``gates`` are ``[layers][KV heads]``, in [0, 1].
+
     Returns:
         Their version; the present one if the engine has these gates.
 

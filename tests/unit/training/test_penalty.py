@@ -2,9 +2,7 @@ import math
 
 import pytest
 
-pytest.importorskip("trl")
-
-from rlkv_vllm.training.trainer import penalty_weight
+from rlkv_vllm.training.penalty import penalty_weight
 
 
 def test_weight_grows_with_the_reward_and_is_zero_up_to_tau() -> None:
