@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -49,11 +48,12 @@ class StageProgress:
             disable=not console.is_terminal,
         )
         self.is_plain = not console.is_terminal
-        if self.is_plain and "transformers" in sys.modules:
+        if self.is_plain and find_spec("transformers"):
             from transformers.utils.logging import disable_progress_bar
 
-            disable_progress_bar()  # they write carriage returns
-        self._line, self._since, self._newest = ("", -1), time.monotonic(), time.monotonic()
+            disable_progress_bar()  # its bars write carriage returns
+        #: Stage and per cent of the last line, begin of its stage, time of the last line.
+        self._line, self._since, self._last = ("", -1), 0.0, time.monotonic()
         #: Under `accelerate launch` one process tells.
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self._stages: dict[str, int] = {}
@@ -68,14 +68,14 @@ class StageProgress:
     def report(self, stage: str, done: int, total: int, state: str = "") -> None:
         """Work done and work in all of a stage, with a few words on its state."""
         if self.is_plain:
-            now = time.monotonic()
             if stage != self._line[0]:
-                self._since = self._newest
-            self._newest = now
+                self._since = self._last
             line = (stage, 100 * done // max(1, total))
             if line != self._line:
                 figures = f"{state}, " if state else ""
-                self.say(f"{stage}: {done}/{total}, {figures}{now - self._since:.1f} s")
+                self.say(
+                    f"{stage}: {done}/{total}, {figures}{time.monotonic() - self._since:.1f} s"
+                )
             self._line = line
             return
         if stage not in self._stages:
@@ -86,6 +86,7 @@ class StageProgress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.is_plain:
+            self._last = time.monotonic()
             typer.echo(text, err=True)
         else:
             self._bars.console.print(text, highlight=False, soft_wrap=True)
