@@ -48,10 +48,6 @@ class StageProgress:
             disable=not console.is_terminal,
         )
         self.is_plain = not console.is_terminal
-        if self.is_plain and find_spec("transformers"):
-            from transformers.utils.logging import disable_progress_bar
-
-            disable_progress_bar()  # its bars write carriage returns
         #: Stage and per cent of the last line, begin of its stage, time of the last line.
         self._line, self._since, self._last = ("", -1), 0.0, time.monotonic()
         #: Under `accelerate launch` one process tells.

@@ -189,6 +189,8 @@ def test_a_run_resumes_after_kill_9(finished: Path, tmp_path: Path, where: str) 
     command = [sys.executable, "-c", DIES, where, "train", str(job_file), *threads]
     ended = subprocess.run(command, capture_output=True, timeout=600, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert b"\nstep 2/4: reward 1.00, loss " in ended.stderr
+    assert b"\r" not in ended.stderr, "no bars"
     output = options.output
     assert len(rows(output, "metrics.jsonl")) == (2 if where == "step" else 4)
     said: list[str] = []
@@ -202,7 +204,9 @@ def test_a_run_resumes_after_kill_9(finished: Path, tmp_path: Path, where: str) 
     assert (profile.gates, profile.evaluation) == (undisturbed.gates, undisturbed.evaluation)
 
 
-@pytest.mark.parametrize("full_at", ["optimizer.pt", "gates.safetensors", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "full_at", ["optimizer.pt", "gates.safetensors", "metrics.jsonl", "profile.json"]
+)
 def test_a_full_disk_stops_a_run_that_resumes(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
 ) -> None:
@@ -241,10 +245,46 @@ def test_a_full_disk_stops_a_run_that_resumes(
             RlkvError, match=r"--output .*free space\?\) and continue with --resume"
         ):
             run(config(output))
-    assert last_checkpoint(output) == output / "checkpoint-2"
+    step = 4 if full_at == "profile.json" else 2
+    assert last_checkpoint(output) == output / f"checkpoint-{step}"
     assert not list(output.rglob("*.tmp"))
+    assert not (output / "profile.json").exists()
     run(config(output), resume=True)
     assert rows(output, "gates.jsonl") == rows(finished, "gates.jsonl")
+
+
+#: A run on a disk of 100 kB that gets more space later; ends with the run in the folder `saved`.
+SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=100k none run
+"$1" -m rlkv_vllm train job.yaml 2> full.txt && exit 9
+mount -o remount,size=10m run
+"$1" -m rlkv_vllm train job.yaml --resume 2> resumed.txt
+cp -r run saved
+"""
+
+
+def test_a_disk_that_is_really_full_stops_a_run_that_resumes(
+    finished: Path, tmp_path: Path
+) -> None:
+    unshare = ["unshare", "-rm"]
+    may = ["sh", "-c", " ".join([*unshare, "mount -t tmpfs none /mnt"])]
+    if subprocess.run(may, capture_output=True, check=False).returncode:
+        pytest.skip("needs a mount namespace of its own")
+    (tmp_path / "run").mkdir()
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(config(tmp_path / "run").model_dump(mode="json")))
+    command = [*unshare, "sh", "-c", SMALL_DISK, "sh", sys.executable]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=900, check=True)
+    *_, error = (tmp_path / "full.txt").read_text().splitlines()
+    assert error.startswith(f"rlkv: error: --output {tmp_path / 'run'}: cannot be written")
+    assert error.endswith("continue with --resume")
+    saved = tmp_path / "saved"
+    assert not list(saved.rglob("*.tmp"))
+    assert rows(saved, "gates.jsonl") == rows(finished, "gates.jsonl")
+    assert (
+        load_profile(saved / "profile.json").gates == load_profile(finished / "profile.json").gates
+    )
 
 
 def test_two_processes_share_a_run(tmp_path: Path) -> None:

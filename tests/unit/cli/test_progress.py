@@ -26,8 +26,6 @@ def test_a_stage_has_a_line_per_step_and_a_hundred_at_most(
             progress.report("scoring", step, 1000)
     text = capsys.readouterr().err
     assert "\r" not in text
-    logging = pytest.importorskip("transformers.utils.logging")
-    assert not logging.is_progress_bar_enabled(), "its bars are carriage returns"
     lines = [re.sub(r"[\d.]+ s$", "N s", line) for line in text.splitlines()]
     assert lines[:4] == [
         "answering: 1/3, 1 solved, N s",
