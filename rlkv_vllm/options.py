@@ -34,7 +34,21 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with Python's numbers: `1e-2` is one; `1:2` and dates are text."""
+    """YAML with Python's numbers: `1e-2` is one; `1:2` and dates are text. No key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's, which takes the last of equal keys."""
+        places: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                name, line = self.construct_object(key), key.start_mark.line + 1
+                if name in places:
+                    raise yaml.YAMLError(
+                        f"key {one_line(name, 60)} is given twice, in lines {places[name]} and "
+                        f"{line}: keep one of them"
+                    )
+                places[name] = line
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

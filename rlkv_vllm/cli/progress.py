@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
+import time
+from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,13 +15,14 @@ from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
     from rlkv_vllm.profile import HeadProfile
+    from rlkv_vllm.training.config import JobConfig
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")]
 
 
 class StageProgress:
-    """A bar per stage with the time left on a terminal, a line per finished stage elsewhere.
+    """A bar per stage with the time left on a terminal, elsewhere up to 100 lines per stage.
 
     `threads` are those of the job on the CPU; None leaves PyTorch's choice.
     """
@@ -45,6 +48,8 @@ class StageProgress:
             disable=not console.is_terminal,
         )
         self.is_plain = not console.is_terminal
+        #: Stage and per cent of the last line, begin of its stage, time of the last line.
+        self._line, self._since, self._last = ("", -1), 0.0, time.monotonic()
         #: Under `accelerate launch` one process tells.
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self._stages: dict[str, int] = {}
@@ -59,8 +64,15 @@ class StageProgress:
     def report(self, stage: str, done: int, total: int, state: str = "") -> None:
         """Work done and work in all of a stage, with a few words on its state."""
         if self.is_plain:
-            if done == total:
-                typer.echo(f"{stage}: {done}", err=True)
+            if stage != self._line[0]:
+                self._since = self._last
+            line = (stage, 100 * done // max(1, total))
+            if line != self._line:
+                figures = f"{state}, " if state else ""
+                self.say(
+                    f"{stage}: {done}/{total}, {figures}{time.monotonic() - self._since:.1f} s"
+                )
+            self._line = line
             return
         if stage not in self._stages:
             self._stages[stage] = int(self._bars.add_task(stage, total=total, state=state))
@@ -70,6 +82,7 @@ class StageProgress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.is_plain:
+            self._last = time.monotonic()
             typer.echo(text, err=True)
         else:
             self._bars.console.print(text, highlight=False, soft_wrap=True)
@@ -86,11 +99,34 @@ def require_packages(command: str, *names: str) -> None:
         raise RlkvError(f"{command} needs {', '.join(missing)}: pip install 'rlkv-vllm[train]'")
 
 
-def print_result(profile: HeadProfile | None, output: Path) -> None:
-    """Print the evaluation of a job's profile, and where it lies; nothing without a profile."""
-    if profile is not None:
-        print_evaluation(profile)
-        typer.echo(f"wrote {output / 'profile.json'} and {output / 'report.html'}")
+def print_result(profile: HeadProfile | None, job: JobConfig, max_tokens: object) -> None:
+    """Print the evaluation of a job's profile, where it lies, and the commands to run next.
+
+    Nothing without a profile. `max_tokens` limits an answer where the evaluation
+    of the job sets no limit.
+    """
+    if profile is None:
+        return
+    print_evaluation(profile)
+    path = job.output / "profile.json"
+    typer.echo(f"wrote {path} and {job.output / 'report.html'}")
+    given = [job.model, "--profile", str(path)]
+    asked = {
+        "max_tokens": job.evaluation.max_new_tokens or max_tokens,
+        **job.task.model_dump(exclude_defaults=True),
+    }
+    served = {"revision": job.revision} if job.revision else {}
+    if profile.recommended_sparsity is None:
+        served["sparsity"] = "0.5"
+    typer.echo(f"next: {_command('eval', given, asked)}")
+    typer.echo(f"  or: {_command('serve', given, served)}")
+
+
+def _command(name: str, given: list[str], options: Mapping[str, object]) -> str:
+    flags = {"name": "task"}  # else those of the configuration
+    for key, value in options.items():
+        given = [*given, "--" + flags.get(key, key).replace("_", "-"), str(value)]
+    return shlex.join(["rlkv", name, *given])
 
 
 def print_evaluation(profile: HeadProfile) -> None:

@@ -60,4 +60,4 @@ def refine(
     )
     with StageProgress(threads) as progress:
         listener = Listener(progress.report, say=progress.say) if progress.is_main else QUIET
-        print_result(run(job, resume=resume, listener=listener), job.output)
+        print_result(run(job, resume=resume, listener=listener), job, job.sampling.max_tokens)

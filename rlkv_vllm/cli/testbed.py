@@ -50,8 +50,6 @@ def train(
                 f"size {state.scale:.2f} token accuracy {state.accuracy:.3f} loss {state.loss:.3f}"
             )
             progress.report("training", state.step, state.expected_steps(config), text)
-            if progress.is_plain and state.step % 50 == 0:
-                progress.say(f"step {state.step} {text}")
 
         metrics = training.train(config, output, resume=resume, report=report, measure=measure)
     accuracy = metrics["accuracy"][metrics["weights"]]

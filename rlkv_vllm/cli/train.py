@@ -46,18 +46,21 @@ def train(
     from rlkv_vllm.rollouts import open_rollouts
     from rlkv_vllm.training.job import run
     from rlkv_vllm.training.run import QUIET, Listener
+    from rlkv_vllm.training.trainer import RlkvConfig
 
     with StageProgress(threads) as progress:
 
         def on_step(row: dict[str, Any], total: int) -> None:
+            left = row["elapsed"] / row["step"] * (total - row["step"]) / 60
             state = (
-                f"reward {row['reward']:.2f} gates {row['gate_mean']:.2f} "
-                f"tokens {row['output_tokens']:.0f}"
+                f"reward {row['reward']:.2f}, loss {row['loss']:.4f}, gates "
+                f"{row['gate_mean']:.2f}, {row['output_tokens']:.0f} tokens, "
+                f"{row['seconds']:.1f} s"
             )
-            progress.report("training", row["step"], total, state)
-            if row["step"] % 10 == 0 and progress.is_plain:
-                left = row["elapsed"] / row["step"] * (total - row["step"])
-                progress.say(f"step {row['step']} of {total}: {state}, {left / 60:.1f} min left")
+            if progress.is_plain:
+                progress.say(f"step {row['step']}/{total}: {state}, {left:.1f} min left")
+            else:
+                progress.report("training", row["step"], total, state)
 
         is_main = progress.is_main
         listener = Listener(progress.report, on_step, progress.say) if is_main else QUIET
@@ -65,4 +68,6 @@ def train(
             listener.say(f"rollouts by {job.rollout.engine}")
         engine = open_rollouts(job.rollout, job.model, job.revision, job.dtype, job.span)
         with engine as rollouts:
-            print_result(run(job, resume=resume, listener=listener, rollouts=rollouts), job.output)
+            profile = run(job, resume=resume, listener=listener, rollouts=rollouts)
+        tokens = job.trainer.get("max_completion_length", RlkvConfig.max_completion_length)
+        print_result(profile, job, tokens)

@@ -17,8 +17,8 @@ from rlkv_vllm.tasks import Problem, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Called with (stage, work done, total work).
-Report = Callable[[str, int, int], None]
+#: Called with (stage, work done, total work), and the newest figures in words where there are some.
+Report = Callable[..., None]
 
 
 def fresh_problems(

@@ -46,7 +46,7 @@ def solve(
     sampling: Sampling,
     split: HeadSplit | Sequence[HeadSplit] | None = None,
     batch_size: int = 64,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int, str], None] = lambda done, total, state: None,
 ) -> Measurement:
     """Answer `problems` in batches padded on the left; the answers are kept, in their order.
 
@@ -59,7 +59,7 @@ def solve(
         split: None is the plain model; a list has one per problem, all with the same sink and
             window.
         batch_size: problems decoded together.
-        report: called after every batch with (problems answered, problems in all).
+        report: called after every batch with (problems answered, problems in all, "N solved").
 
     Raises:
         RlkvError: the sampling parameters have a repetition penalty.
@@ -102,7 +102,8 @@ def solve(
                         is_correct=is_solved(task, text, problems[i]),
                         hit_cap=ids[-1] not in ends,
                     )
-                report(len(answers), len(problems))
+                solved = sum(answer.is_correct for answer in answers.values())
+                report(len(answers), len(problems), f"{solved} solved")
     finally:
         model.train(was_training)
     return Measurement.of([answers[i] for i in range(len(problems))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,10 @@ def load_model(
         RlkvError: if it cannot be loaded or has no chat template.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():  # a bar in a file is carriage returns
+        disable_progress_bar()
     source = model_source(name)
     fingerprint = load_model_fingerprint(name, revision)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

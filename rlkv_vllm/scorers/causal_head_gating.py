@@ -45,8 +45,8 @@ def score_heads(given: ScoringInput) -> Gates:
             def loss(batch: Batch) -> torch.Tensor:
                 return answer_loss(given.model, batch) + sign * options.reg * gates.mean()
 
-            def report(done: int, total: int) -> None:
-                given.report(before + done, 3 * total)
+            def report(done: int, total: int, state: str) -> None:
+                given.report(before + done, 3 * total, state)
 
             gates.set_soft(start)
             fitted.append(optimise_gates(gates, replace(given, report=report), loss))

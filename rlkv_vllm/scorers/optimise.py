@@ -100,12 +100,13 @@ def optimise_gates(
             order = rng.sample(samples, len(samples))
         chosen, order = order[: settings.batch_size], order[settings.batch_size :]
         optimizer.zero_grad(set_to_none=True)
-        loss(make_batch(chosen, gates.model.device)).backward()
+        value = loss(make_batch(chosen, gates.model.device))
+        value.backward()
         optimizer.step()
         with torch.no_grad():
             for gate, total in zip(gates.gates, sums, strict=True):
                 total += gate
-        given.report(step, settings.steps)
+        given.report(step, settings.steps, f"loss {value.item():.4g}")
     means = [(total / settings.steps).tolist() for total in sums]
     if any(math.isnan(value) for row in means for value in row):
         raise RlkvError(

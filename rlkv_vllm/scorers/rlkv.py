@@ -68,7 +68,7 @@ def score_heads(given: ScoringInput) -> Gates:
                 gates,
                 args.tau,
                 args.collapse_steps,
-                lambda row, total: given.report(row["step"], total),
+                lambda row, total: given.report(row["step"], total, f"reward {row['reward']:.2f}"),
             )
             trainer = RlkvTrainer(gates, given.task, args, given.problems, given.tokenizer, [log])
             trainer.train()

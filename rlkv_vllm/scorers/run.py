@@ -52,7 +52,7 @@ class ScoreConfig:
 
 def make_profile(
     config: ScoreConfig,
-    report: Report = lambda stage, done, total: None,
+    report: Report = lambda *_: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> HeadProfile:
     """Score the heads of a model.

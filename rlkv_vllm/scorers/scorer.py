@@ -44,7 +44,7 @@ class ScoringInput:
         window: last tokens that a streaming head sees, the query's own included.
         seed: of all random choices.
         settings: an instance of `Scorer.schema`.
-        report: to be called with (work done, total work), in any unit.
+        report: to be called with (work done, total work), in any unit, and figures in words if any.
     """
 
     model: PreTrainedModel
@@ -56,7 +56,7 @@ class ScoringInput:
     window: int
     seed: int
     settings: Any
-    report: Callable[[int, int], None]
+    report: Callable[..., None]
 
 
 @dataclass(frozen=True)

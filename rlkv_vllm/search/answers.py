@@ -19,7 +19,7 @@ class Answers:
 
     The order of the answers depends on the questions alone, so that a killed search goes on as
     it would have without. `store` is written after every `chunk` answers; `count` is the number of
-    answers so far, and what `report` is called with.
+    answers so far. `report` is called with it, and with how many of the chunk are right, in words.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Answers:
         chunk: int,
         *,
         seed: int = 0,
-        report: Callable[[int], None] = lambda answers: None,
+        report: Callable[[int, str], None] = lambda answers, state: None,
     ) -> None:
         self._evaluate, self._store, self._chunk = evaluate, store, chunk
         self._seed, self._report = seed, report
@@ -56,7 +56,7 @@ class Answers:
                 self._solved[name] = self._solved.get(name, "") + "01"[is_solved]
             self.count += len(part)
             self._store.save()
-            self._report(self.count)
+            self._report(self.count, f"{sum(solved)} of the last {len(part)} solved")
         return {one: fmean(self.solved(one, 0, problems)) for one in every}
 
     def solved(self, streaming: Streaming, first: int, last: int) -> list[bool]:

@@ -42,12 +42,13 @@ def refine_gates(
     chunk: int,
     settings: dict[str, Any] | None = None,
     is_writer: bool = True,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int, str], None] = lambda done, total, state: None,
 ) -> tuple[list[list[float]], dict[str, Any]]:
     """Put gates in an order that serves better; continues what `path` holds.
 
     `evaluate` is asked for `chunk` answers at once; `settings` is what else decides them. `report`
-    is called with (answers so far, answers at most); at the end both are their number.
+    is called with (answers so far, answers at most, figures in words); at the end both are their
+    number.
 
     Returns:
         The values of `gates` ``[layers][KV heads]``, reassigned to the heads, and the result:
@@ -86,7 +87,7 @@ def refine_gates(
         store,
         chunk,
         seed=seed * 1_000_003,
-        report=lambda done: report(min(done, most - 1), most),
+        report=lambda done, state: report(min(done, most - 1), most, state),
     )
     given = nested_of(start, counts)
     best = search(
@@ -117,7 +118,7 @@ def refine_gates(
     result = {"p": p, "is_taken": is_taken, "answers": answers.count, "rows": rows}
     store.content["result"] = result
     store.save()
-    report(answers.count, answers.count)
+    report(answers.count, answers.count, f"p {p:.2g}")
     return (_reassigned(gates, start, best) if is_taken else [*map(list, gates)]), result
 
 

@@ -53,7 +53,7 @@ def make_curriculum(
     sampling: Sampling,
     batch_size: int,
     processes: PartialState,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int, str], None] = lambda done, total, state: None,
 ) -> Curriculum:
     """Answer `n` problems with the ungated model and keep the solved ones.
 
@@ -67,7 +67,7 @@ def make_curriculum(
         sampling: of the answers; its seed is that of the problems too.
         batch_size: problems answered together.
         processes: that share the work.
-        report: called with (problems answered, problems in all).
+        report: called with (problems answered, problems in all, "N solved").
 
     Raises:
         RlkvError: nothing is solved, or the files in `output` have other settings.
@@ -126,9 +126,10 @@ def make_curriculum(
             for (i, _), answer in zip(batch, result.answers, strict=True)
         ]
         partial.save()
-        report(len(mine) - len(left), len(mine))
+        solved = f"{sum(row['solved'] for row in rows)} solved"
+        report(len(rows), len(mine), solved)
     if left:  # enough are solved
-        report(len(rows), len(rows))
+        report(len(rows), len(rows), solved)
     found = all_rows()
     if rank == 0:
         _finish(summary, problems, found, keep)

@@ -15,13 +15,14 @@ from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.options import RUN_FILE
 from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.rollouts.protocol import Rollouts
+from rlkv_vllm.training.checkpoints import last_checkpoint
 from rlkv_vllm.training.config import TrainConfig, load_config
 from rlkv_vllm.training.curriculum import Curriculum
 from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained_failures
 from rlkv_vllm.training.run_folder import METRICS_FILE, REFINE_FILE
 from rlkv_vllm.training.run_log import RunLog, best_gates
 from rlkv_vllm.training.solver import Solver
-from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer, last_checkpoint
+from rlkv_vllm.training.trainer import RlkvConfig, RlkvTrainer
 
 FINISHED_FILE = "finished.json"
 SOURCE = "arXiv:2510.08525 (RLKV)"
@@ -45,9 +46,8 @@ def run(
             `config.output`.
     """
     output = config.output
-    checkpoint = last_checkpoint(output)
-    held = [METRICS_FILE, REFINE_FILE, *([checkpoint.name] if checkpoint else [])]
-    check_output(output, resume, held)
+    checkpoints = [folder.name for folder in output.glob("checkpoint-*")]
+    check_output(output, resume, [METRICS_FILE, REFINE_FILE, *checkpoints])
     if resume and (output / RUN_FILE).exists():
         _require_same_run(config, load_config(output / RUN_FILE))
     args = _trainer_args(config)
@@ -119,13 +119,13 @@ def _train(
         )
         # First, so that TensorBoard and others see what it adds.
         trainer.callback_handler.callbacks.insert(0, log)
-        checkpoint = last_checkpoint(output) if resume else None
         finished = output / FINISHED_FILE
         # transformers takes one more step when it resumes a run that is at its end.
         is_finished = resume and finished.exists()
         if is_finished and read_json_object(finished).get("trainer") == config.trainer:
             listener.say("training is finished")
         else:
+            checkpoint = last_checkpoint(output, listener.say) if resume else None
             if checkpoint is not None:
                 listener.say(f"resuming from {checkpoint.name}")
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Listener:
     """Hears of the progress of a job; `on_step` of the figures and the number of steps."""
 
-    report: Report = lambda stage, done, total: None
+    report: Report = lambda stage, done, total, state="": None
     on_step: Callable[[dict[str, Any], int], None] = lambda row, total: None
     say: Callable[[str], None] = lambda text: None
 

@@ -112,8 +112,9 @@ def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[
     Raises:
         RlkvError: if no step qualifies.
     """
-    metrics = _read(output / METRICS_FILE)
     tables = {row["step"]: row["gates"] for row in _read(output / GATES_LOG_FILE)}
+    # A kill or a damaged log may leave a step with figures and no gates.
+    metrics = [row for row in _read(output / METRICS_FILE) if row["step"] in tables]
     if not metrics:
         raise RlkvError(
             f"{output}: no step of training is on record: raise trainer.max_steps, or delete the "
@@ -139,7 +140,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Rows of a log, in the order of their steps."""
     if not path.exists():
         return []
-    return list(step_rows(path.read_text(encoding="utf-8"))[0].values())
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return list(step_rows(text)[0].values())
 
 
 def _cut(path: Path, step: int) -> list[dict[str, Any]]:

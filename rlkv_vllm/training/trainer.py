@@ -23,14 +23,15 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.files import write_bytes_atomic, write_text_atomic
+from rlkv_vllm.files import write_bytes_atomic
 from rlkv_vllm.hf.gated_attention import GatedAttention
 from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.rollouts.queue import RolloutQueue
 from rlkv_vllm.tasks import Problem, Task, output_text
+from rlkv_vllm.training.checkpoints import COMPLETE_FILE, mark_complete
 from rlkv_vllm.training.penalty import penalty_weight
 
-GATES_FILE, COMPLETE_FILE = "gates.safetensors", "complete.json"
+GATES_FILE = "gates.safetensors"
 
 
 @dataclass
@@ -241,13 +242,14 @@ class RlkvTrainer(GRPOTrainer):
         """Does nothing: the product of a run is a head profile."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if self.args.should_save:  # the folder may have a broken one
+            (folder / COMPLETE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_text_atomic(
-                folder / COMPLETE_FILE, json.dumps({"step": self.state.global_step}) + "\n"
-            )
+            mark_complete(folder, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint) / GATES_FILE
@@ -259,12 +261,6 @@ class RlkvTrainer(GRPOTrainer):
                 "--resume again"
             ) from error
         self.gates.set_soft(values.tolist())
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, if there is one."""
-    complete = [folder.parent for folder in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(complete, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
 
 
 def _reward_function(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ pytest.importorskip("trl")
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.training import job
+from rlkv_vllm.training.checkpoints import last_checkpoint
 from rlkv_vllm.training.config import TrainConfig, make_config
 from rlkv_vllm.training.job import run
 from rlkv_vllm.training.run import Listener
-from rlkv_vllm.training.trainer import RlkvTrainer, last_checkpoint
+from rlkv_vllm.training.trainer import RlkvTrainer
+from tests.support.profiles import assert_one_line
 
 
 def config(output: Path, **trainer: Any) -> TrainConfig:
@@ -131,7 +134,79 @@ def test_a_killed_run_resumes_on_the_same_curve(finished: Path, tmp_path: Path) 
     assert ours == [row["reward"] for row in rows(finished, "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("full_at", ["optimizer.pt", "gates.safetensors", "metrics.jsonl"])
+def test_a_run_resumes_from_its_newest_whole_checkpoint(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "finished.json").unlink()
+    (output / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    said: list[str] = []
+    run(config(output), resume=True, listener=Listener(say=said.append))
+    assert said[1:3] == [
+        "checkpoint-4 is not used: optimizer.pt is empty",
+        "resuming from checkpoint-2",
+    ]
+    assert rows(output, "gates.jsonl") == rows(finished, "gates.jsonl")
+    assert last_checkpoint(output) == output / "checkpoint-4", "written anew"
+    (output / "finished.json").unlink()
+    for folder in output.glob("checkpoint-*"):
+        state = folder / "trainer_state.json"
+        state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(RlkvError) as caught:
+        run(config(output), resume=True)
+    assert_one_line(caught.value, str(output), "checkpoint-2: trainer_state.json is cut off")
+
+
+#: `rlkv train` that ends by SIGKILL, inside step 3 or inside the file of the optimizer of step 4.
+DIES = """
+import os, signal, sys
+import torch
+from rlkv_vllm.cli import main
+from rlkv_vllm.training.trainer import RlkvTrainer
+
+where, loss, save = sys.argv.pop(1), RlkvTrainer._compute_loss, torch.save
+
+def loss_or_die(self, *args):
+    if where == "step" and self.state.global_step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(self, *args)
+
+def save_or_die(content, file, *args, **options):
+    save(content, file, *args, **options)
+    if where == "checkpoint" and str(file).endswith("checkpoint-4/optimizer.pt"):
+        os.truncate(file, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RlkvTrainer._compute_loss, torch.save = loss_or_die, save_or_die
+main()
+"""
+
+
+@pytest.mark.parametrize("where", ["step", "checkpoint"])
+def test_a_run_resumes_after_kill_9(finished: Path, tmp_path: Path, where: str) -> None:
+    options, job_file = config(tmp_path / "run"), tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(options.model_dump(mode="json")))
+    threads = ["--threads", str(torch.get_num_threads())]
+    command = [sys.executable, "-c", DIES, where, "train", str(job_file), *threads]
+    ended = subprocess.run(command, capture_output=True, timeout=600, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert b"\nstep 2/4: reward 1.00, loss " in ended.stderr
+    assert b"\r" not in ended.stderr, "no bars"
+    output = options.output
+    assert len(rows(output, "metrics.jsonl")) == (2 if where == "step" else 4)
+    said: list[str] = []
+    profile = run(options, resume=True, listener=Listener(say=said.append))
+    assert "resuming from checkpoint-2" in said
+    if where == "checkpoint":
+        assert "checkpoint-4 is not used: it was not written to its end" in said
+    assert rows(output, "gates.jsonl") == rows(finished, "gates.jsonl")
+    assert profile is not None
+    undisturbed = load_profile(finished / "profile.json")
+    assert (profile.gates, profile.evaluation) == (undisturbed.gates, undisturbed.evaluation)
+
+
+@pytest.mark.parametrize(
+    "full_at", ["optimizer.pt", "gates.safetensors", "metrics.jsonl", "profile.json"]
+)
 def test_a_full_disk_stops_a_run_that_resumes(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
 ) -> None:
@@ -170,10 +245,46 @@ def test_a_full_disk_stops_a_run_that_resumes(
             RlkvError, match=r"--output .*free space\?\) and continue with --resume"
         ):
             run(config(output))
-    assert last_checkpoint(output) == output / "checkpoint-2"
+    step = 4 if full_at == "profile.json" else 2
+    assert last_checkpoint(output) == output / f"checkpoint-{step}"
     assert not list(output.rglob("*.tmp"))
+    assert not (output / "profile.json").exists()
     run(config(output), resume=True)
     assert rows(output, "gates.jsonl") == rows(finished, "gates.jsonl")
+
+
+#: A run on a disk of 100 kB that gets more space later; ends with the run in the folder `saved`.
+SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=100k none run
+"$1" -m rlkv_vllm train job.yaml 2> full.txt && exit 9
+mount -o remount,size=10m run
+"$1" -m rlkv_vllm train job.yaml --resume 2> resumed.txt
+cp -r run saved
+"""
+
+
+def test_a_disk_that_is_really_full_stops_a_run_that_resumes(
+    finished: Path, tmp_path: Path
+) -> None:
+    unshare = ["unshare", "-rm"]
+    may = ["sh", "-c", " ".join([*unshare, "mount -t tmpfs none /mnt"])]
+    if subprocess.run(may, capture_output=True, check=False).returncode:
+        pytest.skip("needs a mount namespace of its own")
+    (tmp_path / "run").mkdir()
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(config(tmp_path / "run").model_dump(mode="json")))
+    command = [*unshare, "sh", "-c", SMALL_DISK, "sh", sys.executable]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=900, check=True)
+    *_, error = (tmp_path / "full.txt").read_text().splitlines()
+    assert error.startswith(f"rlkv: error: --output {tmp_path / 'run'}: cannot be written")
+    assert error.endswith("continue with --resume")
+    saved = tmp_path / "saved"
+    assert not list(saved.rglob("*.tmp"))
+    assert rows(saved, "gates.jsonl") == rows(finished, "gates.jsonl")
+    assert (
+        load_profile(saved / "profile.json").gates == load_profile(finished / "profile.json").gates
+    )
 
 
 def test_two_processes_share_a_run(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Options from YAML files and `--set`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def test_options_are_changed_in_turn_and_the_given_ones_stay() -> None:
         ("a=\x00", "value is not YAML"),
         ("a=" + "[" * 9999, "value is not YAML"),
         ("a=0x_", "value is not YAML"),
+        ("a={b: 1, b: 2}", "key b is given twice"),
     ],
 )
 def test_bad_changes_are_named(change: str, words: str) -> None:
@@ -139,3 +141,30 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         assert_one_line(caught.value, "job.yaml", words)
     with pytest.raises(RlkvError, match="no such file"):
         read_options(tmp_path / "none.yaml", "the options")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RlkvError, match="pipe: not a plain file"):
+        read_options(tmp_path / "pipe", "the options")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("a: 1\nb: 2\na: 1\n", "a", "1 and 3"),
+        ("a:\n  b:\n  - c: 1\n    'c': 2\n", "c", "3 and 4"),
+        ("a: {b: 1, b: 1}\n", "b", "1 and 1"),
+        ("1: a\n0x1: b\n", "1", "1 and 2"),
+        ("a: &x {b: 1}\nc: {<<: *x, d: 1,\n d: 2}\n", "d", "2 and 3"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, key: str, lines: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(RlkvError) as caught:
+        read_options(path, "the options")
+    assert_one_line(caught.value, "job.yaml", f"key {key} is given twice, in lines {lines}")
+
+
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("a: &x {b: 1}\nc: {<<: *x, b: 2}\n")
+    assert read_options(path, "the options") == {"a": {"b": 1}, "c": {"b": 2}}

@@ -38,7 +38,7 @@ def scoring_input(model: Any) -> ScoringInput:
         window=5,
         seed=0,
         settings={},
-        report=lambda done, total: None,
+        report=lambda *_: None,
     )
 
 

@@ -95,7 +95,7 @@ QUICK_METHODS = sorted(set(METHODS) - {"rlkv"})
 def scoring_input(
     model: Any,
     scorer: Scorer,
-    report: Any = lambda done, total: None,
+    report: Any = lambda *_: None,
     *,
     seed: int = 0,
     **settings: Any,
@@ -133,7 +133,7 @@ def test_every_scorer_gives_gates(name: str, model: Any) -> None:
     before = weights_of(model)
     scorer = get_scorer(name)
     gates = scorer.score(
-        scoring_input(model, scorer, lambda done, total: reports.append((done, total)))
+        scoring_input(model, scorer, lambda done, total, *_: reports.append((done, total)))
     )
     assert [len(row) for row in gates] == [NUM_KV_HEADS] * NUM_LAYERS
     assert all(0 <= gate <= 1 for row in gates for gate in row)
@@ -273,7 +273,7 @@ def test_masked_decoding_equals_the_oracle(
         split=HeadSplit(FULL_HEADS, SINK, WINDOW),
         sampling=greedy(12),
         batch_size=batch_size,
-        report=lambda done, total: reports.append((done, total)),
+        report=lambda done, total, *_: reports.append((done, total)),
     )
     assert reports[-1] == (5, 5)
     for problem, answer in zip(task.problems(5, 0), result.answers, strict=True):

@@ -288,7 +288,7 @@ def test_progress_ends_at_its_end(tmp_path: Path) -> None:
         tmp_path / REFINE_FILE,
         seed=0,
         chunk=64,
-        report=lambda done, total: seen.append((done, total)),
+        report=lambda done, total, _: seen.append((done, total)),
     )
     answers = result(tmp_path)["answers"]
     assert [done for done, _ in seen[:-1]] == sorted({done for done, _ in seen})

@@ -85,6 +85,13 @@ def test_a_run_that_ends_well_has_its_last_gates(tmp_path: Path) -> None:
     assert best_gates(tmp_path, 0.5, 1)[1] == 5
 
 
+def test_a_step_whose_gates_are_lost_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, [1, 1, 1])
+    gates = tmp_path / "gates.jsonl"
+    gates.write_bytes(gates.read_bytes()[:-9] + b"\xff")
+    assert best_gates(tmp_path, 0.5, 1) == ([[0.2]], 2)
+
+
 def test_no_step_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RlkvError, match="no step of training"):
         best_gates(tmp_path, 0.5, 1)
