@@ -57,6 +57,7 @@ def run_server(arguments: Sequence[str]) -> int:
         options = preflight.split_options(args)
     add_split(args, options)
     preflight.check_server_mode(args)
+    preflight.check_api_key(args)
     preflight.check_address(args)
     _check_engine_config(args)
     progress.say(f"starting the engine for {', '.join(served_names(args))}")
