@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 SUPPORTED_VLLM = "0.32"
 
+#: What a worker's queue of answers takes in shared memory: vLLM's 10 chunks of 24 MiB.
+_QUEUE_BYTES = 10 * 24 * 1024**2
+
 
 def check_vllm_version() -> None:
     """Refuse a vLLM whose internals this plugin was not written for.
@@ -136,6 +139,21 @@ def detach_figures(stats: SchedulerStats) -> dict[str, int]:
         name.removeprefix(_FIGURE): stages.pop(name)
         for name in [name for name in stages if name.startswith(_FIGURE)]
     }
+
+
+def check_shared_memory(vllm_config: VllmConfig) -> None:
+    """Refuse a /dev/shm without room for the queues between an engine and its workers.
+
+    vLLM looks only in the engine's process, and its server then tells another reason. Goes when
+    vLLM's server tells the engine's reason.
+
+    Raises:
+        RuntimeError: vLLM's own message, which says how much is needed.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_space
+
+    if vllm_config.parallel_config.distributed_executor_backend == "mp":
+        check_shm_free_space(_QUEUE_BYTES, allocation_name="the queues of the workers")
 
 
 def failed_engine(engine_client: object) -> str | None:

@@ -14,9 +14,9 @@ class SplitReport:
     """Facts of one worker about its split cache; bytes are those of its rank.
 
     Heads are those of the model, blocks those of the shared pool: ``num_blocks`` blocks of
-    ``block_bytes`` are ``cache_bytes``. Requests are of ``max_model_len`` tokens; ``sink``,
-    ``window`` and ``block_size`` are in tokens, too; ``bytes_per_token`` is of one more token of such
-    a request. ``full_bytes_...`` and ``full_requests_...`` are the same with a full cache in as many
+    ``block_bytes`` are ``cache_bytes``. ``sink``, ``window`` and ``block_size`` are in tokens.
+    Requests are of ``max_model_len`` tokens, and ``bytes_per_token`` is of one more token of such a
+    request. ``full_bytes_...`` and ``full_requests_...`` are the same with a full cache in as many
     bytes.
 
     Attributes:

@@ -51,13 +51,9 @@ class RouteGuard(AuthenticationMiddleware):
         self.open_routes = open_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request; a preflight of CORS carries no key."""
+        """One request; preflights of CORS carry no key and are answered before they get here."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        is_open = (
-            scope["type"] not in ("http", "websocket")
-            or scope.get("method") == "OPTIONS"
-            or path in self.open_routes
-        )
+        is_open = scope["type"] not in ("http", "websocket") or path in self.open_routes
         if is_open or self.verify_token(Headers(scope=scope)):
             await self.app(scope, receive, send)
         else:

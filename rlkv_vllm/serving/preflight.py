@@ -42,7 +42,7 @@ def check_early(arguments: Sequence[str]) -> None:
     vLLM's import takes long. All is checked again after it, then with what ``--config`` says.
 
     Raises:
-        RlkvError: as `split_options`, `gated_options` and `check_address`.
+        RlkvError: as `split_options`, `gated_options`, `check_api_key` and `check_address`.
     """
     args = parse_early(arguments)
     if args.config is not None:  # vLLM reads it
@@ -51,6 +51,7 @@ def check_early(arguments: Sequence[str]) -> None:
         gated_options(args)
     else:
         split_options(args)
+    check_api_key(args)
     check_address(args)
 
 
@@ -113,6 +114,15 @@ def check_server_mode(args: argparse.Namespace) -> None:
                 f"{flag}: `rlkv serve` cannot prove there that the split cache is active: "
                 "remove it and run one HTTP server per engine"
             )
+
+
+def check_api_key(args: argparse.Namespace) -> None:
+    """Refuse an empty ``--api-key``, e.g. of an unset variable: vLLM would ask for none."""
+    if args.api_key and not all(args.api_key):
+        raise RlkvError(
+            "--api-key: an empty key would open the server to all: give it a text, or remove the "
+            "flag"
+        )
 
 
 def import_vllm() -> None:

@@ -57,6 +57,7 @@ def run_server(arguments: Sequence[str]) -> int:
         options = preflight.split_options(args)
     add_split(args, options)
     preflight.check_server_mode(args)
+    preflight.check_api_key(args)
     preflight.check_address(args)
     _check_engine_config(args)
     progress.say(f"starting the engine for {', '.join(served_names(args))}")
@@ -101,6 +102,7 @@ def _check_engine_config(args: argparse.Namespace) -> None:
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
+    from rlkv_vllm.engine.compat import check_shared_memory
     from rlkv_vllm.engine.config import split_plan
 
     if current_platform.is_cpu():
@@ -114,6 +116,7 @@ def _check_engine_config(args: argparse.Namespace) -> None:
             usage_context=UsageContext.OPENAI_API_SERVER
         )
         validate_api_server_args(args)
+        check_shared_memory(config)
         plan = split_plan(config)
         if plan is not None:
             preflight.check_capacity(plan, config.cache_config.kv_cache_memory_bytes)

@@ -68,7 +68,11 @@ def run_supervised(command: Sequence[str]) -> int:
     if ended_by:
         say("stopped")
         return 128 + ended_by[0]
-    return status if status >= 0 else 128 - status
+    if status >= 0:
+        return status
+    name = signal.Signals(-status).name
+    say(f"error: the server was killed by {name}: `dmesg` tells whether memory ran out")
+    return 128 - status
 
 
 def follow_supervisor() -> bool:

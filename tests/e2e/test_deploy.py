@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -64,6 +65,13 @@ def test_dashboard_and_alerts_use_metrics_that_the_server_has(split: Server) -> 
         lines = answer.read().decode().splitlines()
     served = {line.split("{")[0] for line in lines if not line.startswith("#")}
     assert metric_names() - served == set()
+
+
+def test_ctrl_c_ends_an_idle_server_at_once(split: Server) -> None:
+    children = split.children()
+    split.process.send_signal(signal.SIGINT)
+    assert split.end_of(children) == (0, [])
+    assert "force killing" not in split.output()
 
 
 def test_a_server_without_the_plugin_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,13 +97,15 @@ class Server:
         return self.process.wait(STOP_TIMEOUT_S), outliving(children)
 
     def kill(self) -> None:
-        """End the whole session of the server, whatever state it is in."""
+        """Kill what the user started, whatever state it is in: the rest must end by itself."""
         try:
+            children = self.children()
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, psutil.NoSuchProcess):
             return
         finally:
             self.process.wait(STOP_TIMEOUT_S)
+        assert not outliving(children)
 
 
 def outliving(processes: Sequence[psutil.Process]) -> list[psutil.Process]:

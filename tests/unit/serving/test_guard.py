@@ -1,8 +1,11 @@
 from argparse import Namespace
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, WebSocket
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
+from starlette.testclient import WebSocketDenialResponse
 
 from rlkv_vllm.serving.guard import OPEN_ROUTES, guard_routes
 
@@ -64,4 +67,41 @@ def test_a_server_of_vllm_serve_keeps_its_behaviour() -> None:
 
 
 def test_preflight_of_cors_needs_no_key() -> None:
-    assert client().options("/new_route").status_code == 200
+    """vLLM adds its middleware for CORS around ours."""
+    asked = client()
+    asked.app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"])
+    asks = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    assert asked.options("/new_route", headers=asks).status_code == 200
+    assert asked.options("/new_route").status_code == 401
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD", "TRACE", "ANY"])
+def test_a_mounted_app_needs_the_key_for_every_method(method: str) -> None:
+    """vLLM mounts /metrics, which answers any method and any longer path."""
+    guarded = client(guard_metrics=True)
+    guarded.app.mount("/mounted", PlainTextResponse("figures"))
+    assert guarded.request(method, "/mounted").status_code == 401
+    key = {"Authorization": "Bearer k"}
+    assert guarded.request(method, "/mounted", headers=key).status_code == 200
+
+
+def test_a_websocket_needs_the_key() -> None:
+    asked = client()
+
+    @asked.app.websocket("/v1/realtime")
+    async def answer(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+
+    with pytest.raises(WebSocketDenialResponse) as refused, asked.websocket_connect("/v1/realtime"):
+        pass
+    assert refused.value.status_code == 401
+    key = {"Authorization": "Bearer k"}
+    with asked.websocket_connect("/v1/realtime", headers=key):
+        pass
+
+
+def test_a_root_path_opens_nothing_else() -> None:
+    asked = client(root_path="/v1")
+    for path, status in (("/v1/health", 200), ("/v1/models", 401), ("/v1/v1/health", 401)):
+        assert asked.get(path, follow_redirects=False).status_code == status

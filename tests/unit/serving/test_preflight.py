@@ -2,6 +2,7 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,17 @@ def test_a_free_port_is_left_free(busy_port: int) -> None:
     args = Namespace(uds=None, host="127.0.0.2", port=busy_port)
     preflight.check_address(args)
     preflight.check_address(args)
+
+
+@pytest.mark.parametrize(("keys", "is_refused"), [(None, False), (["k"], False), ([""], True)])
+def test_an_empty_key_is_refused(keys: list[str] | None, is_refused: bool) -> None:
+    with pytest.raises(RlkvError, match="--api-key") if is_refused else nullcontext():
+        preflight.check_api_key(Namespace(api_key=keys))
+
+
+def test_an_empty_key_is_refused_before_vllm_is_imported() -> None:
+    with pytest.raises(RlkvError, match="--api-key"):
+        preflight.check_early(["--api-key", "", "--port", "0"])
 
 
 def test_a_port_that_does_not_exist() -> None:

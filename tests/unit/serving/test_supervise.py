@@ -82,6 +82,7 @@ def test_a_listening_server_gets_the_signal(tmp_path: Path) -> None:
 def test_a_server_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     process, found = start(tmp_path, "dies")
     assert process.wait(30) == 128 + signal.SIGKILL
+    assert "error: the server was killed by SIGKILL" in process.stdout.read()
     assert all_gone(found)
 
 
