@@ -10,9 +10,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from rlkv_vllm import models
-from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.errors import INSTALL_VLLM, RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.serving import preflight, progress
 from rlkv_vllm.serving.arguments import add_split, parse, short_help
@@ -42,6 +43,8 @@ def serve(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         progress.say("stopped")
         return 128 + signal.SIGINT
+    if not find_spec("vllm"):
+        raise RlkvError(f"rlkv serve: needs vllm, which is not installed: {INSTALL_VLLM}")
     return run_supervised([sys.executable, "-m", "rlkv_vllm", "serve", *arguments])
 
 
@@ -88,7 +91,7 @@ def _require_vllm() -> None:
     except Exception as error:  # a broken installation may raise anything
         raise RlkvError(
             f"vLLM cannot be imported ({type(error).__name__}: {one_line(error)}): "
-            "pip install 'rlkv-vllm[cpu]' (CPU) or 'rlkv-vllm[gpu]' (CUDA), see `rlkv doctor`"
+            f"{INSTALL_VLLM}, see `rlkv doctor`"
         ) from error
 
 
