@@ -150,7 +150,7 @@ def parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         kind = "null" if value is None else f"a JSON {_JSON_NAMES[type(value)]}"
-        raise RlkvError(f"{where}: holds {kind} instead of an object {{...}}: give the right file")
+        raise RlkvError(f"{where}: holds {kind}, expected an object {{...}}: give the right file")
     return value
 
 

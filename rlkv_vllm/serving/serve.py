@@ -134,6 +134,8 @@ def _run(args: argparse.Namespace) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
+    from rlkv_vllm.engine.config import CONFIG_KEY, GATED, SplitConfig, choose_pinned
+
     cli_env_setup()
     progress.silence_exit()
     try:
@@ -142,4 +144,7 @@ def _run(args: argparse.Namespace) -> None:
         raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.stdout.flush()
+        options = args.additional_config[CONFIG_KEY]
+        if options.get("mode") != GATED:  # vLLM does not pass on why its engine refused
+            choose_pinned(SplitConfig(**options))
         raise RlkvError(f"the server could not start: {reason(error)}") from error

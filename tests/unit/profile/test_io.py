@@ -67,7 +67,7 @@ def test_wrong_gate_is_named_by_layer_and_head(tmp_path, value):
         (b"", "not valid JSON"),
         (b"\x80\x04pickle", "UTF-8"),
         (b"[1]", "holds a JSON array"),
-        (b"null", "holds null instead of an object"),
+        (b"null", "holds null, expected an object"),
         (b"7", "holds a JSON number"),
         (b"\xef\xbb\xbf{}", "byte-order mark: save it as UTF-8 without one"),
         ("{}".encode("utf-16"), "not UTF-8 text (byte 0): save it as UTF-8"),
