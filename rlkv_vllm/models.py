@@ -18,6 +18,7 @@ from rlkv_vllm.profile.schema import ModelFingerprint
 
 #: Name of the model that is shipped with the package.
 MODEL_NAME = "embedded"
+_EMBEDDED_FOLDER = Path(__file__).resolve().parent / "testbed" / "weights"
 #: The stock vLLM parser that separates `<think> ... </think>` from the answer.
 REASONING_PARSER = "deepseek_r1"
 #: Its defaults in `rlkv serve`: the precision it was measured in (vLLM's "auto" makes bfloat16 of
@@ -41,7 +42,7 @@ def model_dir() -> Path:
     Raises:
         RlkvError: if the weights are missing from this installation.
     """
-    folder = Path(__file__).parent / "testbed" / "weights"
+    folder = _EMBEDDED_FOLDER
     if not (folder / "model.safetensors").is_file():
         raise RlkvError(
             f"{folder}: no model.safetensors of the embedded reasoner: install the package again, "
@@ -147,9 +148,11 @@ def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFing
         RlkvError: as `load_model_config` and `fingerprint_from_config`.
     """
     config, commit = load_model_config(model, revision)
-    folder = _local_folder(model)
-    # The path of a local folder is private: the fingerprint has its name only.
-    name = model if model == MODEL_NAME or folder is None else folder.resolve().name or model
+    folder = None if model == MODEL_NAME else _local_folder(model)
+    name = model
+    if folder is not None:  # its path is private: the fingerprint has its name only
+        is_embedded = folder.resolve() == _EMBEDDED_FOLDER
+        name = MODEL_NAME if is_embedded else folder.resolve().name or model
     return fingerprint_from_config(config, name, commit)
 
 

@@ -24,7 +24,6 @@ app = typer.Typer(
     name="rlkv",
     help="Serve reasoning models from stock vLLM with a per-head split KV cache.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -39,7 +38,9 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
+        typer.Option(
+            "--version", "-V", callback=_print_version, is_eager=True, help="Print version."
+        ),
     ] = False,
 ) -> None:
     del version  # handled by its callback
@@ -63,12 +64,19 @@ app.command("doctor")(doctor)
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit status 2."""
-    from rlkv_vllm.errors import RlkvError
+    from importlib.util import find_spec
+
+    from rlkv_vllm.errors import INSTALL, RlkvError
 
     try:
         app(prog_name="rlkv")
     except RlkvError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in INSTALL or find_spec(package):
+            raise
+        _fail(f"rlkv {sys.argv[1]}: needs {package}, which is not installed: {INSTALL[package]}")
     except ValueError as error:
         from pydantic import ValidationError
 
@@ -80,6 +88,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
+    from rlkv_vllm.files import printable
+
     sys.stdout.flush()
-    print(f"rlkv: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rlkv: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from rlkv_vllm.cli.tables import print_next
+
 
 def doctor(
     port: Annotated[int, typer.Option(help="Port that the server would use.")] = 8000,
@@ -24,4 +26,8 @@ def doctor(
     if as_json:
         checks = [asdict(finding) for finding in findings]
         typer.echo(json.dumps({"ok": ok, "checks": checks}, indent=2))
+    elif ok:
+        print_next("rlkv", "serve")
+    else:
+        typer.echo("next: repair what failed, then run rlkv doctor again")
     raise typer.Exit(0 if ok else 1)

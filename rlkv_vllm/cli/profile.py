@@ -10,11 +10,14 @@ import typer
 
 from rlkv_vllm.cli.plan import ClusterFlags, cache_memory, find_gpu, print_cluster
 from rlkv_vllm.cli.sizes import parse_size, show_size
-from rlkv_vllm.cli.tables import new_table, print_plain
+from rlkv_vllm.cli.tables import new_table, print_next, print_plain
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rlkv_vllm.allocation import Forecast
+    from rlkv_vllm.profile.schema import HeadProfile
 
 app = typer.Typer(no_args_is_help=True, help="Head profiles: list, show, check, convert, plan.")
 
@@ -69,6 +72,7 @@ def list_() -> None:
         shown = "-" if sparsity is None else f"{sparsity:g}"
         table.add_row(name, model.id, shape, profile.provenance.method, shown)
     print_plain(table)
+    print_next("rlkv", "profile", "show", next(iter(found)))
 
 
 @app.command()
@@ -121,12 +125,14 @@ def show(
         print_plain(rows)
     if allocation is None:
         print_plain("no recommended sparsity: pass --sparsity to see the full heads")
+        print_next("rlkv", "profile", "show", profile, "--sparsity", "0.5")
         return
     heads = new_table("layer", "full heads", f"ids at sparsity {sparsity:g}")
     for layer, ids in enumerate(allocation.full):
         heads.add_row(str(layer), str(len(ids)), " ".join(map(str, ids)) or "-")
     print_plain(heads)
     print_plain(f"{allocation.num_full} full heads, {allocation.num_streaming} streaming heads")
+    _print_serve(profile, loaded, sparsity=sparsity)
 
 
 @app.command()
@@ -136,13 +142,23 @@ def validate(
 ) -> None:
     """Check a profile, and with --model that it fits that model."""
     from rlkv_vllm.models import load_model_fingerprint
-    from rlkv_vllm.profile.io import check_matches
+    from rlkv_vllm.profile.io import check_matches, is_made_for
     from rlkv_vllm.profile.lookup import find_profile
 
     loaded, path = find_profile(profile)
-    if model is not None:
-        check_matches(loaded, load_model_fingerprint(model))
-    print_plain(f"{path}: valid{f', fits {model}' if model else ''}")
+    if model is None:
+        print_plain(f"{path}: valid")
+    else:
+        fingerprint = load_model_fingerprint(model)
+        check_matches(loaded, fingerprint)
+        is_its_own = is_made_for(loaded, fingerprint)
+        print_plain(f"{path}: valid, {'' if is_its_own else 'its shape '}fits {model}")
+        if not is_its_own:
+            print_plain(
+                f"warning: it was made for {loaded.model.id}, not for {fingerprint.id}: serve it "
+                "only if one is a copy or a fine-tuned version of the other"
+            )
+    _print_serve(profile, loaded, model)
 
 
 @app.command("import")
@@ -182,6 +198,7 @@ def import_(
         f"{imported.model.num_kv_heads} KV heads, sink {imported.sink}, window "
         f"{imported.window}; {imported.provenance.config['clipped_gates']} gates clipped to [0, 1]"
     )
+    _print_serve(str(output), imported, model)
 
 
 @app.command()
@@ -202,8 +219,11 @@ def export(
     from rlkv_vllm.profile.lookup import find_profile
     from rlkv_vllm.profile.published import DUO_CONFIG, DUO_FILE, export_duo_attention
 
-    export_duo_attention(find_profile(profile)[0], output, sparsity)
+    loaded, _ = find_profile(profile)
+    export_duo_attention(loaded, output, sparsity)
     print_plain(f"{output}: {DUO_FILE} and {DUO_CONFIG} ({format_.value})")
+    model = _model_of(loaded)
+    print_next("rlkv", "profile", "import", str(output), "--model", model, "-o", "again.json")
 
 
 @app.command()
@@ -219,6 +239,7 @@ def plot(
     choice = choose_profile(profile, sparsity)
     plot_profile(choice.profile, choice.sparsity, output)
     print_plain(f"{output}: written")
+    _print_serve(profile, choice.profile, sparsity=sparsity)
 
 
 @app.command()
@@ -316,6 +337,9 @@ def plan(
     if gpu is not None:
         forecasts = {num_bytes: forecast(num_bytes) for num_bytes in (dtype.num_bytes, 1)}
         print_cluster(flags, device, size, forecasts, tp, memory_bytes, max_model_len)
+    more = ["--max-model-len", str(max_model_len)]
+    more += ["--tensor-parallel-size", str(tp)] if tp > 1 else []
+    _print_serve(profile, choice.profile, model, sparsity, more)
 
 
 @app.command()
@@ -324,6 +348,31 @@ def schema() -> None:
     from rlkv_vllm.profile.schema import json_schema_text
 
     typer.echo(json_schema_text(), nl=False)
+
+
+def _model_of(profile: HeadProfile) -> str:
+    """The model of a profile as a command takes it; its file may come from a stranger."""
+    from rlkv_vllm.models import MODEL_NAME
+    from rlkv_vllm.profile.hub import is_repo_id
+
+    name = profile.model.id
+    return name if name == MODEL_NAME or is_repo_id(name) else "MODEL"
+
+
+def _print_serve(
+    name: str,
+    profile: HeadProfile,
+    model: str | None = None,
+    sparsity: float | None = None,
+    more: Sequence[str] = (),
+) -> None:
+    """How to serve a profile, as the last line."""
+    recommended = profile.recommended_sparsity
+    if sparsity is None and recommended is None:
+        sparsity = 0.5
+    flags = [] if sparsity in (None, recommended) else ["--sparsity", f"{sparsity:g}"]
+    command = ["rlkv", "serve", model or _model_of(profile), "--profile", name]
+    print_next(*command, *flags, *more)
 
 
 def _print_plan(forecast: Forecast, sparsity: float, num_tokens: int, memory_bytes: int) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from rlkv_vllm.files import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def new_table(*columns: str) -> Table:
@@ -20,10 +24,22 @@ def new_table(*columns: str) -> Table:
 
 
 def print_plain(content: Table | str) -> None:
-    """Print without interpreting markup, and without wrapping text or long cells in pipes."""
+    """Print without interpreting markup or control codes.
+
+    Text is not wrapped, nor are long cells in pipes.
+    """
     from rich.console import Console
 
-    console = Console(markup=False, highlight=False, emoji=False)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    console = Plain(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 200
     console.print(content, soft_wrap=isinstance(content, str))
+
+
+def print_next(*command: str) -> None:
+    """The last line of a command: what to run next."""
+    print_plain(f"next: {shlex.join(command)}")

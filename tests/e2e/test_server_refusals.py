@@ -6,11 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import rlkv_vllm
+from rlkv_vllm.files import write_text_atomic
+from tests.support import ROOT
 from tests.support.server import RLKV, START_TIMEOUT_S, Server, environment
 
 #: The check of the installation is left out, so that only the proof at start is left.
@@ -72,6 +75,24 @@ def test_a_broken_installation_is_refused_before_loading(tmp_path: Path) -> None
     path = break_installation(tmp_path, "other = json:loads")
     line = refusal(serve(PYTHONPATH=path))
     assert "plugin rlkv of vllm.general_plugins: vLLM finds none" in line
+
+
+def test_a_profile_replaced_during_the_start(tmp_path: Path) -> None:
+    """After the server's checks, before the engine's process reads the file."""
+    path, text = tmp_path / "p.json", (ROOT / "head_profiles" / "embedded.json").read_text()
+    path.write_text(text)
+    server = Server(["--profile", str(path)], tmp_path / "log")
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while "starting the engine" not in server.output() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        write_text_atomic(path, text.replace('"window": 16', '"window": 17'))
+        assert server.process.wait(START_TIMEOUT_S) == 2
+    finally:
+        server.kill()
+    lines = [line for line in server.output().splitlines() if line.startswith("rlkv: error: ")]
+    assert len(lines) == 1, server.output()
+    assert f"--profile {path}: changed since the server was started" in lines[0]
 
 
 def test_workers_with_full_caches_are_refused_after_loading(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ from rlkv_vllm.engine.support import (
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.plugin import register
 from rlkv_vllm.profile.io import load_profile, save_profile
+from rlkv_vllm.serving.preflight import split_options
 from tests.integration.test_parity import UNEVEN
+from tests.support.profiles import assert_one_line
 
 register()
 
@@ -263,15 +266,19 @@ def test_profile_of_another_model(checkpoint: Callable[[str], Path], profile: Pa
         split_plan(config(checkpoint("llama"), {"profile": str(profile)}))
 
 
-def test_profile_replaced_since_it_was_pinned(model: Path, profile: Path, tmp_path: Path) -> None:
+def test_profile_replaced_since_the_server_checked_it(
+    model: Path, profile: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "profile.json"
     original = load_profile(profile)
     save_profile(original, path)
-    split = {"profile": str(path), "sha256": original.sha256()}
+    flags = {"sparsity": 0.5, "sink": None, "window": None, "revision": None}
+    split = split_options(Namespace(model=str(model), profile=str(path), **flags))
     assert split_plan(config(model, split)) is not None
     save_profile(original.model_copy(update={"window": 65}), path)
-    with pytest.raises(RlkvError, match="changed since"):
+    with pytest.raises(RlkvError) as caught:
         split_plan(config(model, split))
+    assert_one_line(caught.value, f"--profile {path}: changed since", "restart the server")
 
 
 def test_no_known_sparsity(model: Path, profile: Path, tmp_path: Path) -> None:

@@ -111,7 +111,10 @@ def test_exit_status_and_json(monkeypatch: pytest.MonkeyPatch, ok: bool) -> None
     plain = CliRunner().invoke(app, ["doctor"])
     as_json = CliRunner().invoke(app, ["doctor", "--json"])
     assert plain.exit_code == as_json.exit_code == (0 if ok else 1)
-    assert [line.split()[0] for line in plain.output.splitlines()] == ["ok", "ok" if ok else "FAIL"]
+    *lines, last = plain.output.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok", "ok" if ok else "FAIL"]
+    again = "next: repair what failed, then run rlkv doctor again"
+    assert last == ("next: rlkv serve" if ok else again)
     assert json.loads(as_json.output) == {
         "ok": ok,
         "checks": [asdict(finding) for finding in found],

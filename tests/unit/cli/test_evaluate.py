@@ -349,7 +349,7 @@ def test_gates_that_change_meanwhile_get_no_rows(
         (["--task", "sudoku"], "sudoku"),
         (["--profile", "nowhere.json"], "nowhere.json"),
         (["--profile", "two.json", "--profile", "two.json"], "all are called two"),
-        (["--profile", "other.json"], "num_layers 5 (model: 4)"),
+        (["--profile", "other.json"], "num_layers is 5 in the profile"),
         (["--plot", "plot.gif"], "plot.gif"),
         (["--plot", "nowhere/plot.png"], "no folder nowhere"),
         (["--output", "rows.txt"], "rows.txt: must end in .json or .csv"),

@@ -82,6 +82,44 @@ def test_show_prints_names_as_they_are(here):
     assert "[red]x[/red] :smile:" in run("show", "p.json")
 
 
+#: What a terminal obeys: colours, the window title, a clear screen (C1), right to left, a new line.
+CODES = "\x1b[31mred \x1b]0;title\x07 \x9b2J \u202e\nrlkv: error"
+
+
+def codes_profile():
+    model = make_profile().model.model_copy(update={"id": CODES, "model_type": CODES})
+    provenance = make_profile().provenance
+    facts = {"method": CODES, "source": CODES, "data": CODES, "versions": {CODES: CODES}}
+    (row,) = make_profile().evaluation
+    return make_profile(
+        model=model,
+        provenance=provenance.model_copy(update=facts),
+        evaluation=[row.model_copy(update={"task": CODES})],
+    )
+
+
+def test_no_control_code_of_a_profile_reaches_the_terminal(here):
+    profile = codes_profile()
+    save_profile(profile, "p.json")
+    save_profile(profile, "packaged/small.json")
+    assert load_profile("p.json").sha256() == profile.sha256()
+    make_model_dir(here / "same", model_type=CODES)
+    for args in (
+        ["list"],
+        ["show", "p.json"],
+        ["show", "p.json", "--json"],
+        ["validate", "p.json", "--model", "same"],
+        ["plot", "p.json", "-o", "heads.svg"],
+        ["plan", "same", *PLAN[2:]],
+        ["export", "p.json", "-o", "duo"],
+    ):
+        output = run(*args)
+        assert all(line.isprintable() for line in output.split("\n")), output
+        assert not any(line.startswith("rlkv: error") for line in output.split("\n"))
+    assert r"\x1b[31mred" in run("show", "p.json")
+    assert r"\x1b[31mred" in fails("validate", "p.json", "--model", "m")
+
+
 def test_show_json():
     shown = json.loads(run("show", "p.json", "--json", "--sparsity", 0.25))
     profile = make_profile()
@@ -93,10 +131,61 @@ def test_show_json():
 
 def test_validate(here):
     assert "p.json: valid" in run("validate", "p.json")
-    assert "fits m" in run("validate", "p.json", "--model", "m")
+    make_model_dir(here / "Model")
+    output = run("validate", "p.json", "--model", "Model")
+    assert "p.json: valid, fits Model" in output
+    assert "warning" not in output
     make_model_dir(here / "wrong", layers=9)
     message = fails("validate", "p.json", "--model", "wrong")
-    assert "num_layers 4 (model: 9)" in message
+    assert "num_layers is 4 in the profile and 9 in the model" in message
+
+
+def test_validate_warns_of_another_model_of_the_same_shape():
+    output = run("validate", "p.json", "--model", "m")
+    assert "valid, its shape fits m" in output
+    assert "warning: it was made for org/model, not for m" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "command"),
+    [
+        (["list"], "rlkv profile show small"),
+        (["show", "p.json"], "rlkv serve org/model --profile p.json"),
+        (
+            ["show", "p.json", "--sparsity", 0.4],
+            "rlkv serve org/model --profile p.json --sparsity 0.4",
+        ),
+        (["show", "none.json"], "rlkv profile show none.json --sparsity 0.5"),
+        (["validate", "p.json"], "rlkv serve org/model --profile p.json"),
+        (
+            ["validate", "none.json", "--model", "m"],
+            "rlkv serve m --profile none.json --sparsity 0.5",
+        ),
+        (
+            ["import", "duo", "--model", "m", "-o", "a b.json"],
+            "rlkv serve m --profile 'a b.json' --sparsity 0.5",
+        ),
+        (
+            ["export", "p.json", "-o", "duo"],
+            "rlkv profile import duo --model org/model -o again.json",
+        ),
+        (["plot", "p.json", "-o", "p.png"], "rlkv serve org/model --profile p.json"),
+        (
+            ["plan", "m", "p.json", "--max-model-len", 4096, "--memory", "1GiB", "--tp", 2],
+            "rlkv serve m --profile p.json --max-model-len 4096 --tensor-parallel-size 2",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_last_line_is_the_next_command(args, command):
+    run("export", "p.json", "-o", "duo")
+    assert run(*args).splitlines()[-1] == f"next: {command}"
+
+
+def test_a_strange_model_id_is_no_part_of_the_next_command():
+    model = make_profile().model.model_copy(update={"id": "--trust-remote-code"})
+    save_profile(make_profile(model=model), "p.json")
+    assert run("validate", "p.json").splitlines()[-1] == "next: rlkv serve MODEL --profile p.json"
 
 
 def test_import_and_export_round_trip(here):
@@ -266,7 +355,10 @@ def test_plan_reads_sizes(size, blocks):
         ([*PLAN[:5], "--max-model-len", 0, *PLAN[7:]], ["--max-model-len 0"]),
         (["plan", "m", "none.json", *PLAN[3:]], ["none.json", "--sparsity"]),
         (["plan", "nowhere", *PLAN[2:]], ["nowhere", "neither a folder"]),
-        (["plan", "wrong", *PLAN[2:]], ["num_kv_heads 2 (model: 4)", "profile"]),
+        (
+            ["plan", "wrong", *PLAN[2:]],
+            ["num_kv_heads is 2 in the profile and 4 in the model"],
+        ),
         (["show", "missing.json"], ["missing.json", "rlkv profile list"]),
         (["show", "truncated.json"], ["truncated.json", "truncated"]),
         (["show", "nan.json"], ["nan.json", "NaN"]),

@@ -66,7 +66,11 @@ def test_wrong_gate_is_named_by_layer_and_head(tmp_path, value):
     [
         (b"", "not valid JSON"),
         (b"\x80\x04pickle", "UTF-8"),
-        (b"[1]", "list"),
+        (b"[1]", "holds a JSON array"),
+        (b"null", "holds null, expected an object"),
+        (b"7", "holds a JSON number"),
+        (b"\xef\xbb\xbf{}", "byte-order mark: save it as UTF-8 without one"),
+        ("{}".encode("utf-16"), "not UTF-8 text (byte 0): save it as UTF-8"),
         (b"[" * 100_000, "nested"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
         (b" " * (files.MAX_FILE_BYTES + 1), "larger than 16 MiB"),
@@ -272,6 +276,10 @@ def test_check_matches_names_every_field(tmp_path):
     with pytest.raises(RlkvError) as caught:
         check_matches(profile, load_model_fingerprint(str(other)))
     assert_one_line(
-        caught.value, "num_layers 4 (model: 5)", "head_dim 64 (model: 32)", "model_type", "wrong"
+        caught.value,
+        "num_layers is 4 in the profile and 5 in the model",
+        "head_dim is 64 in the profile and 32 in the model",
+        "model_type",
+        "wrong",
     )
     assert "num_kv_heads" not in str(caught.value)

@@ -94,7 +94,11 @@ def test_model_missing(tmp_path: Path) -> None:
 def test_model_of_another_shape(tmp_path: Path) -> None:
     other = make_model_dir(tmp_path / "other", layers=5, heads=3)
     error = refusal(options(tmp_path, model=str(other), sparsity=7.0))
-    assert_one_line(error, "num_layers 4 (model: 5)", "num_kv_heads 2 (model: 3)")
+    assert_one_line(
+        error,
+        "num_layers is 4 in the profile and 5 in the model",
+        "num_kv_heads is 2 in the profile and 3 in the model",
+    )
 
 
 def test_sparsity_missing(tmp_path: Path) -> None:
