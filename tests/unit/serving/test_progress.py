@@ -111,6 +111,22 @@ def test_a_process_that_inherits_our_choice_logs_in_the_same_way(
     assert len(applied) == 2
 
 
+def test_an_engine_process_is_quiet_before_vllm_is_imported() -> None:
+    code = (
+        "import logging, runpy; runpy.run_module('rlkv_vllm', run_name='__mp_main__');"
+        "logging.getLogger('vllm.a').warning('Triton is installed, but');"
+        "logging.getLogger('vllm.a').warning('careful')"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"VLLM_LOGGING_CONFIG_PATH": str(progress._LOGGING_CONFIG)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stderr == ""
+    assert found.stdout.endswith(" warning: careful\n")
+    assert len(found.stdout.splitlines()) == 1
+
+
 def test_the_logging_file_works() -> None:
     code = (
         "import logging; from rlkv_vllm.serving.progress import quiet_logging as q; q([]);"
