@@ -18,7 +18,7 @@ from rlkv_vllm.profile.schema import ModelFingerprint
 
 #: Name of the model that is shipped with the package.
 MODEL_NAME = "embedded"
-_EMBEDDED_FOLDER = Path(__file__).resolve().parent / "testbed" / "weights"
+_EMBEDDED_DIR = Path(__file__).parent / "testbed" / "weights"
 #: The stock vLLM parser that separates `<think> ... </think>` from the answer.
 REASONING_PARSER = "deepseek_r1"
 #: Its defaults in `rlkv serve`: the precision it was measured in (vLLM's "auto" makes bfloat16 of
@@ -42,13 +42,12 @@ def model_dir() -> Path:
     Raises:
         RlkvError: if the weights are missing from this installation.
     """
-    folder = _EMBEDDED_FOLDER
-    if not (folder / "model.safetensors").is_file():
+    if not (_EMBEDDED_DIR / "model.safetensors").is_file():
         raise RlkvError(
-            f"{folder}: no model.safetensors of the embedded reasoner: install the package again, "
-            f"or make it with `rlkv testbed train --output {folder}`"
+            f"{_EMBEDDED_DIR}: no model.safetensors of the embedded reasoner: install the package "
+            f"again, or make it with `rlkv testbed train --output {_EMBEDDED_DIR}`"
         )
-    return folder
+    return _EMBEDDED_DIR
 
 
 def model_source(name: str) -> str:
@@ -58,6 +57,11 @@ def model_source(name: str) -> str:
         RlkvError: as `model_dir`.
     """
     return str(model_dir()) if name == MODEL_NAME else name
+
+
+def is_embedded(model: str) -> bool:
+    """Whether this name or folder is the shipped model."""
+    return model == MODEL_NAME or Path(model).resolve() == _EMBEDDED_DIR.resolve()
 
 
 def fingerprint_from_config(
@@ -148,12 +152,10 @@ def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFing
         RlkvError: as `load_model_config` and `fingerprint_from_config`.
     """
     config, commit = load_model_config(model, revision)
-    folder = None if model == MODEL_NAME else _local_folder(model)
-    name = model
-    if folder is not None:  # its path is private: the fingerprint has its name only
-        is_embedded = folder.resolve() == _EMBEDDED_FOLDER
-        name = MODEL_NAME if is_embedded else folder.resolve().name or model
-    return fingerprint_from_config(config, name, commit)
+    folder = _local_folder(model)
+    # The path of a local folder is private: the fingerprint has its name only.
+    name = MODEL_NAME if is_embedded(model) else folder.resolve().name if folder else model
+    return fingerprint_from_config(config, name or model, commit)
 
 
 def _local_folder(model: str) -> Path | None:

@@ -77,10 +77,11 @@ class SplitReport:
 
     def sentence(self) -> str:
         """The capacity in one line, for the log."""
+        requests = f"{self.requests_at_once:,} request{'s' if self.requests_at_once != 1 else ''}"
         return (
             f"split KV cache: {self.full_heads} full and {self.streaming_heads} streaming KV heads "
             f"(sink {self.sink}, window {self.window}), {self.num_blocks:,} blocks of "
-            f"{self.block_size} tokens, {self.requests_at_once:,} requests of "
+            f"{self.block_size} tokens, {requests} of "
             f"{self.max_model_len:,} tokens at once (full cache: {self.full_requests_at_once:,})"
         )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rlkv_vllm import models
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
+from rlkv_vllm.serving import progress
 from rlkv_vllm.serving.flags import FlagParser, bad_flags
 
 if TYPE_CHECKING:
@@ -164,6 +165,8 @@ def _server_parser() -> FlexibleArgumentParser:
     parser.set_defaults(
         model=None, dtype=None, enforce_eager=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S
     )
+    if progress.is_quiet():  # no bars of weight shards between the lines
+        parser.set_defaults(use_tqdm_on_load=False)
     return parser
 
 

@@ -104,7 +104,7 @@ class RlkvEndpoint:
         stat_logger = _stat_logger(engine_client)
         stat_logger.show_split(figures)
         names = served_names(args)
-        status = split_status(figures, names, example_question(names[0]))
+        status = split_status(figures, names, example_question(args.model))
         constant = status.model_dump_json(exclude={"use"}).removesuffix("}") + ',"use":'
         state.rlkv = ServedSplit(figures, stat_logger, constant)
         if _is_first_api_process(engine_client):
@@ -114,7 +114,7 @@ class RlkvEndpoint:
 @router.get("/rlkv", include_in_schema=False)
 async def show_page(request: Request) -> Response:
     """The page; its figures come from the JSON routes."""
-    return page(bool(api_keys(request.app.state.args)))
+    return page(bool(api_keys(request.app.state.args)), _is_gated(request))
 
 
 @router.get("/v1/rlkv", response_model=SplitStatus, responses=_REFUSALS)
@@ -147,6 +147,11 @@ async def show_forecast(
 
 def _served(request: Request) -> ServedSplit:
     served: ServedSplit | None = getattr(request.app.state, "rlkv", None)
+    if served is None and _is_gated(request):
+        raise HTTPException(
+            HTTPStatus.NOT_FOUND,
+            "this server is in gated mode and has full caches: its gates are at /v1/rlkv/gates",
+        )
     if served is None:
         raise HTTPException(
             HTTPStatus.NOT_FOUND,
@@ -154,6 +159,10 @@ def _served(request: Request) -> ServedSplit:
             "in --additional-config",
         )
     return served
+
+
+def _is_gated(request: Request) -> bool:
+    return hasattr(request.app.state, "rlkv_rollouts")
 
 
 def _stat_logger(engine_client: Any) -> RlkvStatLogger:

@@ -24,6 +24,7 @@ from rlkv_vllm.engine.gated.live import (
 )
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.serving.status import Refusal, Unauthorized, Unreadable
+from rlkv_vllm.serving.summary import example_question, served_names
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -39,13 +40,16 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(tags=["rlkv"])
 
+#: [layers][KV heads]; a text or a boolean is no gate.
+Gates = list[list[Annotated[float, Field(strict=True)]]]
+
 
 class NewGates(BaseModel):
     """Gates to set."""
 
     model_config = ConfigDict(extra="forbid")
 
-    gates: list[list[float]] = Field(description="[layers][KV heads], from 0 to 1.")
+    gates: Gates = Field(description="[layers][KV heads], from 0 to 1.")
 
 
 class GatesVersion(BaseModel):
@@ -57,10 +61,12 @@ class GatesVersion(BaseModel):
 class ServedGates(BaseModel):
     """The gates of this server."""
 
+    models: list[str] = Field(description="Names under which the model is served.")
     version: int = Field(description="Number of times they were set; at 0 all are 1.")
     sink: int
     window: int
     gates: list[list[float]] = Field(description="[layers][KV heads].")
+    example: str = Field(description="A question to try.")
 
 
 class RolloutRequest(BaseModel):
@@ -72,7 +78,7 @@ class RolloutRequest(BaseModel):
         min_length=1, description="Token ids."
     )
     sampling: Sampling
-    gates: list[list[float]] | None = Field(
+    gates: Gates | None = Field(
         default=None, description="Gates to set before sampling; null: the current ones."
     )
 
@@ -122,9 +128,16 @@ async def serve_gates(engine_client: EngineClient, config: GatedConfig, state: S
 @router.get("/v1/rlkv/gates", responses={401: _REFUSALS[401]})
 async def show_gates(request: Request) -> ServedGates:
     """The current gates."""
-    served: Rollouts = request.app.state.rlkv_rollouts
-    now, config = served.updater.now, served.config
-    return ServedGates(version=now.version, sink=config.sink, window=config.window, gates=now.gates)
+    state = request.app.state
+    now, config = state.rlkv_rollouts.updater.now, state.rlkv_rollouts.config
+    return ServedGates(
+        models=served_names(state.args),
+        version=now.version,
+        sink=config.sink,
+        window=config.window,
+        gates=now.gates,
+        example=example_question(state.args.model),
+    )
 
 
 @router.put("/v1/rlkv/gates", responses=_REFUSALS)

@@ -13,12 +13,14 @@ from fastapi import Response
 _FILE = Path(__file__).with_name("page.html")
 
 
-def page(needs_key: bool) -> Response:
+def page(needs_key: bool, is_gated: bool) -> Response:
     """The page, with headers that allow its own script and style and nothing else.
 
-    With `needs_key` the JSON routes need an API key, so the page asks for it first.
+    Args:
+        needs_key: the JSON routes need an API key, so the page asks for it first.
+        is_gated: the server is in gated mode, so the page shows gates and no split.
     """
-    html, policy = _page(needs_key)
+    html, policy = _page(needs_key, is_gated)
     return Response(
         html,
         media_type="text/html; charset=utf-8",
@@ -32,10 +34,12 @@ def page(needs_key: bool) -> Response:
 
 
 @functools.cache
-def _page(needs_key: bool) -> tuple[bytes, str]:
+def _page(needs_key: bool, is_gated: bool) -> tuple[bytes, str]:
     html = _FILE.read_text(encoding="utf-8")
     if needs_key:
         html = html.replace('data-key="open"', 'data-key="needed"')
+    if is_gated:
+        html = html.replace('data-mode="split"', 'data-mode="gated"')
     policy = {
         "default-src": "'none'",
         "script-src": _hashes(html, "script"),

@@ -43,6 +43,7 @@ _NOISE = (
     "Found ulimit of",
     "Inductor compilation was disabled",
     "Model Runner V2 requires Triton",
+    "Reset SSM cache type",  # of a kind of layer that no split model has
     "Using custom scheduler class",  # ours, made for this version of vLLM
     "Triton is",  # not installed, or without a CPU backend
     "doesn't allow to use `torch.set_num_threads`",
@@ -87,7 +88,7 @@ class StartUpFilter(logging.Filter):
 class PollFilter(logging.Filter):
     """Leaves out answered requests of programs that poll."""
 
-    _POLLED = ("/health", "/metrics", "/v1/rlkv")
+    _POLLED = ("/health", "/metrics", "/v1/rlkv", "/v1/rlkv/gates")
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to print `record`, a line of uvicorn's access log."""
@@ -136,12 +137,18 @@ def quiet_logging(arguments: Sequence[str]) -> None:
     flags = [argument.replace("_", "-") for argument in arguments if argument.startswith("--")]
     if any(flag.startswith(_LEVEL_FLAGS) for flag in flags):
         return
-    if any(variable in os.environ for variable in _LEVEL_VARIABLES):
+    given = {variable for variable in _LEVEL_VARIABLES if variable in os.environ}
+    if given and not is_quiet():  # this process may have inherited our own configuration
         return
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(_LOGGING_CONFIG)
     for variable, value in _QUIET_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     logging.config.dictConfig(json.loads(_LOGGING_CONFIG.read_text(encoding="utf-8")))
+
+
+def is_quiet() -> bool:
+    """Whether :func:`quiet_logging` chose the logging, here or in the process that started this."""
+    return os.environ.get("VLLM_LOGGING_CONFIG_PATH") == str(_LOGGING_CONFIG)
 
 
 def silence_exit() -> None:
@@ -157,7 +164,7 @@ def silence_exit() -> None:
             sys.stdout.flush()
         except OSError:
             os.dup2(null, 1)
-        if os.environ.get("VLLM_LOGGING_CONFIG_PATH") == str(_LOGGING_CONFIG):
+        if is_quiet():
             with suppress(OSError):
                 sys.stderr.flush()
             os.dup2(null, 2)

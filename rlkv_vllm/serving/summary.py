@@ -41,7 +41,7 @@ def served_names(args: Namespace) -> list[str]:
 
 def _request(args: Namespace) -> list[str]:
     model = served_names(args)[0]
-    body = {"model": model, "messages": [{"role": "user", "content": example_question(model)}]}
+    body = {"model": model, "messages": [{"role": "user", "content": example_question(args.model)}]}
     quoted = json.dumps(body).replace("'", "'\\''")
     lines = [
         f"curl {_where(args)}/v1/chat/completions -H 'Content-Type: application/json'",
@@ -64,7 +64,7 @@ def _where(args: Namespace) -> str:
 
 
 def example_question(model: str) -> str:
-    """A first question for the model of this name."""
-    if model == models.MODEL_NAME:
+    """A first question for a model, named as it is loaded, whatever it is served as."""
+    if models.is_embedded(model):
         return puzzles.example_question()
     return "A train leaves at 9:40 and arrives at 13:05. How long does it travel?"

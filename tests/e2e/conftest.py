@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+from selenium.webdriver.remote.webdriver import WebDriver
 
 from tests.support.asking import client_of
+from tests.support.page import chromium
 from tests.support.server import KEY, Server
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # its price list would come from the network
@@ -19,6 +21,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(["--api-key", KEY], log) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="session")

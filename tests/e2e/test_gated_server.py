@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,12 @@ import pytest
 import torch
 import yaml
 from schemathesis.generation import GenerationMode
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import Select
 
 pytest.importorskip("trl")
 
@@ -26,9 +32,11 @@ from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.rollouts import open_rollouts
 from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.tasks import get_task
+from rlkv_vllm.tasks.puzzles import example_question
 from rlkv_vllm.training.config import TrainConfig, make_config
 from rlkv_vllm.training.job import run
 from tests.e2e.test_schema import operations_of, statuses
+from tests.support.page import Page
 from tests.support.server import (
     ANSWER_TIMEOUT_S,
     KEY,
@@ -87,12 +95,16 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 def test_routes_set_gates_and_roll_out_with_them(gated: Server, http: httpx.Client) -> None:
     assert httpx.get(f"{gated.url}/v1/rlkv/gates", timeout=ANSWER_TIMEOUT_S).status_code == 401
-    assert http.get("/v1/rlkv/gates").json() == {
-        "version": 0, "sink": 4, "window": 16, "gates": [[1.0] * 4] * 5,
+    shown = http.get("/v1/rlkv/gates").json()
+    assert shown.pop("example") == example_question()
+    assert shown == {
+        "models": ["embedded"], "version": 0, "sink": 4, "window": 16, "gates": [[1.0] * 4] * 5,
     }  # fmt: skip
     for body, reason in [
         ({"gates": GATES[1:]}, "4 layers"),
         ({"gates": [[2.0, *row[1:]] for row in GATES]}, "from 0 to 1"),
+        ({"gates": [["0.5", *row[1:]] for row in GATES]}, "valid number"),
+        ({"gates": [[True, *row[1:]] for row in GATES]}, "valid number"),
     ]:
         answer = http.put("/v1/rlkv/gates", json=body)
         assert answer.status_code == 400
@@ -147,6 +159,51 @@ def test_routes_set_gates_and_roll_out_with_them(gated: Server, http: httpx.Clie
     ):
         assert 400 <= http.post("/v1/rlkv/rollouts", json=bad).status_code < 500
     assert tokens_of(roll_out(body)) == tokens
+
+
+def test_the_page_shows_the_gates_and_sets_them(
+    gated: Server, http: httpx.Client, browser: WebDriver
+) -> None:
+    def gates() -> Any:
+        return http.get("/v1/rlkv/gates").json()["gates"]
+
+    def cell(layer: int, head: int) -> WebElement:
+        return browser.find_elements(By.CSS_SELECTOR, "#map .cell.gate")[4 * layer + head]
+
+    def set_to(gate: str) -> None:
+        page.get("gate").clear()
+        page.get("gate").send_keys(gate, Keys.ENTER)
+
+    def shows(layer: int, head: int, gate: str) -> bool:
+        label = f"Layer {layer}, KV head {head}: gate {gate}"
+        with suppress(StaleElementReferenceException):  # drawn again just now
+            return cell(layer, head).get_attribute("aria-label") == label
+        return False
+
+    http.put("/v1/rlkv/gates", json={"gates": GATES})
+    page = Page(browser, gated.url)
+    page.unlock()
+    page.wait_for("state", lambda: page.get("state").text == "gated mode")
+    assert page.get("model").text == "embedded"
+    assert not page.get("key-card").is_displayed()
+    assert not page.get("use-title").is_displayed()
+    assert shows(4, 0, "0.400")
+    cell(1, 3).click()
+    set_to("0.25")
+    page.wait_for("one gate", lambda: shows(1, 3, "0.250"))
+    expected = torch.tensor(GATES)
+    expected[1, 3] = 0.25
+    assert gates() == expected.tolist()
+    Select(page.get("gate-heads")).select_by_value("layer")
+    set_to("0.5")
+    page.wait_for("a layer", lambda: shows(1, 0, "0.500"))
+    expected[1] = 0.5
+    assert gates() == expected.tolist()
+    http.put("/v1/rlkv/gates", json={"gates": GATES})
+    page.wait_for("gates that another client set", lambda: shows(1, 0, "0.100"))
+    page.get("question").send_keys(Keys.CONTROL, Keys.ENTER)
+    page.wait_for("answer", lambda: "tokens in" in page.get("answer-note").text)
+    assert page.errors() == []
 
 
 @pytest.mark.parametrize(

@@ -2,93 +2,40 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from threading import Thread
 
 import openai
 import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, StreamingResponse
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
 
+from rlkv_vllm.bench.server import free_port
+from rlkv_vllm.serving.endpoint import RlkvEndpoint
+from rlkv_vllm.serving.page import page as show_page
+from rlkv_vllm.serving.status import CacheFigures, split_status
 from tests.support.asking import ask, is_right, problems
-from tests.support.server import KEY, Server
+from tests.support.page import Page
+from tests.support.plans import BLOCKS, make_plan
+from tests.support.server import KEY, Server, wait_for
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-PATIENCE_S = 30
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,1000",
-)
-
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="no Chromium (Debian packages chromium and chromium-driver)",
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """The page as a user sees it."""
-
-    def __init__(self, browser: WebDriver, server: Server) -> None:
-        self.browser = browser
-        browser.get_log("browser")  # of the last page
-        browser.get(f"{server.url}/rlkv")
-
-    def get(self, name: str) -> WebElement:
-        return self.browser.find_element(By.ID, name)
-
-    def wait_for(self, what: str, is_there: object) -> None:
-        WebDriverWait(self.browser, PATIENCE_S, poll_frequency=0.05).until(
-            lambda _: is_there(),  # type: ignore[operator]
-            f"{what}: {self.browser.find_element(By.TAG_NAME, 'body').text}",
-        )
-
-    def unlock(self, key: str = KEY) -> None:
-        self.wait_for("key field", self.get("key").is_displayed)
-        self.get("key").send_keys(key, Keys.ENTER)
-
-    def errors(self) -> list[str]:
-        return [entry["message"] for entry in self.browser.get_log("browser")]
-
-    def watch_meter(self) -> None:
-        """Keep the largest figure that the meter ever shows."""
-        self.browser.execute_script(
-            """window.most = 0;
-            new MutationObserver(() => {
-              const now = +document.getElementById("held-meter").getAttribute("aria-valuenow");
-              window.most = Math.max(window.most, now);
-            }).observe(document.getElementById("held-meter"), { attributes: true });"""
-        )
+#: Runs script if a page takes it for HTML.
+HTML = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 
 
 @pytest.fixture
 def page(browser: WebDriver, server: Server) -> Page:
-    return Page(browser, server)
+    return Page(browser, server.url)
 
 
 def test_ask_and_see_reasoning_answer_and_the_meter_move(page: Page, client: openai.OpenAI) -> None:
@@ -154,6 +101,60 @@ def test_a_wrong_key_is_refused_and_asked_for_again(page: Page) -> None:
         "return [localStorage.length, sessionStorage.length, document.cookie]"
     )
     assert stored == [0, 0, ""]
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The address of an app that runs in a thread of this process."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
+    thread = Thread(target=server.run)
+    thread.start()
+    try:
+        assert wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_html_from_the_model_or_the_server_is_shown_as_text(browser: WebDriver) -> None:
+    plan = replace(make_plan(), profile_id=HTML)
+    status = split_status(CacheFigures(plan, BLOCKS), [HTML], HTML)
+    refusal = {"error": {"message": HTML}}
+    deltas = [{"reasoning": HTML}, {"content": HTML}]
+    parts = [*({"choices": [{"delta": delta}]} for delta in deltas), refusal]
+    app = FastAPI()
+    app.get("/rlkv")(lambda: show_page(needs_key=False, is_gated=False))
+    app.get("/v1/rlkv")(lambda: status)
+    app.get("/v1/rlkv/forecast")(lambda: JSONResponse(refusal, 400))
+    app.post("/v1/chat/completions")(
+        lambda: StreamingResponse(f"data: {json.dumps(part)}\n\n" for part in parts)
+    )
+    with serving(app) as url:
+        page = Page(browser, url)
+        page.wait_for("forecast", page.get("forecast-error").is_displayed)
+        page.get("question").send_keys(Keys.CONTROL, Keys.ENTER)
+        page.wait_for("error", page.get("ask-error").is_displayed)
+        for place in ("model", "thought", "answer", "ask-error", "forecast-error"):
+            assert page.get(place).text == HTML, place
+        assert page.get("question").get_property("value") == HTML
+        assert HTML in page.get("facts").text
+        made = "return [window.hacked, document.images.length, document.scripts.length]"
+        assert browser.execute_script(made) == [None, 0, 1]
+
+
+def test_a_server_without_a_split_says_so_and_asks_for_no_key_again(browser: WebDriver) -> None:
+    app = FastAPI()
+    flags = {"api_key": [KEY], "open_routes": False, "guard_metrics": False}
+    app.state.args = Namespace(**flags)
+    RlkvEndpoint().attach_router(app)
+    with serving(app) as url:
+        page = Page(browser, url)
+        page.unlock()
+        page.wait_for("state", lambda: page.get("state").text == "no split cache")
+        assert "start it with `rlkv serve`" in page.get("subtitle").text
+        assert not page.get("key-card").is_displayed()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -118,6 +118,9 @@ def test_start_up_told_phases_savings_and_an_example(server: Server) -> None:
         assert place >= 0, f"{text!r} is missing or out of order:\n{output}"
     assert "Traceback" not in output
     assert KEY not in output
+    lines = output[:place].splitlines()
+    assert [line for line in lines if not line.startswith(("rlkv ", "  "))] == []
+    assert "Triton" not in output
 
 
 def test_sigterm_lets_requests_finish_and_ends_everything_with_status_0(

@@ -48,6 +48,13 @@ def test_flags_win_over_the_embedded_defaults() -> None:
     assert args.enforce_eager is False
 
 
+def test_weights_load_without_bars_between_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse([]).use_tqdm_on_load
+    monkeypatch.setattr(arguments_module.progress, "is_quiet", lambda: True)
+    assert not parse([]).use_tqdm_on_load
+    assert parse(["--use-tqdm-on-load"]).use_tqdm_on_load
+
+
 def test_another_model_gets_none_of_the_embedded_defaults() -> None:
     args = parse(["org/model"])
     assert (args.model, args.model_name) == ("org/model", "org/model")

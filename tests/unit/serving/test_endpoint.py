@@ -17,9 +17,11 @@ from rlkv_vllm.engine.config import SplitPlan
 from rlkv_vllm.engine.launch import check_reports, prove_async
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.models import model_dir
 from rlkv_vllm.serving.endpoint import RlkvEndpoint
 from rlkv_vllm.serving.metrics import RlkvStatLogger
 from rlkv_vllm.serving.status import ByKind, SplitStatus
+from rlkv_vllm.tasks.puzzles import example_question
 from tests.support.plans import BLOCKS, LENGTH, make_plan, vllm_config
 from tests.support.profiles import assert_one_line
 
@@ -111,6 +113,12 @@ async def test_workers_that_cannot_answer() -> None:
     with pytest.raises(RlkvError) as caught:
         await prove_async(engine, make_plan())  # type: ignore[arg-type]
     assert_one_line(caught.value, "not split", "no attribute 'rlkv_split_report'")
+
+
+async def test_the_question_to_try_is_one_for_the_model_that_is_served(app: FastAPI) -> None:
+    app.state.args = flags(model=str(model_dir()), served_model_name=["other"])
+    server = await start(app)
+    assert server.get("/v1/rlkv").json()["example"] == example_question()
 
 
 def flags(**changes: Any) -> Namespace:
@@ -228,7 +236,7 @@ def test_the_page_knows_whether_a_key_is_needed(
     if variable:
         monkeypatch.setenv("VLLM_API_KEY", variable)
     app.state.args = flags(api_key=given)
-    assert f'<body data-key="{expected}">' in TestClient(app).get("/rlkv").text
+    assert f'<body data-key="{expected}" data-mode="split">' in TestClient(app).get("/rlkv").text
 
 
 async def test_init_state_refuses_when_a_worker_is_not_split(
@@ -271,6 +279,8 @@ def test_the_summary_shows_the_fullest_worker(tmp_path: Path) -> None:
     tight = replace(report, requests_at_once=3)
     text = summary([report, tight], flags())
     assert "fullest of 2 workers" in text
+    assert ", 3 requests of 512 tokens" in tight.sentence()
+    assert ", 1 request of 512 tokens" in replace(report, requests_at_once=1).sentence()
     row = next(line for line in text.splitlines() if "requests at once" in line)
     assert row.split() == f"requests at once of 512 tokens 3 {report.full_requests_at_once}".split()
 
@@ -285,6 +295,8 @@ def test_the_summary_shows_the_fullest_worker(tmp_path: Path) -> None:
         ({"root_path": "/llm"}, "curl http://127.0.0.1:8000/llm/v1/"),
         ({"api_key": ["secret"]}, "Authorization: Bearer YOUR_KEY"),
         ({"served_model_name": None}, '"model": "/m"'),
+        ({"served_model_name": ["embedded"]}, "A train leaves"),
+        ({"model": str(model_dir())}, example_question()),
     ],
 )
 def test_the_example_request_fits_the_flags(changes: dict[str, Any], expected: str) -> None:

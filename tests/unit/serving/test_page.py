@@ -11,9 +11,11 @@ from rlkv_vllm.serving.page import _FILE, page
 HTML = _FILE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("needs_key", [True, False])
-def test_the_policy_allows_the_pages_own_script_and_style_only(needs_key: bool) -> None:
-    response = page(needs_key)
+@pytest.mark.parametrize(("needs_key", "is_gated"), [(True, False), (False, True)])
+def test_the_policy_allows_the_pages_own_script_and_style_only(
+    needs_key: bool, is_gated: bool
+) -> None:
+    response = page(needs_key, is_gated)
     policy = dict(
         part.split(" ", 1) for part in response.headers["content-security-policy"].split("; ")
     )

@@ -33,12 +33,14 @@ def test_warnings_pass_except_noise() -> None:
     assert passes(record("disk is full", logging.WARNING))
     assert passes(record("boom", logging.ERROR))
     assert not passes(record("Triton is not installed.", logging.WARNING))
+    assert not passes(record("Reset SSM cache type to float32 for ...", logging.WARNING))
 
 
 @pytest.mark.parametrize(
     ("path", "status", "is_shown"),
     [
         ("/v1/rlkv", 200, False),
+        ("/v1/rlkv/gates", 200, False),
         ("/metrics?name[]=up", 200, False),
         ("/health", 200, False),
         ("/health", 503, True),
@@ -96,6 +98,33 @@ def test_quiet_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["VLLM_LOGGING_CONFIG_PATH"] == str(progress._LOGGING_CONFIG)
     assert os.environ["PYTHONWARNINGS"] == "error"
     assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
+
+
+def test_a_process_that_inherits_our_choice_logs_in_the_same_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server's process has its environment from the one that the user starts."""
+    applied: list[object] = []
+    monkeypatch.setattr(logging.config, "dictConfig", applied.append)
+    for _ in range(2):
+        progress.quiet_logging([])
+    assert len(applied) == 2
+
+
+def test_an_engine_process_is_quiet_before_vllm_is_imported() -> None:
+    code = (
+        "import logging, runpy; runpy.run_module('rlkv_vllm', run_name='__mp_main__');"
+        "logging.getLogger('vllm.a').warning('Triton is installed, but');"
+        "logging.getLogger('vllm.a').warning('careful')"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"VLLM_LOGGING_CONFIG_PATH": str(progress._LOGGING_CONFIG)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stderr == ""
+    assert found.stdout.endswith(" warning: careful\n")
+    assert len(found.stdout.splitlines()) == 1
 
 
 def test_the_logging_file_works() -> None:
