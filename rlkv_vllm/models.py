@@ -18,7 +18,6 @@ from rlkv_vllm.profile.schema import ModelFingerprint
 
 #: Name of the model that is shipped with the package.
 MODEL_NAME = "embedded"
-_EMBEDDED_FOLDER = Path(__file__).resolve().parent / "testbed" / "weights"
 #: The stock vLLM parser that separates `<think> ... </think>` from the answer.
 REASONING_PARSER = "deepseek_r1"
 #: Its defaults in `rlkv serve`: the precision it was measured in (vLLM's "auto" makes bfloat16 of
@@ -42,13 +41,17 @@ def model_dir() -> Path:
     Raises:
         RlkvError: if the weights are missing from this installation.
     """
-    folder = _EMBEDDED_FOLDER
+    folder = _embedded_folder()
     if not (folder / "model.safetensors").is_file():
         raise RlkvError(
             f"{folder}: no model.safetensors of the embedded reasoner: install the package again, "
             f"or make it with `rlkv testbed train --output {folder}`"
         )
     return folder
+
+
+def _embedded_folder() -> Path:
+    return Path(__file__).parent / "testbed" / "weights"
 
 
 def model_source(name: str) -> str:
@@ -151,7 +154,7 @@ def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFing
     folder = None if model == MODEL_NAME else _local_folder(model)
     name = model
     if folder is not None:  # its path is private: the fingerprint has its name only
-        is_embedded = folder.resolve() == _EMBEDDED_FOLDER
+        is_embedded = folder.resolve() == _embedded_folder().resolve()
         name = MODEL_NAME if is_embedded else folder.resolve().name or model
     return fingerprint_from_config(config, name, commit)
 
