@@ -18,7 +18,6 @@ from rlkv_vllm.profile.schema import ModelFingerprint
 
 #: Name of the model that is shipped with the package.
 MODEL_NAME = "embedded"
-_EMBEDDED_DIR = Path(__file__).parent / "testbed" / "weights"
 #: The stock vLLM parser that separates `<think> ... </think>` from the answer.
 REASONING_PARSER = "deepseek_r1"
 #: Its defaults in `rlkv serve`: the precision it was measured in (vLLM's "auto" makes bfloat16 of
@@ -42,12 +41,17 @@ def model_dir() -> Path:
     Raises:
         RlkvError: if the weights are missing from this installation.
     """
-    if not (_EMBEDDED_DIR / "model.safetensors").is_file():
+    folder = _embedded_folder()
+    if not (folder / "model.safetensors").is_file():
         raise RlkvError(
-            f"{_EMBEDDED_DIR}: no model.safetensors of the embedded reasoner: install the package "
-            f"again, or make it with `rlkv testbed train --output {_EMBEDDED_DIR}`"
+            f"{folder}: no model.safetensors of the embedded reasoner: install the package "
+            f"again, or make it with `rlkv testbed train --output {folder}`"
         )
-    return _EMBEDDED_DIR
+    return folder
+
+
+def _embedded_folder() -> Path:
+    return Path(__file__).parent / "testbed" / "weights"
 
 
 def model_source(name: str) -> str:
@@ -61,7 +65,7 @@ def model_source(name: str) -> str:
 
 def is_embedded(model: str) -> bool:
     """Whether this name or folder is the shipped model."""
-    return model == MODEL_NAME or Path(model).resolve() == _EMBEDDED_DIR.resolve()
+    return model == MODEL_NAME or Path(model).resolve() == _embedded_folder().resolve()
 
 
 def fingerprint_from_config(

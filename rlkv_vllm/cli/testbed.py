@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rlkv_vllm.cli.tables import print_next
 from rlkv_vllm.errors import RlkvError
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ def train(
         f"{output}: {metrics['weights']}, solves {accuracy['full'][task]:.1%} of {measure} fresh "
         f"problems, {accuracy['streaming'][task]:.1%} with all heads streaming"
     )
+    print_next("rlkv", "score", str(output), "-o", "profile.json")
 
 
 @app.command()

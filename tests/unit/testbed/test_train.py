@@ -180,6 +180,7 @@ def test_the_train_command_writes_a_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "of 1 fresh problems" in result.output
+    assert result.stdout.splitlines()[-1] == f"next: rlkv score {output} -o profile.json"
     assert not (output / CHECKPOINT).exists()
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["run"]["state"]["step"] == 2
@@ -262,6 +263,7 @@ def test_the_shipped_folder() -> None:
     folder = models.model_dir()
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5 * 2**20
     fingerprint = load_model_fingerprint(str(folder))
+    assert fingerprint.id == "embedded"  # not the name of its folder
     shape = (fingerprint.num_layers, fingerprint.num_query_heads, fingerprint.num_kv_heads)
     assert (*shape, fingerprint.head_dim, fingerprint.model_type) == (5, 8, 4, 32, "qwen3")
     metrics = json.loads((folder / "metrics.json").read_text())
