@@ -101,7 +101,7 @@ def bench(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
-    quick: Annotated[bool, quick_option(cases="capacity,decode", rounds=1, seconds=3.0)] = False,
+    quick: Annotated[bool, quick_option(cases="capacity,decode", seconds=5.0)] = False,
 ) -> None:
     """Compare the split cache with stock vLLM on this machine: memory, speed and quality."""
     import os
@@ -139,7 +139,7 @@ def bench(
         turn_seconds=seconds,
         is_cuda=is_cuda,
     )
-    # A quick run's single turns are not to be continued by a longer run.
+    # Longer turns do not continue a quick run.
     name = f"{date.today().isoformat()}-{'cuda' if is_cuda else 'cpu'}{'-quick' * quick}"
     written, rows = run(
         options,

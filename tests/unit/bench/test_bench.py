@@ -368,9 +368,12 @@ def test_quick_measures_little_and_ends_with_the_next_command(
     result = CliRunner().invoke(cli.app, ["bench", "--quick", "--rounds", "2"])
     assert result.exit_code == 0, result.exception
     assert asked["cases"] == ["capacity", "decode"]
-    assert (asked["rounds"], asked["turn_seconds"]) == (2, 3.0)
+    assert (asked["rounds"], asked["turn_seconds"]) == (2, 5.0)
     assert asked["stem"].name.endswith("-quick")
-    assert "--quick: --cases capacity,decode instead of all, --seconds 3.0" in result.stderr
+    assert (
+        "--quick: --cases capacity,decode instead of all, --seconds 5.0 instead of 10.0"
+        in result.stderr
+    )
     assert "stock 100" in result.stdout
     assert "split 160" in result.stdout
     assert result.stdout.splitlines()[-1] == "next: rlkv serve embedded"
