@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +56,26 @@ def write_bytes_atomic(files: Mapping[Path, bytes]) -> None:
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(flag: str, *paths: Path) -> None:
+    """Check that `paths` can be written, before the work whose result they take.
+
+    A temporary file is made and removed, because permission bits do not tell everything.
+
+    Raises:
+        RlkvError: naming the flag and the file that cannot be written.
+    """
+    for path in paths:
+        target = Path(os.path.realpath(path))
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise RlkvError(f"{flag} {one_line(path)}: not a plain file: choose another file")
+        try:
+            # Folders that are missing are made when the file is written.
+            with tempfile.TemporaryFile(dir=next(filter(os.path.lexists, target.parents))):
+                pass
+        except OSError as error:
+            raise _cannot_write(f"{flag} {one_line(path)}", error) from error
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -171,7 +192,7 @@ def _reason(error: Exception) -> str:
     return one_line(getattr(error, "strerror", None) or error)
 
 
-def _cannot_write(path: Path, error: OSError) -> RlkvError:
+def _cannot_write(path: str | Path, error: OSError) -> RlkvError:
     return RlkvError(
         f"{one_line(path)}: cannot be written ({_reason(error)}): choose another output path"
     )

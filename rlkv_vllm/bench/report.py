@@ -42,6 +42,27 @@ def gain_text(case: Case, result: Result) -> str:
     return ", ".join(parts) or "nothing to compare"
 
 
+def summary(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Case, point, figure, both variants' medians, ratio and roofline of every result."""
+    rows = []
+    for result in content["results"]:
+        case = CASES[result["case"]]()
+        point = ", ".join(f"{label} {result['point'][key]}" for key, label in case.columns.items())
+        for metric in case.metrics:
+            sides = [
+                f"{variant} {_number(median(result, variant, metric.key) * metric.scale)}"
+                for variant in case.variants
+                if result["samples"].get(variant)
+            ]
+            values = gains(case, metric, result) if metric.is_ratio_shown else []
+            expected = result["expected"].get(metric.key) if values else None
+            ratio = f"{statistics.median(values):.2f}" if values else "-"
+            bound = f"{expected:.2f}" if expected else "-"
+            if len(sides) == len(case.variants):
+                rows.append((case.name, point, metric.label, *sides, ratio, bound))
+    return rows
+
+
 def markdown(content: Mapping[str, Any], picture: str | None = None) -> str:
     """The report of a `Record`'s content; `picture` is the file name of the plot beside it."""
     results: list[Result] = content["results"]

@@ -12,7 +12,7 @@ from rlkv_vllm.bench.cases import CASES
 from rlkv_vllm.bench.cases.solve import Solve
 from rlkv_vllm.bench.engine import free_bytes
 from rlkv_vllm.bench.record import Record
-from rlkv_vllm.bench.report import figure, markdown
+from rlkv_vllm.bench.report import figure, markdown, summary
 from rlkv_vllm.bench.runner import Job, Runner, describe_point
 from rlkv_vllm.bench.target import Options, Target, find_target
 from rlkv_vllm.errors import RlkvError
@@ -35,11 +35,11 @@ def run(
     fresh: bool,
     command: str,
     say: Callable[[str], None],
-) -> list[Path]:
-    """Measure what is missing, or everything if `fresh`; write and return the report's files.
+) -> tuple[list[Path], list[tuple[str, ...]]]:
+    """Measure what is missing, or everything if `fresh`; write the report.
 
-    They are `stem` with .json, .md and .png. No `cases` are all of them, with `rounds` turns of
-    each variant; `command` is how to repeat them, for the report.
+    Returns its files, `stem` with .json, .md and .png, and its `summary`. No `cases` are all of
+    them, with `rounds` turns of each variant; `command` is how to repeat them, for the report.
 
     Raises:
         RlkvError: an option is wrong, or an engine failed.
@@ -78,7 +78,7 @@ def run(
             runner.run(jobs)
         finally:
             written = _write_report(record, stem)
-    return written
+    return written, summary(record.content)
 
 
 def _write_report(record: Record, stem: Path) -> list[Path]:

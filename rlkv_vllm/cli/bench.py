@@ -7,8 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from rlkv_vllm.cli.quick import print_next, quick_option, say_start
+from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import check_writable
+
 
 def bench(
+    ctx: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -96,6 +101,7 @@ def bench(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
+    quick: Annotated[bool, quick_option(cases="capacity,decode", seconds=5.0)] = False,
 ) -> None:
     """Compare the split cache with stock vLLM on this machine: memory, speed and quality."""
     import os
@@ -103,10 +109,17 @@ def bench(
     import sys
     from datetime import date
 
+    place = output or Path("rlkv-bench/report")
+    if not place.name:
+        raise RlkvError(f"--output {place}: is no name for a report: give one, e.g. reports/mine")
+    check_writable("--output", *(Path(f"{place}{end}") for end in (".json", ".md", ".png")))
+    say_start(ctx, f"comparing the split cache with stock vLLM on {model}")
+
     from rlkv_vllm.bench.engine import has_cuda
     from rlkv_vllm.bench.run import run
     from rlkv_vllm.bench.target import Options
     from rlkv_vllm.cli.sizes import parse_size
+    from rlkv_vllm.cli.tables import new_table, print_plain
 
     is_cuda, is_full = has_cuda(), suite == "full"
     options = Options(
@@ -126,15 +139,26 @@ def bench(
         turn_seconds=seconds,
         is_cuda=is_cuda,
     )
-    device = "cuda" if is_cuda else "cpu"
-    written = run(
+    # Longer turns do not continue a quick run.
+    name = f"{date.today().isoformat()}-{'cuda' if is_cuda else 'cpu'}{'-quick' * quick}"
+    written, rows = run(
         options,
         [name.strip() for name in cases.split(",") if name.strip()],
         rounds=rounds or (5 if is_full else 3),
-        stem=output or Path("rlkv-bench") / f"{date.today().isoformat()}-{device}",
+        stem=output or Path("rlkv-bench") / name,
         fresh=fresh,
         command=shlex.join(["rlkv", *sys.argv[1:]]),
         say=lambda text: typer.echo(text, err=True),
     )
+    table = new_table("case", "point", "figure", "baseline", "compared", "ratio", "roofline")
+    for row in rows:
+        table.add_row(*row)
+    print_plain(table)
     for path in written:
         typer.echo(f"wrote {path}")
+    if model.startswith("random:"):
+        print_next("eval", "--quick")
+        return
+    given = {"--profile": profile, "--sparsity": sparsity, "--sink": sink, "--window": window}
+    flags = [word for flag, v in given.items() if v is not None for word in (flag, f"{v}")]
+    print_next("serve", model, *flags)

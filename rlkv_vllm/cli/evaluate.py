@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlkv_vllm.cli.quick import print_next, quick_option, say_start
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +28,7 @@ _COLUMNS = ("sparsity", "accuracy", "95% interval", "mean tokens", "p95", "at ca
 
 
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Model folder or Hub id (default: the embedded model).")
     ] = None,
@@ -100,13 +103,22 @@ def evaluate(
     write_rows: Annotated[
         bool, typer.Option("--write-rows", help="Put the rows into the profile files.")
     ] = False,
+    quick: Annotated[bool, quick_option(n=40, sparsity=".4")] = False,
 ) -> None:
     """Measure accuracy, answer length and time at several sparsities, with a really split cache."""
+    for flag, path in (*(("--output", path) for path in output or []), ("--plot", plot)):
+        if path is not None:
+            _require_folder(flag, path)
+    say_start(
+        ctx, f"evaluating {model or 'embedded'}: {n} problems of task {task} at each sparsity"
+    )
+
     from rlkv_vllm.allocation.heads import read_sparsities
     from rlkv_vllm.answers import Sampling
     from rlkv_vllm.cli.sizes import parse_size
     from rlkv_vllm.evaluation import sweep
     from rlkv_vllm.evaluation.record import Record, output_format
+    from rlkv_vllm.evaluation.rows import recommended_sparsity
     from rlkv_vllm.evaluation.served import answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
     from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source, serving_defaults
@@ -122,12 +134,10 @@ def evaluate(
     outputs = output or []
     for path in outputs:
         output_format(path)
-        _require_folder("--output", path)
     if plot is not None:
         from rlkv_vllm.profile.plot import plot_format
 
         plot_format(plot)
-        _require_folder("--plot", plot)
     model = model or MODEL_NAME
     if model == MODEL_NAME:
         options |= {key: serving_defaults(model)[key] for key in ("dtype", "enforce_eager")}
@@ -198,6 +208,14 @@ def evaluate(
         sweep.write_rows(candidates, found)
         for choice in candidates.values():
             typer.echo(f"wrote rows into {choice.path}")
+    label, choice = next(iter(candidates.items()))
+    best = recommended_sparsity(found[label])
+    if best:
+        flags = ["--sparsity", f"{best:g}", *(["--task", task] if task != MODEL_NAME else [])]
+        print_next("bench", model, "--profile", choice.name, *flags, "--quick" * quick)
+    else:  # another ranking of the heads may keep the accuracy
+        folder = ["--output", "runs/refined"]
+        print_next("refine", choice.name, "--model", model, "--task", task, *folder)
 
 
 def _require_folder(flag: str, path: Path) -> None:
@@ -205,6 +223,7 @@ def _require_folder(flag: str, path: Path) -> None:
         raise RlkvError(f"{flag} {path}: is a folder: name a file in it")
     if not path.parent.is_dir():
         raise RlkvError(f"{flag} {path}: there is no folder {path.parent}: make it first")
+    check_writable(flag, path)
 
 
 def _print_table(title: str, rows: Sequence[Row]) -> None:

@@ -8,15 +8,18 @@ from typing import Annotated
 import typer
 
 from rlkv_vllm.cli.progress import StageProgress, print_evaluation
+from rlkv_vllm.cli.quick import print_next, quick_option, say_start
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.files import check_writable
 from rlkv_vllm.scorers import METHODS
 
 
 def score(
+    ctx: typer.Context,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")],
     model: Annotated[
         str, typer.Argument(help="`embedded`, a model folder, or org/name on the hub.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")],
+    ] = "embedded",
     method: Annotated[
         str,
         typer.Option(
@@ -56,6 +59,10 @@ def score(
         list[str] | None,
         typer.Option("--set", help="A setting of the scorer, e.g. --set steps=300."),
     ] = None,
+    quick: Annotated[
+        bool,
+        quick_option(n=16, evaluate=32, sparsities="0,.2,.4,.6,1", output="quick-profile.json"),
+    ] = False,
 ) -> None:
     """Score every KV head of MODEL by how much it needs its full cache.
 
@@ -66,6 +73,8 @@ def score(
     shares = tuple(read_sparsities(sparsities, "--sparsities"))
     if output.is_dir():
         raise RlkvError(f"--output {output}: is a folder: name a file in it, e.g. profile.json")
+    check_writable("--output", output)
+    say_start(ctx, f"scoring the heads of {model} with {method}: {n} problems of task {task}")
 
     from rlkv_vllm.options import override
     from rlkv_vllm.profile.io import save_profile
@@ -94,3 +103,5 @@ def score(
         best = profile.recommended_sparsity
         typer.echo(f"recommended sparsity: {'none' if best is None else f'{best:g}'}")
     typer.echo(f"wrote {output}: {profile.provenance.data}")
+    tasks = [] if task == "embedded" else ["--task", task]
+    print_next("eval", model, "--profile", str(output), *tasks, "--quick" * quick)

@@ -21,7 +21,7 @@ from rlkv_vllm.bench.cases.rollouts import RolloutsCase, Writer
 from rlkv_vllm.bench.cases.serve import Monitoring
 from rlkv_vllm.bench.random_model import parse_shape
 from rlkv_vllm.bench.record import Record
-from rlkv_vllm.bench.report import figure, markdown
+from rlkv_vllm.bench.report import figure, markdown, summary
 from rlkv_vllm.bench.target import Options, Target, find_target
 from rlkv_vllm.engine.launch import split
 from rlkv_vllm.errors import RlkvError
@@ -338,6 +338,45 @@ def test_a_record_of_another_machine_is_refused(key: str, tmp_path: Path) -> Non
     with pytest.raises(RlkvError) as caught:
         record_at(path)
     assert_one_line(caught.value, f"--output {path}", key)
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for stem, why in {
+        tmp_path / "file/report": "file/report.json",
+        Path("/proc/r"): "/proc/r.json",
+    }.items():
+        result = CliRunner().invoke(cli.app, ["bench", "-o", str(stem)])
+        assert isinstance(result.exception, RlkvError)
+        assert_one_line(result.exception, "--output", why, "cannot be written")
+        assert result.output == ""  # before anything starts
+
+
+def test_quick_measures_little_and_ends_with_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlkv_vllm.bench import run
+
+    asked: dict[str, Any] = {}
+
+    def fake(options: Options, cases: list[str], **others: Any) -> Any:
+        asked.update(others, cases=cases, turn_seconds=options.turn_seconds)
+        return [others["stem"]], summary({"results": RESULTS})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "run", fake)
+    result = CliRunner().invoke(cli.app, ["bench", "--quick", "--rounds", "2"])
+    assert result.exit_code == 0, result.exception
+    assert asked["cases"] == ["capacity", "decode"]
+    assert (asked["rounds"], asked["turn_seconds"]) == (2, 5.0)
+    assert asked["stem"].name.endswith("-quick")
+    assert (
+        "--quick: --cases capacity,decode instead of all, --seconds 5.0 instead of 10.0"
+        in result.stderr
+    )
+    assert "stock 100" in result.stdout
+    assert "split 160" in result.stdout
+    assert result.stdout.splitlines()[-1] == "next: rlkv serve embedded"
 
 
 @pytest.mark.parametrize("content", [{}, {"format": "rlkv bench 1", "settings": {}}])

@@ -355,7 +355,9 @@ def test_gates_that_change_meanwhile_get_no_rows(
         (["--output", "rows.txt"], "rows.txt: must end in .json or .csv"),
         (["--output", "rows"], "must end in"),
         (["--output", "nowhere/rows.json"], "no folder nowhere"),
-        (["--output", "folder"], "must end in"),
+        (["--output", "folder"], "is a folder"),
+        (["--output", "/proc/rows.json"], "--output /proc/rows.json: cannot be written"),
+        (["--plot", "/proc/plot.png"], "--plot /proc/plot.png: cannot be written"),
     ],
 )
 def test_bad_input(arguments: list[str], words: str, engine: FakeEngine) -> None:
@@ -372,6 +374,21 @@ def test_a_model_needs_a_profile(engine: FakeEngine) -> None:
     result = CliRunner().invoke(app, ["eval", "no/such/folder/at/all", "--profile", "one.json"])
     assert isinstance(result.exception, RlkvError)
     assert_one_line(result.exception, "no/such/folder/at/all")
+
+
+def test_quick_gives_smaller_defaults_and_says_so(engine: FakeEngine) -> None:
+    result = CliRunner().invoke(app, ["eval", "--quick", "--n", "5"])
+    assert result.exit_code == 0, result.exception
+    assert engine.starts == [("full cache", 0), ("embedded", 0.4), ("all streaming", 1)]
+    assert len(engine.problems[0]) == 5  # the explicit flag wins
+    assert "--quick: --sparsity .4 instead of 0,.2,.4,.5,.6,.8\n" in result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("next: rlkv refine embedded --model embedded --task embedded ")
+
+
+def test_ends_with_the_next_command(engine: FakeEngine) -> None:
+    last = ok("--profile", "my=one.json", "--sparsity", "0.04").splitlines()[-1]
+    assert last == "next: rlkv bench model --profile one.json --sparsity 0.04"
 
 
 def test_the_embedded_model_has_its_own_profile(engine: FakeEngine) -> None:

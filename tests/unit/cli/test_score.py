@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from rlkv_vllm import cli
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.scorers import METHODS
+from tests.support import profiles
 from tests.support.profiles import assert_one_line
 
 
@@ -46,3 +49,35 @@ def test_wrong_settings_are_refused(settings: list[str], parts: list[str]) -> No
     )
     assert isinstance(result.exception, RlkvError)
     assert_one_line(result.exception, *parts)
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "p.json", Path("/proc/p.json")):
+        result = CliRunner().invoke(cli.app, ["score", "embedded", "-o", str(output)])
+        assert isinstance(result.exception, RlkvError)
+        assert_one_line(result.exception, f"--output {output}", "cannot be written")
+        assert result.output == ""  # before anything starts
+
+
+def test_quick_needs_no_other_argument(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rlkv_vllm.scorers import run
+
+    configs: list[run.ScoreConfig] = []
+
+    def make_profile(config: run.ScoreConfig, *_: object) -> HeadProfile:
+        configs.append(config)
+        return profiles.make_profile()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "make_profile", make_profile)
+    result = CliRunner().invoke(cli.app, ["score", "--quick", "--evaluate", "8"])
+    assert result.exit_code == 0, result.exception
+    (config,) = configs
+    assert (config.model, config.n, config.evaluate) == ("embedded", 16, 8)
+    first, second, *_ = result.stderr.splitlines()
+    assert first.startswith("--quick: --output quick-profile.json, --n 16 instead of 64, ")
+    assert "--evaluate" not in first
+    assert second.startswith("scoring the heads of embedded with head-importance: 16 problems")
+    last = result.stdout.splitlines()[-1]
+    assert last == "next: rlkv eval embedded --profile quick-profile.json --quick"
