@@ -36,7 +36,7 @@ Operations = dict[tuple[str, str], Any]
 
 def operations_of(server: Server) -> Operations:
     """Our JSON routes by method and path."""
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=HEADERS)
     found = [o.ok() for o in schema.include(path_regex="rlkv").get_all_operations()]
     return {(operation.method.upper(), operation.path): operation for operation in found}
 
