@@ -113,7 +113,10 @@ def bench(
     if not place.name:
         raise RlkvError(f"--output {place}: is no name for a report: give one, e.g. reports/mine")
     check_writable("--output", *(Path(f"{place}{end}") for end in (".json", ".md", ".png")))
-    say_start(ctx, f"comparing the split cache with stock vLLM on {model}")
+    if quick and model == "embedded" and threads is None:
+        threads = 1  # this small model: on a busy machine threads wait for each other
+    shown = "all cores" if threads is None else f"CPU threads: {threads}"
+    say_start(ctx, f"comparing the split cache with stock vLLM on {model}, {shown}")
 
     from rlkv_vllm.bench.engine import has_cuda
     from rlkv_vllm.bench.run import run

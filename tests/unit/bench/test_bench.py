@@ -374,6 +374,7 @@ def test_quick_measures_little_and_ends_with_the_next_command(
         "--quick: --cases capacity,decode instead of all, --seconds 5.0 instead of 10.0"
         in result.stderr
     )
+    assert "on embedded, CPU threads: 1 (" in result.stderr
     assert "stock 100" in result.stdout
     assert "split 160" in result.stdout
     assert result.stdout.splitlines()[-1] == "next: rlkv serve embedded"
