@@ -10,7 +10,6 @@ import atexit
 import json
 import logging
 import logging.config
-import multiprocessing
 import os
 import sys
 import time
@@ -67,11 +66,6 @@ _LEVEL_FLAGS = (
 
 class StartUpFilter(logging.Filter):
     """Lets phases, warnings and the split cache's own messages through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        if multiprocessing.parent_process() is not None:
-            silence_exit()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to print `record`; a phase is renamed on the way."""
