@@ -68,12 +68,9 @@ class HeadCacheLayer(AttentionLayerBase):
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Heads of one attention layer that read one block table.
+    """Heads of one attention layer that read one block table."""
 
-    ``kv_heads`` are their indices among the rank's KV heads, ascending.
-    """
-
-    kv_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]  # indices among the rank's KV heads, ascending
     names: tuple[str, ...]
     layers: tuple[HeadCacheLayer, ...]
 
