@@ -69,9 +69,7 @@ def read_bytes(path: str | Path) -> bytes:
             raise RlkvError(f"{one_line(path)}: not a plain file: give the path of a file")
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
-    except RlkvError:
-        raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise RlkvError(
             f"{one_line(path)}: cannot be read ({_reason(error)}): check the path and its "
             "permissions"

@@ -17,8 +17,7 @@ TARGET_TOKENS = 4096  # request length that the packing is made for
 BLOCK_SIZE_MULTIPLE = 16  # of every block size that the attention paths accept
 #: vLLM's CPU kernel reads 8-bit caches in vectors of 32 tokens only.
 FP8_BLOCK_SIZE_MULTIPLE = 32
-# In this order: vLLM's CPU kernel is a quarter slower with blocks of 16 tokens, but rings waste
-# less.
+# In this order: vLLM's CPU kernel is a quarter slower with blocks of 16, but rings waste less.
 PREFERRED_BLOCK_SIZES = (32, 16)
 BLOCK_SIZE_WASTE = 1.03  # a block size may cost this much more memory than the tokens in it
 NULL_BLOCKS = 1  # vLLM reserves one block of the pool as the null block
