@@ -11,15 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Sampling(BaseModel):
     """Sampling parameters; names, meaning and defaults as in vLLM's `SamplingParams`.
 
-    Attributes:
-        max_tokens: length limit of an answer.
-        temperature: 0 for greedy decoding.
-        top_p: smallest set of tokens with at least this probability.
-        top_k: that many most likely tokens; 0 for all.
-        min_p: least probability of a token, as a share of the most likely one's.
-        repetition_penalty: 1 for none.
-        stop_token_ids: tokens that end an answer.
-        seed: of the random numbers.
+    Temperature 0 is greedy decoding; top_p 1, top_k 0, min_p 0 and repetition_penalty 1 do nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,10 +49,8 @@ class Answer:
     Attributes:
         token_ids: generated tokens; the end token is the last one if there is one.
         prompt_ids: the prompt, where it is known.
-        logprobs: of every token, as sampled: after temperature and the other parameters; None
-            where they were not asked for.
+        logprobs: as sampled: after temperature and the other parameters; None: not asked for.
         text: the output as a task scores it.
-        is_correct: whether the task accepts it.
         hit_cap: whether the token limit cut it off.
     """
 

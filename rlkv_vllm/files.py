@@ -25,10 +25,8 @@ def write_bytes_atomic(files: Mapping[Path, bytes]) -> None:
     """Write all of `files` or, if any of them cannot be written, none.
 
     Each content goes to a temporary file beside its target and is fsynced before the first target
-    is replaced. Missing folders are made. Symbolic links are followed.
-
-    Raises:
-        RlkvError: naming the file that cannot be written.
+    is replaced. Missing folders are made. Symbolic links are followed. An `RlkvError` names the
+    file that cannot be written.
     """
     staged: list[tuple[Path, Path]] = []
     try:
@@ -84,11 +82,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Read a small file.
-
-    Raises:
-        RlkvError: if it is missing, no plain file, unreadable or over `MAX_FILE_BYTES`.
-    """
+    """Read a plain file of at most `MAX_FILE_BYTES`; all else is an `RlkvError`."""
     path = Path(path)
     try:
         if not path.exists():
@@ -97,9 +91,7 @@ def read_bytes(path: str | Path) -> bytes:
             raise RlkvError(f"{one_line(path)}: not a plain file: give the path of a file")
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
-    except RlkvError:
-        raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise RlkvError(
             f"{one_line(path)}: cannot be read ({_reason(error)}): check the path and its "
             "permissions"

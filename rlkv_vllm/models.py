@@ -1,12 +1,9 @@
-"""Models by name: folder, config, fingerprint and defaults.
-
-The only place that knows the model `embedded`.
-"""
+"""Models by name: the only place that knows the model `embedded`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +33,7 @@ EMBEDDED_SPAN = Span(4, 16)
 
 
 def model_dir() -> Path:
-    """The folder of the shipped weights, tokenizer and config.
-
-    Raises:
-        RlkvError: if the weights are missing from this installation.
-    """
+    """The folder of the shipped weights, tokenizer and config; an `RlkvError` without weights."""
     folder = _embedded_folder()
     if not (folder / "model.safetensors").is_file():
         raise RlkvError(
@@ -55,11 +48,7 @@ def _embedded_folder() -> Path:
 
 
 def model_source(name: str) -> str:
-    """Where to load the model `name` from: a folder, or `org/name` on the hub.
-
-    Raises:
-        RlkvError: as `model_dir`.
-    """
+    """Where to load the model `name` from: a folder, or `org/name` on the hub."""
     return str(model_dir()) if name == MODEL_NAME else name
 
 
@@ -71,20 +60,16 @@ def is_embedded(model: str) -> bool:
 def fingerprint_from_config(
     config: Any, model_id: str, revision: str | None = None
 ) -> ModelFingerprint:
-    """Read the architecture out of a Hugging Face model config.
+    """Read the architecture out of a Hugging Face model config; id and revision are for the record.
 
-    Args:
-        config: the dict of a `config.json`, or an object with `to_dict()` (transformers'
-            `PretrainedConfig`). A nested `text_config` (multimodal models) is followed.
-        model_id: Hugging Face id or path, kept for the record.
-        revision: commit or tag, kept for the record.
+    The config is the dict of a `config.json` or transformers' `PretrainedConfig`. A nested
+    `text_config` (multimodal models) is followed.
 
     Raises:
         RlkvError: naming the key that is missing or no positive integer.
     """
     if not isinstance(config, Mapping):
-        to_dict: Callable[[], dict[str, Any]] = config.to_dict
-        config = to_dict()
+        config = config.to_dict()
     text = config.get("text_config")
     nested = text if isinstance(text, Mapping) else config
     model_type = nested.get("model_type") or config.get("model_type")
@@ -119,18 +104,13 @@ def fingerprint_from_config(
 
 
 def load_model_config(model: str, revision: str | None = None) -> tuple[dict[str, Any], str | None]:
-    """The `config.json` of a model.
+    """The `config.json` of a model, and the commit it came from (`revision` for a local folder).
 
-    Args:
-        model: `embedded`, a local folder, or `org/name` on the Hugging Face hub.
-        revision: commit, branch or tag on the hub.
-
-    Returns:
-        The config, and the commit it came from (`revision` for a local folder).
+    The model is `embedded`, a local folder, or `org/name` on the Hugging Face hub, of which the
+    revision is a commit, branch or tag.
 
     Raises:
-        RlkvError: if there is no such model, it is offline and not cached, or the file is
-            not valid JSON.
+        RlkvError: there is no such model, it is offline and not cached, or no valid JSON.
     """
     folder = _local_folder(model_source(model))
     if folder is not None:
@@ -150,11 +130,7 @@ def load_model_config(model: str, revision: str | None = None) -> tuple[dict[str
 
 
 def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFingerprint:
-    """Fingerprint of a model; arguments as of `load_model_config`.
-
-    Raises:
-        RlkvError: as `load_model_config` and `fingerprint_from_config`.
-    """
+    """Fingerprint of a model; arguments and errors as of `load_model_config`."""
     config, commit = load_model_config(model, revision)
     folder = _local_folder(model)
     # The path of a local folder is private: the fingerprint has its name only.
@@ -178,5 +154,5 @@ def default_cache_bytes(model: str) -> int | None:
 
 
 def default_span(model: str, default: Span) -> Span:
-    """Sink and window for a model where the user gives none; `default` but for `embedded`."""
+    """Sink and window where the user gives none; `default` is that of other models."""
     return EMBEDDED_SPAN if model == MODEL_NAME else default

@@ -19,8 +19,7 @@ class Store:
 
     Args:
         path: of the file.
-        format: kind of the file, e.g. ``"rlkv bench 1"``. A file without one is
-            continued if its settings match.
+        format: of the file, e.g. ``"rlkv bench 1"``; a file without one may be continued, too.
         settings: plain JSON values. A file with other values is refused, never overwritten.
         fresh: ignore what the file holds.
         is_writer: False in processes that only read; their `save` does nothing.
@@ -28,7 +27,6 @@ class Store:
         fix: what the user can do about a file that cannot be continued.
 
     Attributes:
-        path: of the file.
         settings: as JSON gives them back: tuples are lists.
         content: what the file holds beside format and settings; change it, then `save`.
 

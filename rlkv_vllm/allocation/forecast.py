@@ -17,8 +17,7 @@ TARGET_TOKENS = 4096  # request length that the packing is made for
 BLOCK_SIZE_MULTIPLE = 16  # of every block size that the attention paths accept
 #: vLLM's CPU kernel reads 8-bit caches in vectors of 32 tokens only.
 FP8_BLOCK_SIZE_MULTIPLE = 32
-# In this order: vLLM's CPU kernel is a quarter slower with blocks of 16 tokens, but rings waste
-# less.
+# In this order: vLLM's CPU kernel is a quarter slower with blocks of 16, but rings waste less.
 PREFERRED_BLOCK_SIZES = (32, 16)
 BLOCK_SIZE_WASTE = 1.03  # a block size may cost this much more memory than the tokens in it
 NULL_BLOCKS = 1  # vLLM reserves one block of the pool as the null block
@@ -26,9 +25,7 @@ NULL_BLOCKS = 1  # vLLM reserves one block of the pool as the null block
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """Sizes of one model's KV cache: KV heads per layer of the whole model; block, sink and window
-    in tokens.
-    """
+    """Sizes of one model's KV cache, all ranks together; block, sink and window in tokens."""
 
     num_layers: int
     num_kv_heads: int
@@ -100,7 +97,7 @@ class Forecast:
         return full + self.groups.num_ring_groups * ring
 
     def admission_blocks(self, num_tokens: int, steps_in_flight: int = 1) -> int:
-        """Blocks that must be free to admit it; 2 steps in flight with asynchronous scheduling."""
+        """Blocks that must be free to admit it; asynchronous scheduling has 2 steps in flight."""
         return self.blocks_per_request(num_tokens, 1 + steps_in_flight)
 
     def bytes_per_request(self, num_tokens: int, rank: int) -> int:
@@ -119,11 +116,7 @@ class Forecast:
         return pages * geometry.page_bytes
 
     def waste(self, num_tokens: int) -> float:
-        """Share by which such a request holds more than ideal, e.g. 0.02.
-
-        Measured on the rank where it holds most, since that one decides how many blocks the
-        pool has.
-        """
+        """Share by which such a request holds more than ideal, e.g. 0.02, on the tightest rank."""
         actual = max(self.bytes_per_request(num_tokens, rank) for rank in self.ranks)
         ideal = max(self.ideal_bytes_per_request(num_tokens, rank) for rank in self.ranks)
         return actual / ideal - 1
@@ -173,14 +166,8 @@ def forecast_split(
 ) -> Forecast:
     """Allocate and pack as the engine does, for requests of up to `TARGET_TOKENS` tokens.
 
-    Args:
-        gates: [layers][KV heads].
-        sparsity: share of streaming heads.
-        geometry: sizes of the cache.
-        block_sizes: to choose from instead of the geometry's, the fastest first (tokens). The
-            first one that wastes little is taken, else the one that wastes least.
-        tp_size: tensor-parallel ranks.
-        max_model_len: longest request; a shorter target than `TARGET_TOKENS` if it is smaller.
+    Of `block_sizes`, the fastest first and instead of the geometry's, the first one that wastes
+    little is taken, else the one that wastes least. `gates` are [layers][KV heads].
 
     Raises:
         RlkvError: as `allocate`.

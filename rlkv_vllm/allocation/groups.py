@@ -135,10 +135,7 @@ class _Rank:
         return max(self.num_full, self.layer_need, math.ceil(self.num_streaming / num_bins))
 
     def pack(self, num_bins: int, most_pages: float) -> tuple[int, list[_Bin]] | None:
-        """Pages per block, and the filled ring groups, for `num_bins` of them.
-
-        None if no packing with at most `most_pages` was found.
-        """
+        """Pages per block, at most `most_pages`, and the filled ring groups; None: not found."""
         pages = self.least_pages(num_bins)
         while pages <= most_pages:
             if (bins := self._fill(num_bins, pages)) is not None:

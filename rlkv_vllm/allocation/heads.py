@@ -76,7 +76,7 @@ class Allocation:
 
 
 def allocate(gates: Sequence[Sequence[float]], sparsity: float, tp_size: int = 1) -> Allocation:
-    """Choose the full heads: those with the highest gates.
+    """Choose the full heads: those with the highest of the gates, `[layers][KV heads]`.
 
     Exactly `round(sparsity * heads)` heads become streaming heads (Python's `round`, ties to
     even). Of equal gates the lower layer, then the lower head, stays full. Any number of full
@@ -85,17 +85,10 @@ def allocate(gates: Sequence[Sequence[float]], sparsity: float, tp_size: int = 1
     A block of the cache costs a rank as many pages as it has full heads, and the rank with
     the most decides how many blocks there are. So with `tp_size` > 1 every rank gets the same
     number of full heads; a remainder goes one by one to the ranks whose next gate is highest,
-    of equal ones to the lower rank.
-
-    Args:
-        gates: [layers][KV heads], finite.
-        sparsity: share of streaming heads, in [0, 1].
-        tp_size: tensor-parallel ranks; divides the KV heads, or is a multiple of them (then
-            heads are replicated).
+    of equal ones to the lower rank. Ranks that are a multiple of the KV heads hold copies.
 
     Raises:
-        RlkvError: if `sparsity` is no share, `tp_size` does not fit the KV heads, or the
-            gates are ragged or not finite.
+        RlkvError: `sparsity` is no share, `tp_size` does not fit, or gates are ragged or infinite.
     """
     check_sparsity(sparsity)
     num_kv_heads = len(gates[0]) if gates else 0
@@ -132,11 +125,7 @@ def allocate(gates: Sequence[Sequence[float]], sparsity: float, tp_size: int = 1
 
 
 def read_sparsities(text: str, flag: str) -> list[float]:
-    """Sparsities separated by commas, as a flag gives them.
-
-    Raises:
-        RlkvError: if one of them is no number in [0, 1].
-    """
+    """Sparsities in [0, 1] separated by commas, as a flag gives them."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:

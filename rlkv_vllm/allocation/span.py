@@ -27,8 +27,7 @@ def resolve_span(
 ) -> Span:
     """Sink and window: what the user gave under these `flags`, else the default.
 
-    Raises:
-        RlkvError: a negative sink, a window below 1, or more than the kernels' integers hold.
+    Refuses a negative sink, a window below 1, and more than the kernels' integers hold.
     """
     for flag, given, least in ((flags[0], sink, 0), (flags[1], window, 1)):
         if given is not None and not least <= given < 2**31:

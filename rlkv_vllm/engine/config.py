@@ -71,22 +71,15 @@ class GatedConfig(Section):
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What every process needs to know about the split cache of a model.
-
-    Attributes:
-        profile_id: how the user named the profile.
-        sparsity: share of streaming KV heads asked for.
-        retention_interval: prompt tokens between two retained tails; 0: none.
-        steps_in_flight: scheduled steps whose results are not known yet.
-    """
+    """What every process needs to know about the split cache of a model."""
 
     profile: HeadProfile
-    profile_id: str
-    sparsity: float
+    profile_id: str  # as the user named it
+    sparsity: float  # share of streaming KV heads asked for
     forecast: Forecast
-    retention_interval: int
+    retention_interval: int  # prompt tokens between two retained tails; 0: none
     max_model_len: int
-    steps_in_flight: int = 1
+    steps_in_flight: int = 1  # scheduled, and their results are not known yet
 
     @property
     def admission_blocks(self) -> int:
@@ -111,11 +104,7 @@ def split_config(vllm_config: VllmConfig) -> SplitConfig | None:
 
 
 def gated_config(vllm_config: VllmConfig) -> GatedConfig | None:
-    """The options of gated mode, or None when it is not asked for.
-
-    Raises:
-        RlkvError: the configuration uses a feature that gated mode does not support.
-    """
+    """The options of gated mode, of which all features are supported; None: not asked for."""
     raw = _options(vllm_config)
     if raw is None or raw.get("mode") != GATED:
         return None
@@ -138,9 +127,8 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
     """The plan for this model and configuration, or None when not configured.
 
     Raises:
-        RlkvError: the profile cannot be read, does not fit the model or its
-            pinned checksum, no sparsity is known, or the configuration uses a
-            feature that the split cache does not support.
+        RlkvError: no profile that fits the model and its pinned checksum, no sparsity is known, or
+            the configuration uses a feature that the split cache does not support.
     """
     if (config := split_config(vllm_config)) is None:
         return None

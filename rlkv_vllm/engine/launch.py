@@ -74,10 +74,7 @@ def engine_options(
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for a split cache or gated mode.
 
-    ``config`` is ``additional_config["rlkv"]``, ``additional_config`` the other entries.
-
-    Raises:
-        RlkvError: another entry has that name.
+    ``config`` becomes ``additional_config["rlkv"]``, an entry that the others must not have.
     """
     from vllm.platforms import current_platform
 
@@ -213,7 +210,6 @@ _MUST_AGREE = (
 
 
 def _not_split(why: str) -> RlkvError:
-    """The error of an engine whose cache is not split."""
     return RlkvError(
         f"the KV cache is not split ({why}): run `rlkv doctor`, and see that nothing removes "
         "'rlkv' from VLLM_PLUGINS"

@@ -11,21 +11,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Facts of one worker about its split cache; bytes are those of its rank.
+    """Facts of one worker about its split cache; bytes are those of its rank, sizes in tokens.
 
     Heads are those of the model, blocks those of the shared pool: ``num_blocks`` blocks of
-    ``block_bytes`` are ``cache_bytes``. ``sink``, ``window`` and ``block_size`` are in tokens.
-    Requests are of ``max_model_len`` tokens, and ``bytes_per_token`` is of one more token of such a
-    request. ``full_bytes_...`` and ``full_requests_...`` are the same with a full cache in as many
-    bytes.
-
-    Attributes:
-        profile: how the user named the profile.
-        profile_sha256: of the profile's canonical JSON.
+    ``block_bytes`` are ``cache_bytes``. Requests are of ``max_model_len`` tokens;
+    ``bytes_per_token`` is of one more token of such a request. ``full_bytes_...`` and
+    ``full_requests_...`` are the same with a full cache in as many bytes.
     """
 
-    profile: str
-    profile_sha256: str
+    profile: str  # as the user named it
+    profile_sha256: str  # of its canonical JSON
     sparsity: float
     full_heads: int
     streaming_heads: int

@@ -64,13 +64,8 @@ def _wants_another_layout(_: VllmConfig) -> bool:
 def _uses_another_backend(config: VllmConfig) -> bool:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if not _is_cuda():
-        return False
-    attention = config.attention_config
-    return bool(attention.backend_per_kind) or attention.backend not in (
-        None,
-        AttentionBackendEnum.CUSTOM,
-    )
+    attention, allowed = config.attention_config, (None, AttentionBackendEnum.CUSTOM)
+    return _is_cuda() and bool(attention.backend_per_kind or attention.backend not in allowed)
 
 
 def _cache_is_fp8(config: VllmConfig) -> bool:
@@ -85,14 +80,10 @@ def _cache_is_the_models(config: VllmConfig) -> bool:
 def _cpu_has_no_fp8_cache(config: VllmConfig) -> bool:
     import torch
 
-    return (
-        _cache_is_fp8(config)
-        and _is_cpu()
-        and (
-            config.model_config.get_head_size() % 32 != 0
-            or not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
-        )
-    )
+    if not (_cache_is_fp8(config) and _is_cpu()):
+        return False
+    has_kernel = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+    return config.model_config.get_head_size() % 32 != 0 or not has_kernel
 
 
 def _has_sliding_window(config: VllmConfig) -> bool:
@@ -277,8 +268,7 @@ def check_layer_supported(
     problems = [LAYER_REFUSALS[name] for name, value in given.items() if value is not None]
     if attn_type != "decoder":
         problems.append(f"attention type {attn_type}")
-    other = [name for name, value in unknown.items() if value is not None]
-    if other:
+    if other := [name for name, value in unknown.items() if value is not None]:
         problems.append(f"options of their own ({', '.join(other)})")
     if problems:
         raise RlkvError(
@@ -289,10 +279,7 @@ def check_layer_supported(
 def check_layer_shape(layer: Any, expected: tuple[int, int], dtypes: str = "") -> None:
     """Refuse an attention layer that is not like all others of the model.
 
-    Args:
-        layer: vLLM's.
-        expected: KV heads per rank and head dimension of the model.
-        dtypes: why model and cache differ in type, or empty.
+    `expected`: KV heads per rank and head dimension; `dtypes`: model's and cache's if they differ.
     """
     problem = ""
     if type(layer).__name__ != "Attention":  # subclasses mask differently

@@ -33,10 +33,8 @@ class RlkvWorkerExtension:
     def rlkv_split_report(self) -> dict[str, Any]:
         """Count what is really allocated on this worker.
 
-        Returns:
-            ``{"active": False, ...}`` when any attention layer keeps a cache of
-            its own or the head caches are not those of the plan; otherwise
-            ``active`` True and the fields of :class:`SplitReport`.
+        ``active`` is False when any attention layer keeps a cache of its own or the head caches are
+        not those of the plan, else True beside the fields of :class:`SplitReport`.
         """
         rank, layers = get_tensor_model_parallel_rank(), self._rlkv_layers()
         plans = (getattr(getattr(layer, "impl", None), "plan", None) for layer in layers.values())

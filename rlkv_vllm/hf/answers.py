@@ -48,21 +48,17 @@ def solve(
     batch_size: int = 64,
     report: Callable[[int, int, str], None] = lambda done, total, state: None,
 ) -> Measurement:
-    """Answer `problems` in batches padded on the left; the answers are kept, in their order.
+    """Answer at least one problem in batches padded on the left; answers keep their order.
 
     Args:
         model: a Hugging Face decoder; ungated, and unchanged afterwards.
         tokenizer: with a chat template.
         task: scores the answers.
-        problems: at least one.
-        sampling: without a repetition penalty.
-        split: None is the plain model; a list has one per problem, all with the same sink and
-            window.
+        problems: to answer.
+        sampling: without a repetition penalty, which is an `RlkvError`.
+        split: None is the plain model; a list has one per problem, of the same sink and window.
         batch_size: problems decoded together.
         report: called after every batch with (problems answered, problems in all, "N solved").
-
-    Raises:
-        RlkvError: the sampling parameters have a repetition penalty.
     """
     texts = [
         tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True)

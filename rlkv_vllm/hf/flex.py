@@ -69,12 +69,9 @@ def attend(
     scaling: float | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Attention of one layer, compiled on a GPU; returns ``[B, T, Q, D]``.
+    """Attention of one layer without dropout, compiled on a GPU; returns ``[B, T, Q, D]``.
 
-    On the CPU, for tests, it computes all T x S scores and has no backward pass.
-
-    Raises:
-        RlkvError: if the model drops attention weights, or trains on the CPU.
+    On the CPU, for tests, it computes all T x S scores and refuses a backward pass.
     """
     if dropout:
         raise RlkvError(

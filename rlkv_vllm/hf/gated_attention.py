@@ -99,11 +99,7 @@ class GatedAttention:
         return [getattr(layer, GATE_NAME) for layer in self._layers]
 
     def set_soft(self, values_LH: Sequence[Sequence[float]] | None = None) -> None:
-        """Mix full and local attention by the gates, after setting them to `values_LH` if given.
-
-        Raises:
-            RlkvError: if `values_LH` is not ``[L][H]``.
-        """
+        """Mix full and local attention by the gates, set to `values_LH` (``[L][H]``) if given."""
         if values_LH is not None:
             given = [len(row) for row in values_LH]
             if given != [self.num_kv_heads] * len(self._layers):
@@ -119,8 +115,7 @@ class GatedAttention:
     def set_hard(self, full_heads: Sequence[Collection[int]]) -> None:
         """Make `full_heads` (per layer) full heads, all others streaming, whatever the gates.
 
-        Raises:
-            RlkvError: if the number of layers is wrong or a head does not exist.
+        An `RlkvError` if the number of layers is wrong or a head does not exist.
         """
         self._full = self._table(full_heads)
         self._full_BLH = None

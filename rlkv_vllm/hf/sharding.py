@@ -40,10 +40,7 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the gathered copies that FSDP2 may keep after a forward pass.
-
-    Call it before `write`: what is written to a copy is lost.
-    """
+    """Drop FSDP2's gathered copies, before `write`: what is written to a copy is lost."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -171,11 +171,7 @@ def _mean_step(
 
 
 def read_lengths(flag: str, text: str) -> list[int]:
-    """Typical lengths of a flag's text: `N`, `N-M` (evenly between), or `MEDIAN~P95` (log-normal).
-
-    Raises:
-        RlkvError: it is none of these.
-    """
+    """Typical lengths of a flag: `N`, `N-M` (evenly between), or `MEDIAN~P95` (log-normal)."""
     steps = [(i + 0.5) / _QUANTILES for i in range(_QUANTILES)]
     separator = next((mark for mark in "~-" if mark in text), None)
     try:
@@ -197,11 +193,7 @@ def read_lengths(flag: str, text: str) -> list[int]:
 
 
 def pair_lengths(prompts: Sequence[int], outputs: Sequence[int], longest: int) -> Lengths:
-    """Prompts and outputs that are independent of each other, requests cut at `longest` tokens.
-
-    Raises:
-        RlkvError: a prompt leaves no room for an output.
-    """
+    """Prompts and outputs independent of each other, of at most `longest` tokens together."""
     if max(prompts) >= longest:
         raise RlkvError(
             f"--prompt-tokens: up to {max(prompts):,} tokens leave no room for an answer in "

@@ -33,11 +33,7 @@ class ModelSize:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype_bytes: int = 2) -> ModelSize:
-        """From the `config.json` of a dense decoder.
-
-        Raises:
-            RlkvError: a size is missing, or the model has experts.
-        """
+        """From the `config.json` of a dense decoder, with all sizes and without experts."""
         experts = [key for key in config if "experts" in key and config[key]]
         if experts:
             raise RlkvError(

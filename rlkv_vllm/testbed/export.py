@@ -77,9 +77,6 @@ def export(
     """Measure the model and write it, in bfloat16 if that solves enough, else in float32.
 
     Returns what `metrics.json` holds, among it `run`: how the model came about.
-
-    Raises:
-        RlkvError: if the folder cannot be written.
     """
     model.eval()
     accuracy: dict[str, dict[str, dict[str, float]]] = {}

@@ -28,13 +28,9 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(max_length: int, family: str | None = None) -> PreTrainedTokenizerFast:
-    """Make the tokenizer; `save_pretrained` of it gives what `AutoTokenizer` reads.
+    """Make the tokenizer for up to `max_length` tokens; it knows the words of a long `family`, too.
 
     Text is split at white space and joined by single spaces; unknown words become `[UNK]`.
-
-    Args:
-        max_length: `model_max_length`, in tokens.
-        family: the long family whose words it knows too.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -314,11 +314,9 @@ def run(
 ) -> TestbedTrainer:
     """Train to the end, with a checkpoint in `output` every `checkpoint_steps`.
 
-    One thread: two of them gain little at this size and lose much where a core is shared.
-
-    Raises:
-        RlkvError: if `output` holds a finished model, a checkpoint that does not fit, or any
-            checkpoint without `resume`.
+    Refuses an `output` with a finished model, with a checkpoint that does not fit, or with any
+    checkpoint without `resume`. One thread: two of them gain little at this size and lose much
+    where a core is shared.
     """
     torch.set_num_threads(1)
     checkpoint = output / CHECKPOINT
@@ -351,10 +349,7 @@ def train(
 ) -> dict[str, Any]:
     """`run`, measure with `measure` problems, write the model to `output` without checkpoint.
 
-    Returns what `metrics.json` holds.
-
-    Raises:
-        RlkvError: as `run`, or if the folder cannot be written.
+    Returns what `metrics.json` holds; errors as of `run` and `export`.
     """
     trainer = run(config, output, resume=resume, report=report)
     record = {"config": asdict(config), "state": asdict(trainer.state)}

@@ -32,11 +32,8 @@ PADDING = ".kvpad"
 class HeadCacheLayer(AttentionLayerBase):
     """The cache of one KV head; has no weights and no forward.
 
-    Args:
-        backend: attention backend that reads the cache.
-        num_q_heads: query heads of the attention layer on this rank; vLLM
-            builds one metadata object per group only if all its layers agree.
-        spec: what vLLM allocates.
+    It has the query heads of its attention layer on this rank: vLLM builds one metadata object per
+    group only if all its layers agree.
     """
 
     def __init__(
@@ -71,12 +68,9 @@ class HeadCacheLayer(AttentionLayerBase):
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Heads of one attention layer that read one block table.
+    """Heads of one attention layer that read one block table."""
 
-    ``kv_heads`` are their indices among the rank's KV heads, ascending.
-    """
-
-    kv_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]  # indices among the rank's KV heads, ascending
     names: tuple[str, ...]
     layers: tuple[HeadCacheLayer, ...]
 

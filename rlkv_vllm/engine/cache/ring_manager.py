@@ -169,9 +169,8 @@ class RingManager(SlidingWindowManager):
         The end of the prompt is the callers' case: a resent prompt resumes one
         token before it, which may be one block earlier.
         """
-        if not self.segment_blocks:
-            return False
-        return block_index % self.segment_blocks >= self.segment_blocks - self.tail_blocks
+        segment = self.segment_blocks
+        return segment > 0 and block_index % segment >= segment - self.tail_blocks
 
     # ---- giving back
 

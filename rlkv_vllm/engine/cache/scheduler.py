@@ -20,23 +20,14 @@ if TYPE_CHECKING:
 
 
 class BlockUse(NamedTuple):
-    """Blocks of one engine after a step; what is shared by several requests counts once.
+    """Blocks of one engine after a step; what is shared by several requests counts once."""
 
-    Attributes:
-        full: held by full heads.
-        streaming: held by streaming heads.
-        full_cache: what the same requests would hold in a cache without streaming heads.
-        evicted: of streaming heads, given back in this step because they left the window.
-        full_hit: of full heads, taken from the prefix cache in this step.
-        streaming_hit: the same of streaming heads.
-    """
-
-    full: int
-    streaming: int
-    full_cache: int
-    evicted: int
-    full_hit: int
-    streaming_hit: int
+    full: int  # held by full heads
+    streaming: int  # held by streaming heads
+    full_cache: int  # what the same requests would hold in a cache without streaming heads
+    evicted: int  # of streaming heads, given back in this step because they left the window
+    full_hit: int  # of full heads, taken from the prefix cache in this step
+    streaming_hit: int  # the same of streaming heads
 
     @classmethod
     def taken_from(cls, stats: SchedulerStats) -> Self | None:

@@ -17,25 +17,20 @@ class RingSpec(SlidingWindowSpec):
     A subclass of ``SlidingWindowSpec`` because vLLM passes the admission cap only to those.
 
     Attributes:
-        sink: first tokens that are never freed (tokens).
         cache_group: which streaming heads share a block table. It exists only
             while vLLM sorts specs into groups: :meth:`merge` refuses to mix two
             values, so each becomes a KV cache group of its own, and erases it
             in the group's spec, so that the coordinator sees one kind of ring.
         retention_interval: keep a window's worth of prompt blocks for the prefix cache every so
             many tokens (a multiple of the block size); 0 keeps none.
-        num_groups: KV cache groups of the model, full one included.
-        chunk_blocks: most blocks of one group that the steps in flight can ask for.
-        steps_in_flight: scheduled steps whose results are not known yet: 2 with
-            asynchronous scheduling, else 1.
     """
 
-    sink: int
+    sink: int  # first tokens, never freed
     cache_group: int = 0
     retention_interval: int = 0
-    num_groups: int = 1
-    chunk_blocks: int = 0
-    steps_in_flight: int = 1
+    num_groups: int = 1  # KV cache groups of the model, full one included
+    chunk_blocks: int = 0  # most blocks of one group that the steps in flight can ask for
+    steps_in_flight: int = 1  # whose results are not known yet: 2 with asynchronous scheduling
 
     @property
     def num_sink_blocks(self) -> int:

@@ -36,9 +36,8 @@ class SplitMetadata(StepMetadata):
 class Heads(Protocol):
     """Heads of one attention layer that read one block table.
 
-    Constructed from their caches, ``[blocks, heads, block_size, 2 * head_dim]``, in which a head's
-    blocks are dense, from the sizes of the cache, the factor on ``q @ k``, and how numbers are
-    stored.
+    Their ``blocks`` are ``[blocks, heads, block_size, 2 * head_dim]``, dense for each head;
+    ``scale`` is the factor on ``q @ k``.
     """
 
     def attend(self, step: SplitMetadata, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

@@ -54,19 +54,12 @@ class PagedCache:
 
 @dataclass
 class PagedRequests:
-    """Requests of a step for the operator; its schedule is made once per number of heads.
+    """Requests of a step for the operator; its schedule is made once per number of heads."""
 
-    Attributes:
-        tables: int32 ``[requests, pages]``.
-        lengths: int32 ``[requests]``, keys of each request.
-        starts: int32 ``[requests + 1]``, first row of each request.
-        window: keys that a query sees, its own included; -1: all.
-    """
-
-    tables: Tensor
-    lengths: Tensor
-    starts: Tensor
-    window: int = -1
+    tables: Tensor  # int32 [requests, pages]
+    lengths: Tensor  # int32 [requests], keys of each request
+    starts: Tensor  # int32 [requests + 1], first row of each request
+    window: int = -1  # keys that a query sees, its own included; -1: all
     schedules: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, cache: PagedCache, query: Tensor, output: Tensor, scale: float) -> None:

@@ -31,13 +31,12 @@ class _Part:
     """Heads of a layer that one kernel call serves.
 
     All of them (then without slices), but for a layer without full heads whose streaming heads
-    lie in two cache groups: the kernel reads one table of each kind. ``full`` and ``ring`` are
-    the cache layers under which the metadata of the full and the streaming heads is found.
+    lie in two cache groups: the kernel reads one table of each kind.
     """
 
     cache: LayerCache
-    full: str
-    ring: str
+    full: str  # cache layer under which the metadata of the full heads is found
+    ring: str  # the same of the streaming heads
     kv_heads: slice | None
     q_heads: slice | None
 

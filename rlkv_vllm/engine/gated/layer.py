@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 class GatedLayer(AttentionImpl[Any]):
     """Every head keeps its full cache, managed by vLLM as always.
 
-    Attributes:
-        gates: of this rank's KV heads, float32; changed in place, between two steps, so that
-            CUDA graphs read them where they were.
-        kv_heads: which KV heads of the model these are.
+    `gates`, of this rank's `kv_heads`, are float32 and changed in place, between two steps, so that
+    CUDA graphs read them where they were.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

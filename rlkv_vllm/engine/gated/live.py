@@ -8,7 +8,6 @@ prefix cache is emptied with them: keys and values of earlier gates are those of
 from __future__ import annotations
 
 import asyncio
-import math
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -38,11 +37,7 @@ class LiveGates:
 
     @classmethod
     def of(cls, answers: Sequence[dict[str, Any]]) -> LiveGates:
-        """Put the workers' answers together.
-
-        Raises:
-            RlkvError: the engine is not in gated mode, or its workers differ.
-        """
+        """Put the answers of an engine's workers together, which must be equal and have gates."""
         if not answers or not all(answer["gates"] for answer in answers):
             raise RlkvError(
                 "this engine has no gates: start it with `rlkv serve --mode gated`, or with "
@@ -53,18 +48,12 @@ class LiveGates:
             raise RlkvError(f"the workers have gates of versions {sorted(versions)}: restart them")
         layers: list[dict[int, float]] = [{} for _ in answers[0]["gates"]]
         for answer in answers:
-            for found, heads, gates in zip(
-                layers, answer["kv_heads"], answer["gates"], strict=True
-            ):
-                found.update(zip(heads, gates, strict=True))
+            for row, heads, gates in zip(layers, answer["kv_heads"], answer["gates"], strict=True):
+                row.update(zip(heads, gates, strict=True))
         return cls(versions.pop(), [[row[head] for head in sorted(row)] for row in layers])
 
     def check(self, gates: Gates) -> list[list[float]]:
-        """The gates as the float32 numbers that a worker keeps, if this engine can have them.
-
-        Raises:
-            RlkvError: their shape is not the model's, or one is not in [0, 1].
-        """
+        """The gates, of the model's shape and in [0, 1], as the float32 numbers of a worker."""
         shape = [len(row) for row in gates]
         expected = [len(row) for row in self.gates]
         if shape != expected:
@@ -74,7 +63,7 @@ class LiveGates:
             )
         for layer, row in enumerate(gates):
             for head, gate in enumerate(row):
-                if not (math.isfinite(gate) and 0 <= gate <= 1):
+                if not 0 <= gate <= 1:  # nor NaN
                     raise RlkvError(
                         f"gates: {gate} of layer {layer}, head {head}: must be from 0 to 1"
                     )
@@ -132,8 +121,7 @@ class GatesUpdater:
     async def using(self, gates: Gates) -> AsyncIterator[int]:
         """Set them if the engine has others, keep them to the block's end; gives their version.
 
-        Raises:
-            RlkvError: wrong gates; nothing has changed.
+        Wrong gates are an `RlkvError`, and nothing has changed.
         """
         checked = self.now.check(gates)
         async with self._free:
@@ -170,11 +158,7 @@ class GatesUpdater:
 
 
 def gates_version(completion: CompletionOutput) -> int:
-    """Which gates an answer was sampled with.
-
-    Raises:
-        RlkvError: the answer has no version, or was sampled with several.
-    """
+    """The version of the gates that an answer was sampled with; several are refused."""
     names = {span.version for span in completion.weight_versions or ()}
     if len(names) != 1:
         raise RlkvError(f"an answer was sampled with {len(names)} versions of the gates")

@@ -37,14 +37,12 @@ def prefill_config(
     `benchmarks/kernel_resources.py` shows it: wider tiles spill, but for the data center GPUs from
     sm_90 on, whose matrix instructions read from shared memory. Gated heads have two accumulators.
     """
-    is_wide = 90 <= capability < 120
-    row = triton.next_power_of_2(head_dim) * itemsize
     if capability == INTERPRETER:
         return PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=2)
-    block_m, block_n = 128, 64 if is_wide else 32
+    block_m, block_n = 128, 64 if 90 <= capability < 120 else 32
     if itemsize == 4:  # exact products without tensor cores: for checks, not for speed
         block_m, block_n = 32, 16
-    elif row > 256:
+    elif triton.next_power_of_2(head_dim) * itemsize > 256:
         block_m, block_n = 64, 32
     return PrefillConfig(block_m // (1 + gated), block_n, num_warps=8, num_stages=2)
 
