@@ -21,11 +21,8 @@ _READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "js
 def read_dataset_task(name: str, split: str, columns: Columns) -> RowsTask:
     """The task of a data set; rows that cannot be used are skipped.
 
-    Args:
-        name: `ORG/NAME` or `ORG/NAME/CONFIG` on the Hugging Face hub, or the path of a local
-            folder or a .parquet, .csv, .json or .jsonl file.
-        split: as `load_dataset` takes it, slices such as `train[:1000]` included.
-        columns: of the questions and answers.
+    `name` is `ORG/NAME` or `ORG/NAME/CONFIG` on the Hugging Face hub, or the path of a local folder
+    or file; `split` as `load_dataset` takes it, slices such as `train[:1000]` included.
 
     Raises:
         RlkvError: it cannot be loaded, lacks a column or holds no problem.

@@ -100,10 +100,7 @@ def output_text(tokenizer: Any, prompt: str, output_ids: Sequence[int]) -> str:
     chat template opens the chain of thought, the text does too: without it, a chain of thought
     that never ended would look like an answer.
 
-    Args:
-        tokenizer: of the model.
-        prompt: the problem as the chat template renders it.
-        output_ids: the model's answer, with or without the end token.
+    `prompt` is the problem as the chat template renders it; `output_ids` may have the end token.
     """
     tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in _TAGS}
     vanishing = {
