@@ -54,8 +54,7 @@ class Checker:
     def ask(self, request: dict[str, Any], cpu_seconds: float = 0) -> dict[str, Any] | None:
         """The reply of `worker.reply`; None if the worker ran out of time or memory.
 
-        Raises:
-            RlkvError: the worker cannot be started or refuses the request.
+        An `RlkvError` if the worker cannot be started or refuses the request.
         """
         with self._lock:
             pool = self._running()

@@ -32,10 +32,7 @@ def is_equivalent(text: str, answer: str) -> bool:
     """Whether the final answer of `text` is `answer`, or an equal formula.
 
     Formulas are compared by math-verify (https://github.com/huggingface/Math-Verify) if it is
-    installed; without it this is `is_correct`.
-
-    Raises:
-        RlkvError: math-verify is installed and cannot be run.
+    installed; without it this is `is_correct`. An `RlkvError` if it is installed and cannot be run.
     """
     given = final_answer(text)
     if given is None:

@@ -41,12 +41,7 @@ class Columns:
             )
 
     def problem(self, row: Mapping[str, Any]) -> Problem:
-        """The problem of a row.
-
-        Raises:
-            UnusablePrompt: the prompt is empty, or neither text nor messages.
-            UnusableAnswer: the answer is empty, or neither text nor a finite number.
-        """
+        """The problem of a row; raises `UnusablePrompt` or `UnusableAnswer`."""
         messages, answer = _messages(row[self.prompt]), _answer(row[self.answer])
         if not self.with_others:
             return Problem(messages, answer)
@@ -58,11 +53,11 @@ class Columns:
 
 
 class UnusablePrompt(ValueError):
-    """A row has no prompt."""
+    """The prompt of a row is empty, or neither text nor messages."""
 
 
 class UnusableAnswer(ValueError):
-    """A row has no answer to compare with."""
+    """The answer of a row is empty, or neither text nor a finite number."""
 
 
 @dataclass(frozen=True)
