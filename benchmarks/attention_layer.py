@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from common import BlockTable, Requests, conditions, header, numbers, parser, row, write_json
+from common import BlockTable, Requests, conditions, header, parser, row, write_json
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import override_forward_context
@@ -110,9 +110,7 @@ def stock_step(
             enable_kv_split=True,
         )
         step = CPUAttentionMetadata(
-            **metadata(requests, blocks),
-            max_seq_len=requests.context,
-            scheduler_metadata=schedule,
+            **metadata(requests, blocks), max_seq_len=requests.context, scheduler_metadata=schedule
         )
         for cache in caches:
             impl.do_kv_cache_update(layer, qkv[1], qkv[2], cache, blocks.slots)
@@ -223,24 +221,15 @@ def cache_bytes(args: argparse.Namespace, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--kv-heads", type=int, default=8)
-    options.add_argument("--q-heads", type=int, default=16)
-    options.add_argument("--head-dim", type=int, default=128)
-    options.add_argument("--sparsity", type=float, default=0.5)
-    options.add_argument("--sink", type=int, default=16)
-    options.add_argument("--window", type=int, default=64)
+    shape = {"kv_heads": 8, "q_heads": 16, "head_dim": 128, "sink": 16, "window": 64}
+    cases = {"contexts": [256, 1024, 4096, 8192, 16384, 32768], "batches": [1, 8, 64]}
+    options = parser(__doc__, **shape, **cases, sparsity=0.5, dtypes="bfloat16,float32")
     options.add_argument("--block-size", type=int, default=32, help="of the split cache")
-    options.add_argument("--contexts", type=numbers, default=[256, 1024, 4096, 8192, 16384, 32768])
-    options.add_argument("--batches", type=numbers, default=[1, 8, 64])
     options.add_argument("--prefill", type=int, default=8192, help="prompt length; 0: no prefill")
     options.add_argument("--chunk", type=int, default=2048, help="prompt tokens of a step")
-    options.add_argument("--dtypes", default="bfloat16,float32")
     options.add_argument("--memory", type=float, default=3, help="GiB of cache")
     options.add_argument("--rounds", type=int, default=9, help="turns of each")
-    options.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: with one thread only"
-    )
+    options.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: one thread only")
     options.add_argument("--output", type=Path, help="write the figures as JSON")
     args = options.parse_args()
     torch.manual_seed(0)
@@ -259,8 +248,7 @@ def main() -> None:
             ends = range(args.chunk, args.prefill + 1, args.chunk)
             chunks = [Requests(1, end, args.chunk) for end in ends]
             rows.append(measure(args, "prefill", chunks, dtype))
-    if args.output:
-        write_json(args.output, where | {"rows": rows})
+    write_json(args.output, where | {"rows": rows})
 
 
 if __name__ == "__main__":

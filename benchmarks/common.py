@@ -57,11 +57,14 @@ class Requests:
         return BlockTable(1 + num_held, table, slots.flatten())
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the script's docstring as help, and an argument per default, of its type."""
+    raw = argparse.RawDescriptionHelpFormatter
+    options = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    for name, default in defaults.items():
+        kind = numbers if isinstance(default, list) else type(default)
+        options.add_argument("--" + name.replace("_", "-"), type=kind, default=default)
+    return options
 
 
 def numbers(text: str) -> list[int]:
@@ -79,8 +82,9 @@ def header(*names: str) -> str:
     return row(names) + "\n" + "|---" * len(names) + "|"
 
 
-def write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    write_text_atomic(path, json.dumps(figures, indent=1, default=str) + "\n")
+def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
+    if path is not None:
+        write_text_atomic(path, json.dumps(figures, indent=1, default=str) + "\n")
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:

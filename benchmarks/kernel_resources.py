@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import Requests, environment, header, numbers, parser, row, write_json
+from common import Requests, environment, header, parser, row, write_json
 from kernels import Layers, Shape
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -54,30 +54,16 @@ def compile_case(
         kernel = run(self, *args, warmup=True, **kwargs)
         name = self.fn.__name__
         if not gated or name != "write_kernel":  # gates do not change it
-            compiled.append(
-                {
-                    "kernel": name,
-                    "gated": gated,
-                    "capability": capability,
-                    "dtype": str(shape.dtype).removeprefix("torch."),
-                    "head_dim": shape.head_dim,
-                    "group": shape.group,
-                    "block_size": shape.block_size,
-                    "splits": kwargs.get("NUM_SPLITS", 1),
-                    **resources(kernel, capability),
-                }
-            )
+            case: dict[str, Any] = {"kernel": name, "gated": gated, "capability": capability}
+            case["dtype"] = str(shape.dtype).removeprefix("torch.")
+            case |= {size: getattr(shape, size) for size in ("head_dim", "group", "block_size")}
+            case["splits"] = kwargs.get("NUM_SPLITS", 1)
+            compiled.append(case | resources(kernel, capability))
         return kernel
 
-    layers = Layers(
-        shape,
-        Requests(4, 16 * shape.block_size, 16),
-        0.5,
-        torch.device("cpu"),
-        gated=gated,
-        target_programs=target_programs,
-        capability=capability,
-    )
+    requests = Requests(4, 16 * shape.block_size, 16)
+    gpu: dict[str, int] = {"target_programs": target_programs, "capability": capability}
+    layers = Layers(shape, requests, 0.5, torch.device("cpu"), gated=gated, **gpu)
     driver.set_active(driver_without_device(capability))
     try:
         with patch.object(JITFunction, "run", compile_only):
@@ -107,13 +93,10 @@ def resources(kernel: Any, capability: int) -> dict[str, int]:
     }
 
 
-def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--capability", type=numbers, default=[80, 90])
+def main() -> None:
+    sizes = {"head_dim": [64, 96, 128, 256], "group": [1, 4, 7, 16], "block_size": [16]}
+    options = parser(__doc__, capability=[80, 90], **sizes)
     options.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    options.add_argument("--head-dim", type=numbers, default=[64, 96, 128, 256])
-    options.add_argument("--group", type=numbers, default=[1, 4, 7, 16])
-    options.add_argument("--block-size", type=numbers, default=[16])
     options.add_argument("--target-programs", type=int, default=528, help="4 per multiprocessor")
     options.add_argument("--json", type=Path, help="write the figures here too")
     args = options.parse_args()
@@ -127,13 +110,11 @@ def main() -> int:
                 print(header(*found))
             rows.append(found)
             print(row(found.values()), flush=True)
-    if args.json:
-        write_json(args.json, {"environment": environment(), "kernels": rows})
+    write_json(args.json, {"environment": environment(), "kernels": rows})
     spilling = [found for found in rows if found["kernel"] == "decode_kernel" and found["spilled"]]
     if spilling:
-        print(f"error: {len(spilling)} decode kernels spill registers", file=sys.stderr)
-    return 1 if spilling else 0
+        sys.exit(f"error: {len(spilling)} decode kernels spill registers")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

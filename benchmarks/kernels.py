@@ -421,31 +421,24 @@ def run_cases(bench: Bench, quick: bool, dry: bool) -> None:
         bench.case("write", batch, lengths[0], 0.5)
 
 
-def main() -> int:
-    options = parser(__doc__)
+def main() -> None:
+    options = parser(__doc__, kv_heads=8, head_dim=128, block_size=16)
     options.add_argument("--output", type=Path, default=Path("runs/kernels/kernels"))
     options.add_argument("--quick", action="store_true", help="few cases")
     options.add_argument("--tune", action="store_true", help="launch parameters, not the cases")
     options.add_argument("--dry-run", action="store_true", help="tiny cases, no GPU, no times")
     options.add_argument("--time-limit", type=float, default=480, help="seconds; then it stops")
-    options.add_argument("--kv-heads", type=int, default=8)
     options.add_argument("--group", type=int, default=4, help="query heads per KV head")
-    options.add_argument("--head-dim", type=int, default=128)
-    options.add_argument("--block-size", type=int, default=16)
     options.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = options.parse_args()
     device = torch.device("cpu" if args.dry_run else "cuda")
-    problem = ""
     if args.dry_run:
         args.dtype = "float32"
         if not triton.knobs.runtime.interpret:
-            problem = "--dry-run needs TRITON_INTERPRET=1 in the environment"
+            options.error("--dry-run needs TRITON_INTERPRET=1 in the environment")
     elif not torch.cuda.is_available():
         dry_run = "TRITON_INTERPRET=1 python benchmarks/kernels.py --dry-run"
-        problem = f"no CUDA GPU: run it on one, or {dry_run}"
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        options.error(f"no CUDA GPU: run it on one, or {dry_run}")
     bench = Bench(args, device)
     print(HEADER)
     bench.copy()
@@ -461,9 +454,8 @@ def main() -> int:
         print("time limit reached: not all cases were run", file=sys.stderr)
     wrong = [result for result in bench.results if result.note == "WRONG"]
     if wrong:
-        print(f"error: {len(wrong)} cases differ from the oracle", file=sys.stderr)
-    return 1 if wrong else 0
+        sys.exit(f"error: {len(wrong)} cases differ from the oracle")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -139,12 +139,8 @@ def cache_specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--requests", type=int, default=256)
-    options.add_argument("--prompt", type=int, default=512)
+    options = parser(__doc__, requests=256, prompt=512, sparsities="0.5,0.8", rounds=3)
     options.add_argument("--decode", type=int, default=128, help="decode steps, one token each")
-    options.add_argument("--sparsities", default="0.5,0.8")
-    options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--output", type=Path, help="write the figures as JSON")
     args = options.parse_args()
     register()
@@ -168,8 +164,7 @@ def main() -> None:
     for variant, engine in engines.items():
         figures = (f"{took * 1e6:.0f}" for took in medians[variant].values())
         print(row([variant, engine.num_groups, engine.block_size, *figures]))
-    if args.output:
-        write_json(args.output, where | {"median_seconds": medians})
+    write_json(args.output, where | {"median_seconds": medians})
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, log, setup, args), name=name)
-        with _environment(environment):
+        with changed_environment(environment):
             self._process.start()
         theirs.close()
         try:
@@ -169,7 +169,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+def changed_environment(changes: Mapping[str, str | None]) -> Iterator[None]:
     """Environment variables of this process, changed while a child starts."""
     before = {name: os.environ.get(name) for name in changes}
 

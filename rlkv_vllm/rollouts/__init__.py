@@ -16,12 +16,7 @@ def open_rollouts(
 ) -> AbstractContextManager[Rollouts | None]:
     """The engine that a job asks for, ready; None for transformers' generate.
 
-    Args:
-        config: which engine.
-        model: `embedded`, a model folder, or `org/name` on the hub.
-        revision: commit, branch or tag of a model on the hub.
-        dtype: of the weights; "auto" is float32 on the CPU, as the trainer's.
-        span: sink and window of local attention (tokens).
+    Model, revision and dtype are as in `JobConfig`; `span` is that of local attention (tokens).
 
     Raises:
         RlkvError: it cannot be started or reached, or does not fit the job.

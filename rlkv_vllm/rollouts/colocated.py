@@ -73,12 +73,7 @@ class ColocatedRollouts(AbstractContextManager["ColocatedRollouts"]):
 
 
 def _set_up(
-    model: str,
-    revision: str | None,
-    dtype: str,
-    span: Span,
-    options: dict[str, Any],
-    threads: int,
+    model: str, revision: str | None, dtype: str, span: Span, options: dict[str, Any], threads: int
 ) -> tuple[None, Callable[[Any], list[Answer]]]:
     """Start the engine, in its process."""
     torch.set_num_threads(threads)

@@ -23,8 +23,7 @@ API_KEY_VARIABLE = "RLKV_ROLLOUT_API_KEY"
 class ServerRollouts(AbstractContextManager["ServerRollouts"]):
     """Several servers of one model; follows `rlkv_vllm.rollouts.protocol.Rollouts`.
 
-    Raises:
-        RlkvError: a server cannot be reached, is not in gated mode, or has another sink or window.
+    An `RlkvError` if one cannot be reached, is not in gated mode, or has another sink or window.
     """
 
     def __init__(self, addresses: Sequence[str], span: Span) -> None:

@@ -32,10 +32,8 @@ _now: ContextVar[tuple[Sample, Observer]] = ContextVar("_now")
 def observe_answers(given: ScoringInput, observer: Observer) -> None:
     """Show `observer` the attention of every layer while the answers are predicted.
 
-    One forward pass per sample; the model is left as it was.
-
-    Raises:
-        RlkvError: if the model's attention cannot be replaced, as for gates.
+    One forward pass per sample; the model is left as it was. An `RlkvError` if its attention
+    cannot be replaced, as for gates.
     """
     attach_gates(given.model, given.sink, given.window).detach()  # refuses what has no gates
     model, before = given.model, given.model.config._attn_implementation
@@ -60,14 +58,9 @@ def head_sums(
 ) -> torch.Tensor:
     """Sum over all answers of what `measure` finds in the attention of every head.
 
-    Args:
-        given: model and answers.
-        measure: called with a sample, the positions ``[T]`` of a block of queries, the keys
-            ``[T, S]`` that a streaming head does not see, and the weights ``[Q, T, S]``; returns
-            ``[Q]``.
-
-    Returns:
-        ``[layers, KV heads, query heads per KV head]``, float64 on the CPU.
+    `measure` gets a sample, the positions ``[T]`` of a block of queries, the keys ``[T, S]`` that a
+    streaming head does not see, and the weights ``[Q, T, S]``; it returns ``[Q]``. The sums are
+    ``[layers, KV heads, query heads per KV head]``, float64 on the CPU.
     """
     config = given.model.config.get_text_config()
     sums_LQ = torch.zeros(config.num_hidden_layers, config.num_attention_heads, dtype=torch.float64)

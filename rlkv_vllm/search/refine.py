@@ -50,9 +50,8 @@ def refine_gates(
     is called with (answers so far, answers at most, figures in words); at the end both are their
     number.
 
-    Returns:
-        The values of `gates` ``[layers][KV heads]``, reassigned to the heads, and the result:
-        ``p``, ``is_taken``, ``answers`` (their number) and ``rows`` (a mapping per sparsity).
+    Returns the values of `gates` ``[layers][KV heads]``, reassigned to the heads, and the result:
+    ``p``, ``is_taken``, ``answers`` (their number) and ``rows`` (a mapping per sparsity).
 
     Raises:
         RlkvError: `path` was made with other settings or another start, or there are no two

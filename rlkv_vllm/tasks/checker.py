@@ -14,11 +14,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from rlkv_vllm.child import changed_environment
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.tasks import worker
@@ -26,6 +26,7 @@ from rlkv_vllm.tasks import worker
 #: Limit of a check (seconds of CPU time: the load of the machine must not change a score).
 CPU_SECONDS = 5.0
 
+#: Of the worker: Python reads these variables when it starts.
 _ENVIRONMENT = {
     # Some of reasoning-gym's generators iterate over sets of words.
     "PYTHONHASHSEED": "0",
@@ -53,12 +54,7 @@ class Checker:
     def ask(self, request: dict[str, Any], cpu_seconds: float = 0) -> dict[str, Any] | None:
         """The reply of `worker.reply`; None if the worker ran out of time or memory.
 
-        Args:
-            request: as `worker.reply` takes it.
-            cpu_seconds: limit of CPU time, 0 for none.
-
-        Raises:
-            RlkvError: the worker cannot be started or refuses the request.
+        An `RlkvError` if the worker cannot be started or refuses the request.
         """
         with self._lock:
             pool = self._running()
@@ -93,7 +89,7 @@ class Checker:
             1, multiprocessing.get_context("spawn"), initializer=worker.prepare
         )
         try:
-            with _environment():
+            with changed_environment(_ENVIRONMENT):
                 started = self._pool.submit(os.getpid)
             self._worker_pid = started.result()
         except (OSError, BrokenProcessPool) as error:
@@ -114,21 +110,6 @@ class Checker:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool, self._worker_pid = None, 0
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Sets `_ENVIRONMENT` for the worker: Python reads these variables when it starts."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 #: Shared by all tasks.

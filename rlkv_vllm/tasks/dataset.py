@@ -10,7 +10,6 @@ from typing import Any
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.tasks.rows import Columns, RowsTask, UnusableAnswer, UnusablePrompt
-from rlkv_vllm.tasks.task import Problem
 
 PREFIX = "datasets:"
 
@@ -21,11 +20,8 @@ _READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "js
 def read_dataset_task(name: str, split: str, columns: Columns) -> RowsTask:
     """The task of a data set; rows that cannot be used are skipped.
 
-    Args:
-        name: `ORG/NAME` or `ORG/NAME/CONFIG` on the Hugging Face hub, or the path of a local
-            folder or a .parquet, .csv, .json or .jsonl file.
-        split: as `load_dataset` takes it, slices such as `train[:1000]` included.
-        columns: of the questions and answers.
+    `name` is `ORG/NAME` or `ORG/NAME/CONFIG` on the Hugging Face hub, or the path of a local folder
+    or file; `split` as `load_dataset` takes it, slices such as `train[:1000]` included.
 
     Raises:
         RlkvError: it cannot be loaded, lacks a column or holds no problem.
@@ -50,12 +46,11 @@ def read_dataset_task(name: str, split: str, columns: Columns) -> RowsTask:
         else:
             usable.append(index)
 
-    def problem(i: int) -> Problem:
-        return columns.problem(rows[usable[i]])
-
     # Not the path: the name is published in profiles.
     published = name if local is None else local.stem
-    return RowsTask(published, where, len(usable), problem, skipped)
+    return RowsTask(
+        published, where, len(usable), lambda i: columns.problem(rows[usable[i]]), skipped
+    )
 
 
 def _local_path(name: str) -> Path | None:

@@ -32,10 +32,7 @@ def is_equivalent(text: str, answer: str) -> bool:
     """Whether the final answer of `text` is `answer`, or an equal formula.
 
     Formulas are compared by math-verify (https://github.com/huggingface/Math-Verify) if it is
-    installed; without it this is `is_correct`.
-
-    Raises:
-        RlkvError: math-verify is installed and cannot be run.
+    installed; without it this is `is_correct`. An `RlkvError` if it is installed and cannot be run.
     """
     given = final_answer(text)
     if given is None:
@@ -100,10 +97,7 @@ def output_text(tokenizer: Any, prompt: str, output_ids: Sequence[int]) -> str:
     chat template opens the chain of thought, the text does too: without it, a chain of thought
     that never ended would look like an answer.
 
-    Args:
-        tokenizer: of the model.
-        prompt: the problem as the chat template renders it.
-        output_ids: the model's answer, with or without the end token.
+    `prompt` is the problem as the chat template renders it; `output_ids` may have the end token.
     """
     tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in _TAGS}
     vanishing = {

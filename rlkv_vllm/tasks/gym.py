@@ -24,8 +24,7 @@ INSTRUCTION = (
 class GymTask:
     """One of reasoning-gym's tasks in its default difficulty, with its own scorer.
 
-    Raises:
-        RlkvError: there is no such task, it needs options, or reasoning-gym is not installed.
+    An `RlkvError` if there is no such task, it needs options, or reasoning-gym is not installed.
     """
 
     def __init__(self, name: str) -> None:

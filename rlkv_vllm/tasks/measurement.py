@@ -13,13 +13,9 @@ from rlkv_vllm.statistics import percentile_95, wilson_interval
 class Measurement:
     """How the problems were answered with one split of the cache.
 
-    Attributes:
-        correct: per problem, whether it is solved; not empty.
-        output_tokens: per problem, the length of the answer (tokens, end token included).
-        capped: number of answers that the token limit cut off.
-        seconds: wall time of answering all of them together, without the engine's start; 0 if
-            not measured.
-        answers: the answers themselves, where they are kept.
+    `correct` and `output_tokens` (end token included) are per problem, of which there is at least
+    one. `capped` answers were cut off by the token limit. `seconds` is the wall time of answering
+    all together, without the engine's start; 0 if not measured.
     """
 
     correct: Sequence[bool]
@@ -49,7 +45,6 @@ class Measurement:
 
     @property
     def accuracy(self) -> float:
-        """Share of problems solved."""
         return self.solved / self.n
 
     @property
@@ -59,17 +54,14 @@ class Measurement:
 
     @property
     def mean_output_tokens(self) -> float:
-        """Mean length of the answers (tokens)."""
         return sum(self.output_tokens) / self.n
 
     @property
     def p95_output_tokens(self) -> int:
-        """95th percentile of the lengths (tokens)."""
         return percentile_95(self.output_tokens)
 
     @property
     def capped_share(self) -> float:
-        """Share of the answers that the token limit cut off."""
         return self.capped / self.n
 
     @property

@@ -46,12 +46,9 @@ _MOST_FAULTY_OF_SECTION, _MOST_FAULTY = 2, 5  # walks: bounds the length of trai
 class ReasonedProblem:
     """A problem with the chain of thought that solves it.
 
-    Attributes:
-        thought: the words between `<think>` and `</think>`.
-        answer: one digit.
-        injected: positions of wrong words in `completion`: errors to recover from, which a model
-            must not be trained to make. Only training texts have them.
-        pivots: positions of rare words that decide the length of the chain of thought.
+    `thought` is between `<think>` and `</think>`, `answer` one digit. `injected` are positions of
+    wrong words in `completion`, in training texts only: errors to recover from, which a model must
+    not be trained to make; `pivots` those of rare words that decide the length of `thought`.
     """
 
     prompt: str
@@ -267,13 +264,10 @@ LONG_FAMILIES = ("audit",)
 def make_problem(
     family: str, rng: random.Random, scale: float = 1.0, *, with_faults: bool = False
 ) -> ReasonedProblem:
-    """One random problem.
+    """One random problem of one of `FAMILIES` or `LONG_FAMILIES`.
 
-    Args:
-        family: one of `FAMILIES` or `LONG_FAMILIES`.
-        rng: gives all random numbers.
-        scale: greatest size in (0, 1]; sizes vary by a fifth.
-        with_faults: put errors to recover from into an audit, as in training texts.
+    `scale` is the greatest size in (0, 1]; sizes vary by a fifth. `with_faults` puts errors to
+    recover from into an audit, as in training texts.
     """
     make, full = _FAMILIES[family]
     if with_faults and make is _audit:

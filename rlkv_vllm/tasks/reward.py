@@ -19,12 +19,8 @@ class RewardedTask:
     """Problems of another task, scored by a function.
 
     The function is called as `function(completion=..., answer=..., messages=..., **extra)` and
-    returns a number in [0, 1], or a bool.
-
-    Args:
-        task: where the problems come from.
-        path: `package.module:function` or `package.module.function`; modules in the current
-            folder are found.
+    returns a number in [0, 1], or a bool. `path` is `package.module:function` or
+    `package.module.function`; modules in the current folder are found.
 
     Raises:
         RlkvError: there is no such function or it does not take these arguments.
@@ -39,11 +35,7 @@ class RewardedTask:
         self._check_signature()
 
     def score(self, text: str, problem: Problem) -> float:
-        """What the function returns.
-
-        Raises:
-            RlkvError: it fails or returns anything but a number in [0, 1].
-        """
+        """What the function returns; an `RlkvError` if it fails or that is no number in [0, 1]."""
         try:
             value = self._function(
                 completion=text,

@@ -20,12 +20,9 @@ REWARD_ARGUMENTS = ("completion", "answer", "messages")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read.
+    """Columns of the questions (texts or lists of chat messages) and answers (texts or numbers).
 
-    Attributes:
-        prompt: of the questions: texts, or lists of chat messages.
-        answer: of the answers: texts or numbers.
-        with_others: whether `Problem.extra` has the other columns, for a reward.
+    `with_others`: whether `Problem.extra` has the other columns, for a reward.
     """
 
     prompt: str = "prompt"
@@ -44,12 +41,7 @@ class Columns:
             )
 
     def problem(self, row: Mapping[str, Any]) -> Problem:
-        """The problem of a row.
-
-        Raises:
-            UnusablePrompt: the prompt is empty, or neither text nor messages.
-            UnusableAnswer: the answer is empty, or neither text nor a finite number.
-        """
+        """The problem of a row; raises `UnusablePrompt` or `UnusableAnswer`."""
         messages, answer = _messages(row[self.prompt]), _answer(row[self.answer])
         if not self.with_others:
             return Problem(messages, answer)
@@ -61,26 +53,19 @@ class Columns:
 
 
 class UnusablePrompt(ValueError):
-    """A row has no prompt."""
+    """The prompt of a row is empty, or neither text nor messages."""
 
 
 class UnusableAnswer(ValueError):
-    """A row has no answer to compare with."""
+    """The answer of a row is empty, or neither text nor a finite number."""
 
 
 @dataclass(frozen=True)
 class RowsTask:
     """Problems sampled from rows, checked as `is_equivalent` does.
 
-    Attributes:
-        name: what reports call it.
-        where: what errors call it.
-        count: number of usable rows.
-        problem: the problem of a usable row, by its index.
-        skipped: why rows cannot be used, one reason per row.
-
-    Raises:
-        RlkvError: no row can be used.
+    Reports call it `name`, errors `where`. `problem` makes the problem of one of `count` usable
+    rows; `skipped` has a reason for each other row. An `RlkvError` if no row can be used.
     """
 
     name: str

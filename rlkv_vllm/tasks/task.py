@@ -14,10 +14,8 @@ SOLVED = 0.999
 class Problem:
     """A question in chat form and its final answer.
 
-    Attributes:
-        messages: role and content of each chat message.
-        answer: the final answer.
-        extra: what else the scoring of its task needs, fit for JSON; not compared.
+    `messages` have role and content. `extra` is what else the scoring of its task needs, fit for
+    JSON; it is not compared.
     """
 
     messages: list[dict[str, str]]

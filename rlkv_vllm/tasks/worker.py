@@ -85,7 +85,6 @@ def _math(request: dict[str, Any]) -> dict[str, Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     latex = LatexExtractionConfig(boxed_match_priority=0)
-
     gold = parse(f"\\boxed{{{request['gold']}}}", [latex], parsing_timeout=None)
     if not gold:
         return {"score": 0.0}

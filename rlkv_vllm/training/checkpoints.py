@@ -26,10 +26,7 @@ def mark_complete(folder: Path, step: int) -> None:
 def last_checkpoint(output: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
     """The newest whole checkpoint; `say` hears of the newer ones and what is wrong with them.
 
-    None if no checkpoint was ever written to its end.
-
-    Raises:
-        RlkvError: some were written to their end, and none of them is whole.
+    None if no checkpoint was ever written to its end, an `RlkvError` if none of those is whole.
     """
     found = [folder for folder in output.glob("checkpoint-*") if folder.name[11:].isdigit()]
     faults = []
@@ -61,9 +58,8 @@ def _fault(folder: Path) -> str | None:
         if not path.is_file():
             return f"{one_line(name)} is missing"
         if _sha256(path) != digest:
-            return f"{one_line(name)} is " + (
-                "cut off or changed" if path.stat().st_size else "empty"
-            )
+            state = "cut off or changed" if path.stat().st_size else "empty"
+            return f"{one_line(name)} is {state}"
     return None
 
 

@@ -18,23 +18,14 @@ from rlkv_vllm.rollouts.config import RolloutConfig
 
 DOCS = "docs/train.md"
 #: What `trainer` may not set: the job decides it.
+# fmt: off
 _RESERVED = (
-    "output_dir",
-    "seed",
-    "use_vllm",
-    "vllm_importance_sampling_correction",
-    "beta",
-    "logging_steps",
-    "logging_strategy",
-    "report_to",
-    "disable_tqdm",
-    "do_eval",
-    "eval_strategy",
-    "load_best_model_at_end",
-    "num_iterations",
-    "use_transformers_continuous_batching",
+    "output_dir", "seed", "use_vllm", "vllm_importance_sampling_correction", "beta",
+    "logging_steps", "logging_strategy", "report_to", "disable_tqdm", "do_eval", "eval_strategy",
+    "load_best_model_at_end", "num_iterations", "use_transformers_continuous_batching",
     "use_transformers_paged",
 )
+# fmt: on
 
 
 class TaskConfig(Section):
@@ -142,21 +133,13 @@ class TrainConfig(JobConfig):
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply the changes of the command line (`rlkv_vllm.options.override`).
-
-    Raises:
-        RlkvError: naming file or change, the key and what is allowed.
-    """
+    """Read a YAML file and apply changes of the command line (`override`); see `make_config`."""
     content = read_options(path, f"the YAML file of a training job ({DOCS})")
     return make_config(override(content, changes), one_line(path))
 
 
 def make_config(content: Mapping[str, Any], where: str) -> TrainConfig:
-    """Check the options of a job.
-
-    Raises:
-        RlkvError: naming `where`, the key and what is allowed.
-    """
+    """Check the options of a job; an `RlkvError` names `where`, the key and what is allowed."""
     content = dict(content)
     refine = content.get("refine")
     if isinstance(refine, dict) and refine.get("enabled"):

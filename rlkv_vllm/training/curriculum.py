@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.files import read_json_object, write_bytes_atomic
+from rlkv_vllm.files import read_json_object
 from rlkv_vllm.store import Store
 from rlkv_vllm.tasks import Problem
 from rlkv_vllm.training.solver import Solver
@@ -59,15 +59,9 @@ def make_curriculum(
 
     Reads what an earlier call with the same settings left in `output`, finished or not.
 
-    Args:
-        solver: model and task.
-        output: folder of `curriculum.jsonl` (kept problems) and `curriculum.json` (figures).
-        n: problems to try.
-        keep: stop as soon as all processes together have solved so many; None tries all.
-        sampling: of the answers; its seed is that of the problems too.
-        batch_size: problems answered together.
-        processes: that share the work.
-        report: called with (problems answered, problems in all, "N solved").
+    `processes` share the work and stop as soon as they have solved `keep` together; None tries all.
+    The seed of `sampling` is that of the problems too. `report` is called with (problems answered,
+    problems in all, "N solved").
 
     Raises:
         RlkvError: nothing is solved, or the files in `output` have other settings.
@@ -173,8 +167,7 @@ def _finish(
         "sha256": hashlib.sha256(text).hexdigest(),
     }
     # Problems first: where the summary is, the curriculum is finished.
-    write_bytes_atomic({summary.path.with_name(KEPT_FILE): text})
-    summary.save()
+    summary.save({summary.path.with_name(KEPT_FILE): text})
 
 
 def _load(summary: Store) -> Curriculum:

@@ -8,12 +8,7 @@ import math
 def penalty_weight(reward: float, reg: float, tau: float) -> float:
     """What ``mean|gate|`` is multiplied with in the loss (RLKV, arXiv 2510.08525, section 3.3).
 
-    Args:
-        reward: mean reward of the batch, over all processes.
-        reg: strength.
-        tau: reward below which nothing is penalised, so that the policy can recover.
-
-    Returns:
-        ``reg * (exp(reward) - 1)`` above `tau`, else 0.
+    `reward` is the mean of the batch, over all processes. Below `tau` nothing is penalised, so that
+    the policy can recover.
     """
     return reg * math.expm1(reward) if reward > tau else 0.0

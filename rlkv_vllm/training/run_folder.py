@@ -22,10 +22,8 @@ class RunFolder:
 
     `metrics` has a mapping per training step, `gates` (step, gates ``[layers][KV heads]``), both
     in order. `refinement` is the result of the search, empty before its end; `config` the text of
-    run.yaml; `missing` what is not there or not readable, in words.
-
-    Raises:
-        RlkvError: there is no such folder, or nothing of a run in it.
+    run.yaml; `missing` what is not there or not readable, in words. An `RlkvError` if there is no
+    such folder, or nothing of a run in it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -106,11 +106,8 @@ def best_gates(output: Path, tau: float, average_steps: int) -> tuple[list[list[
     it; a run that did not collapse has its very last steps. The penalty makes later gates the
     more telling ones.
 
-    Returns:
-        Gates ``[layers][KV heads]``, averaged over `average_steps` up to that step, and the step.
-
-    Raises:
-        RlkvError: if no step qualifies.
+    Returns gates ``[layers][KV heads]``, averaged over `average_steps` up to that step, and the
+    step; an `RlkvError` if no step qualifies.
     """
     tables = {row["step"]: row["gates"] for row in _read(output / GATES_LOG_FILE)}
     # A kill or a damaged log may leave a step with figures and no gates.

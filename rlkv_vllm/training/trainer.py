@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,8 @@ class RlkvTrainer(GRPOTrainer):
         """As transformers'."""
         if self.rollouts is None:
             return super().train(*args, **kwargs)
-        self._queue = RolloutQueue(self.rollouts)
-        try:
+        with closing(RolloutQueue(self.rollouts)) as self._queue:
             return super().train(*args, **kwargs)
-        finally:
-            self._queue.close()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
