@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from rlkv_vllm.cli.quick import print_next, quick_option, say_start
+from rlkv_vllm.cli.quick import quick_option, say_start
+from rlkv_vllm.cli.tables import new_table, print_next, print_plain
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import check_writable
 
@@ -122,7 +123,6 @@ def bench(
     from rlkv_vllm.bench.run import run
     from rlkv_vllm.bench.target import Options
     from rlkv_vllm.cli.sizes import parse_size
-    from rlkv_vllm.cli.tables import new_table, print_plain
 
     is_cuda, is_full = has_cuda(), suite == "full"
     options = Options(

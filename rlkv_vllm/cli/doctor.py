@@ -27,7 +27,7 @@ def doctor(
         checks = [asdict(finding) for finding in findings]
         typer.echo(json.dumps({"ok": ok, "checks": checks}, indent=2))
     elif ok:
-        print_next("rlkv", "serve")
+        print_next("serve")
     else:
         typer.echo("next: repair what failed, then run rlkv doctor again")
     raise typer.Exit(0 if ok else 1)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlkv_vllm.cli.quick import print_next, quick_option, say_start
+from rlkv_vllm.cli.quick import quick_option, say_start
+from rlkv_vllm.cli.tables import new_table, print_next, print_plain
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import check_writable
 
@@ -227,7 +228,6 @@ def _require_folder(flag: str, path: Path) -> None:
 
 
 def _print_table(title: str, rows: Sequence[Row]) -> None:
-    from rlkv_vllm.cli.tables import new_table, print_plain
 
     table = new_table("profile", *_COLUMNS)
     table.title = title

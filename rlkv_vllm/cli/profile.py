@@ -72,7 +72,7 @@ def list_() -> None:
         shown = "-" if sparsity is None else f"{sparsity:g}"
         table.add_row(name, model.id, shape, profile.provenance.method, shown)
     print_plain(table)
-    print_next("rlkv", "profile", "show", next(iter(found)))
+    print_next("profile", "show", next(iter(found)))
 
 
 @app.command()
@@ -125,7 +125,7 @@ def show(
         print_plain(rows)
     if allocation is None:
         print_plain("no recommended sparsity: pass --sparsity to see the full heads")
-        print_next("rlkv", "profile", "show", profile, "--sparsity", "0.5")
+        print_next("profile", "show", profile, "--sparsity", "0.5")
         return
     heads = new_table("layer", "full heads", f"ids at sparsity {sparsity:g}")
     for layer, ids in enumerate(allocation.full):
@@ -223,7 +223,7 @@ def export(
     export_duo_attention(loaded, output, sparsity)
     print_plain(f"{output}: {DUO_FILE} and {DUO_CONFIG} ({format_.value})")
     model = _model_of(loaded)
-    print_next("rlkv", "profile", "import", str(output), "--model", model, "-o", "again.json")
+    print_next("profile", "import", str(output), "--model", model, "-o", "again.json")
 
 
 @app.command()
@@ -371,7 +371,7 @@ def _print_serve(
     if sparsity is None and recommended is None:
         sparsity = 0.5
     flags = [] if sparsity in (None, recommended) else ["--sparsity", f"{sparsity:g}"]
-    command = ["rlkv", "serve", model or _model_of(profile), "--profile", name]
+    command = ["serve", model or _model_of(profile), "--profile", name]
     print_next(*command, *flags, *more)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import typer
@@ -32,8 +31,3 @@ def say_start(ctx: typer.Context, doing: str) -> None:
     if changed:
         typer.echo(f"--quick: {', '.join(changed)}", err=True)
     typer.echo(f"{doing} (loading libraries takes some seconds)", err=True)
-
-
-def print_next(*words: str) -> None:
-    """Print the command to run next; empty words are left out."""
-    typer.echo(f"next: {shlex.join(['rlkv', *filter(None, words)])}")

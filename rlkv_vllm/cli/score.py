@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from rlkv_vllm.cli.progress import StageProgress, print_evaluation
-from rlkv_vllm.cli.quick import print_next, quick_option, say_start
+from rlkv_vllm.cli.quick import quick_option, say_start
+from rlkv_vllm.cli.tables import print_next
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import check_writable
 from rlkv_vllm.scorers import METHODS

@@ -59,7 +59,7 @@ def train(
         f"{output}: {metrics['weights']}, solves {accuracy['full'][task]:.1%} of {measure} fresh "
         f"problems, {accuracy['streaming'][task]:.1%} with all heads streaming"
     )
-    print_next("rlkv", "score", str(output), "-o", "profile.json")
+    print_next("score", str(output), "-o", "profile.json")
 
 
 @app.command()
