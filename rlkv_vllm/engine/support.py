@@ -64,8 +64,10 @@ def _wants_another_layout(_: VllmConfig) -> bool:
 def _uses_another_backend(config: VllmConfig) -> bool:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    if not _is_cuda():
+        return False
     attention, allowed = config.attention_config, (None, AttentionBackendEnum.CUSTOM)
-    return _is_cuda() and bool(attention.backend_per_kind or attention.backend not in allowed)
+    return bool(attention.backend_per_kind or attention.backend not in allowed)
 
 
 def _cache_is_fp8(config: VllmConfig) -> bool:

@@ -39,6 +39,8 @@ RUN = {
     "curl http://127.0.0.1:8000/v1/chat/completions",  # its question stands in the page
 }
 PARSED = {
+    "rlkv --install-completion",
+    "rlkv profile",
     "docker compose -f deploy/compose.yaml up --build --wait",
     "make test",
     "pip install '.[cpu]'",

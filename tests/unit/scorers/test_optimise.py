@@ -98,7 +98,7 @@ def optimise(
             WINDOW,
             seed,
             GateTraining(steps=steps, learning_rate=rate, batch_size=batch_size),
-            lambda step, total: done.append(step),
+            lambda step, total, figures: done.append(step),
         )
         means = optimise_gates(gates, given, recorded)
         last = gates.values()
