@@ -66,6 +66,8 @@ def check_writable(flag: str, *paths: Path) -> None:
     """
     for path in paths:
         target = Path(os.path.realpath(path))
+        if os.path.isdir(target):
+            raise RlkvError(f"{flag} {one_line(path)}: is a folder: name a file in it")
         if os.path.exists(target) and not os.path.isfile(target):
             raise RlkvError(f"{flag} {one_line(path)}: not a plain file: choose another file")
         try:

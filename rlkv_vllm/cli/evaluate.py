@@ -220,8 +220,6 @@ def evaluate(
 
 
 def _require_folder(flag: str, path: Path) -> None:
-    if path.is_dir():
-        raise RlkvError(f"{flag} {path}: is a folder: name a file in it")
     if not path.parent.is_dir():
         raise RlkvError(f"{flag} {path}: there is no folder {path.parent}: make it first")
     check_writable(flag, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlkv_vllm.cli.tables import print_next
 from rlkv_vllm.errors import RlkvError
 
 if TYPE_CHECKING:
@@ -118,15 +118,14 @@ def print_result(profile: HeadProfile | None, job: JobConfig, max_tokens: object
     served = {"revision": job.revision} if job.revision else {}
     if profile.recommended_sparsity is None:
         served["sparsity"] = "0.5"
-    typer.echo(f"next: {_command('eval', given, asked)}")
-    typer.echo(f"  or: {_command('serve', given, served)}")
+    print_next("eval", *given, *_flags(asked))
+    print_next("serve", *given, *_flags(served), lead="  or")
 
 
-def _command(name: str, given: list[str], options: Mapping[str, object]) -> str:
-    flags = {"name": "task"}  # else those of the configuration
-    for key, value in options.items():
-        given = [*given, "--" + flags.get(key, key).replace("_", "-"), str(value)]
-    return shlex.join(["rlkv", name, *given])
+def _flags(options: Mapping[str, object]) -> list[str]:
+    names = {"name": "task"}  # else those of the configuration
+    pairs = {names.get(key, key).replace("_", "-"): str(value) for key, value in options.items()}
+    return [word for name, value in pairs.items() for word in (f"--{name}", value)]
 
 
 def print_evaluation(profile: HeadProfile) -> None:

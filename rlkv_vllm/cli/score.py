@@ -10,7 +10,6 @@ import typer
 from rlkv_vllm.cli.progress import StageProgress, print_evaluation
 from rlkv_vllm.cli.quick import quick_option, say_start
 from rlkv_vllm.cli.tables import print_next
-from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import check_writable
 from rlkv_vllm.scorers import METHODS
 
@@ -72,8 +71,6 @@ def score(
     from rlkv_vllm.allocation.heads import read_sparsities
 
     shares = tuple(read_sparsities(sparsities, "--sparsities"))
-    if output.is_dir():
-        raise RlkvError(f"--output {output}: is a folder: name a file in it, e.g. profile.json")
     check_writable("--output", output)
     say_start(ctx, f"scoring the heads of {model} with {method}: {n} problems of task {task}")
 

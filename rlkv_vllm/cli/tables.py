@@ -40,6 +40,6 @@ def print_plain(content: Table | str) -> None:
     console.print(content, soft_wrap=isinstance(content, str))
 
 
-def print_next(*words: str) -> None:
+def print_next(*words: str, lead: str = "next") -> None:
     """The last line of a command: what to run next, after `rlkv`; empty words are left out."""
-    print_plain(f"next: {shlex.join(['rlkv', *filter(None, words)])}")
+    print_plain(f"{lead}: {shlex.join(['rlkv', *filter(None, words)])}")

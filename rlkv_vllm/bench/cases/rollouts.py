@@ -133,15 +133,12 @@ class RolloutsCase(Case):
         else:
             from transformers import AutoTokenizer
 
+            from rlkv_vllm.hf.answers import prompt_ids
+
             tokenizer = AutoTokenizer.from_pretrained(engine.model)
             ends = (tokenizer.eos_token_id,)
             problems = get_task(point["task"]).problems(point["prompts"], 1)
-            prompts = [
-                tokenizer.apply_chat_template(
-                    problem.messages, add_generation_prompt=True, return_dict=False
-                )
-                for problem in problems
-            ]
+            prompts = prompt_ids(tokenizer, problems)
         state = prompts, ends, load_model_fingerprint(engine.model), random.Random(1)
         self.turn(engine, point | {"tokens": 8}, state)
         return state
