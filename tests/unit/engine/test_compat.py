@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 SCRIPT = """
-import atexit, multiprocessing, os
+import atexit, gc, multiprocessing, os
+
+def late():  # after what is registered later
+    os.write(1, b"frozen" if gc.get_freeze_count() else b"to be collected")
+    os.write(2, b"leaked instance")
 
 def child():
     from rlkv_vllm.engine.compat import exit_without_collecting
-    atexit.register(os.write, 2, b"leaked instance")  # runs after what is registered later
+    atexit.register(late)
     exit_without_collecting()
     os.write(2, b"a message")
 
@@ -23,10 +27,11 @@ if __name__ == "__main__":
 """
 
 
-def test_an_engine_ends_without_the_noise_of_libraries(tmp_path: Path) -> None:
+def test_an_engine_ends_without_a_collection_and_the_noise_of_libraries(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, str(path)], capture_output=True, text=True, check=True, timeout=60
     )
+    assert done.stdout == "frozen"
     assert done.stderr == "a message"

@@ -7,8 +7,9 @@ from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 
-from rlkv_vllm.serving.guard import OPEN_ROUTES, guard_routes
+from rlkv_vllm.serving.guard import guard_routes
 
+OPEN = {"/health", "/rlkv", "/metrics"}
 ROUTES = ("/health", "/rlkv", "/metrics", "/v1/models", "/invocations", "/tokenize", "/new_route")
 
 
@@ -30,7 +31,7 @@ def open_to_all(client: TestClient) -> set[str]:
 
 
 def test_every_route_needs_the_key_but_three() -> None:
-    assert open_to_all(client()) == OPEN_ROUTES
+    assert open_to_all(client()) == OPEN
     for key, status in (("k", 200), ("K", 401), ("", 401)):
         answer = client().post("/new_route", headers={"Authorization": f"Bearer {key}"})
         assert answer.status_code == status
@@ -45,7 +46,7 @@ def test_no_other_spelling_is_open(path: str) -> None:
 
 
 def test_metrics_can_be_guarded() -> None:
-    assert open_to_all(client(guard_metrics=True)) == OPEN_ROUTES - {"/metrics"}
+    assert open_to_all(client(guard_metrics=True)) == OPEN - {"/metrics"}
 
 
 @pytest.mark.parametrize("flags", [{"open_routes": True}, {"api_key": None}])
@@ -56,7 +57,7 @@ def test_open_routes(flags: dict[str, object], monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_key_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
-    assert open_to_all(client(api_key=None)) == OPEN_ROUTES
+    assert open_to_all(client(api_key=None)) == OPEN
 
 
 def test_a_server_of_vllm_serve_keeps_its_behaviour() -> None:
