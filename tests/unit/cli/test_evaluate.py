@@ -389,6 +389,7 @@ def test_quick_gives_smaller_defaults_and_says_so(engine: FakeEngine) -> None:
 
 
 def test_ends_with_the_next_command(engine: FakeEngine) -> None:
+    save_profile(make_profile(evaluation=[]), "one.json")
     more = ["--profile", "my=one.json", "--sparsity", "0.04"]
     last = ok(*more).splitlines()[-1]  # ten problems say too little
     assert last.startswith("next: rlkv refine one.json --model model")
