@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlkv_vllm.allocation.span import Span
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, read_json_object
 from rlkv_vllm.profile import hub
@@ -171,6 +174,60 @@ def default_sampling(model: str, revision: str | None = None) -> dict[str, Any]:
             )
         found_values[name] = value
     return found_values
+
+
+def choose_sampling(
+    model: str,
+    given: Mapping[str, Any],
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    samples: int = 1,
+    revision: str | None = None,
+) -> tuple[Sampling, str]:
+    """How answers of a model are sampled, and why so: as `given`, the rest as `default_sampling`.
+
+    Args:
+        model: a name, folder or Hub id.
+        given: parameters by the names of `Sampling`; None is not given.
+        max_tokens: limit of an answer.
+        seed: of the random numbers.
+        samples: answers per problem.
+        revision: of a model on the hub.
+
+    Raises:
+        RlkvError: a parameter is out of range, or means nothing in greedy decoding.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    flags = {name: f"--{name.replace('_', '-')}" for name in chosen}
+    if chosen.get("temperature") == 0:
+        defaults: dict[str, Any] = {}
+        why = f"{flags['temperature']} 0"
+    else:
+        defaults = default_sampling(model, revision)
+        why = "generation_config.json of the model"
+        if defaults["temperature"] == 0:
+            why = f"{why} does not say to sample"
+    try:
+        sampling = Sampling(max_tokens=max_tokens, seed=seed, **(defaults | chosen))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        where = flags.get(name, f"model {one_line(model)}: generation_config.json: {name}")
+        raise RlkvError(f"{where} {one_line(first['input'], 40)}: {first['msg']}") from error
+    if sampling.is_greedy:
+        drawn = [flag for name, flag in flags.items() if name in ("top_p", "top_k", "min_p")]
+        if samples > 1:
+            drawn.append(f"--samples {samples}")
+        if drawn:
+            raise RlkvError(
+                f"{', '.join(drawn)}: greedy decoding samples nothing ({why}): leave it out, or "
+                "give a --temperature above 0"
+            )
+    elif flags:
+        rest = "" if defaults.keys() <= chosen.keys() else f"; else {why}"
+        why = f"{', '.join(flags.values())}{rest}"
+    return sampling, why
 
 
 def _local_folder(model: str) -> Path | None:

@@ -97,17 +97,32 @@ def design_effect(differences: Sequence[int], samples: int) -> float:
     return min(float(samples), max(1.0, effect))
 
 
-def log_ratio_error(first: Sequence[float], second: Sequence[float]) -> float:
+def log_ratio_error(
+    first: Sequence[float],
+    second: Sequence[float],
+    longest: float | None = None,
+    level: float = 0.05,
+) -> float:
     """Standard error of ``log(mean(first) / mean(second))``, values paired by problem.
 
-    The delta method for a ratio of means; infinite for a single problem.
+    The delta method for a ratio of means; infinite for a single problem. It says nothing of large
+    values that are so rare that none or few are seen. With `longest`, the largest value that
+    `first` could have, the error is that of an upper bound at `level` that holds for them, too: a
+    value of this size more counts as often as in the score bound of a rate of rare events, half of
+    z squared in the mean and once in the variance.
     """
     n = len(first)
     if n < 2:
         return math.inf
-    ratio = sum(first) / sum(second)
-    rest = [a - ratio * b for a, b in zip(first, second, strict=True)]
-    return math.sqrt(sum(value * value for value in rest) / (n * (n - 1))) * n / sum(first)
+    total, base = sum(first), sum(second)
+    ratio = total / base
+    squares = sum((a - ratio * b) ** 2 for a, b in zip(first, second, strict=True))
+    variance = squares * n / (n - 1) / base**2  # of the ratio
+    if longest is None:
+        return math.sqrt(variance) / ratio
+    z = NormalDist().inv_cdf(1 - level)
+    more = max(0.0, longest - total / n) / base
+    return math.log1p((more * z * z / 2 + z * math.sqrt(variance + more * more)) / ratio) / z
 
 
 def percentile_95(values: Sequence[int]) -> int:

@@ -89,7 +89,6 @@ class Row:
             "output_lengths": list(measured.output_tokens),
         }
 
-
     def _budget(self) -> dict[str, Any]:
         loss, length, cut = self.assessment.measures
         return {

@@ -197,9 +197,7 @@ def check_can_take_rows(choice: ProfileChoice) -> None:
         raise RlkvError(f"--write-rows: {path} cannot be written: copy it to a folder of yours")
 
 
-def write_rows(
-    candidates: Mapping[str, ProfileChoice], rows: Mapping[str, Sequence[Row]]
-) -> None:
+def write_rows(candidates: Mapping[str, ProfileChoice], rows: Mapping[str, Sequence[Row]]) -> None:
     """Put the rows, by label, into all profiles or none, as `with_rows`.
 
     Raises:

@@ -38,12 +38,15 @@ BEYOND = 1e-6
 class Scenario:
     """True curves at one sparsity, and the evaluation that is planned.
 
+    By default nothing is lost and all is easy to prove: only what a scenario says can fail.
+
     Attributes:
         changed: share of answers that are correct here or with the full cache, not both.
         loss: accuracy lost.
         cut_changed, more_cut: the same for answers cut off.
         length_ratio: mean output tokens against the full cache.
-        exploding: share of the answers that get longer; the others keep their length.
+        cap: length limit of an answer.
+        explodes: some answers run to the limit, all of a problem together; else all get longer.
         spread: standard deviation of the logarithm of a problem's length.
         samples: answers per problem.
         agreement: chance that an answer to a problem changes, if that problem's can.
@@ -51,13 +54,14 @@ class Scenario:
 
     name: str
     problems: int = 1800
-    changed: float = 0.02
+    changed: float = 0.0
     loss: float = 0.0
-    cut_changed: float = 0.01
+    cut_changed: float = 0.0
     more_cut: float = 0.0
     length_ratio: float = 1.0
-    exploding: float = 1.0
-    spread: float = 0.8
+    cap: int = 1500
+    explodes: bool = False
+    spread: float = 0.3
     samples: int = 1
     agreement: float = 1.0
 
@@ -78,43 +82,42 @@ SCENARIOS = [
         for changed in (0.021, 0.04, 0.1)
     ),
     *(
-        Scenario(
-            f"loss just beyond, {changed:.0%} change, 4 alike samples", n, changed,
-            BUDGET + BEYOND, samples=4, agreement=0.9,
-        )
+        Scenario(f"loss just beyond, 4 alike samples, {changed:.0%} change", n, changed,
+                 BUDGET + BEYOND, samples=4, agreement=0.9)
         for n in (400, 1800)
         for changed in (0.021, 0.04, 0.1)
     ),
     *(
-        Scenario(
-            f"cut off just beyond, {changed:.0%} change", n, cut_changed=changed,
-            more_cut=BUDGET + BEYOND,
-        )
+        Scenario(f"cut off just beyond, {changed:.0%} change", n, cut_changed=changed,
+                 more_cut=BUDGET + BEYOND)
         for n in (400, 1800)
         for changed in (0.021, 0.04)
     ),
     *(
         Scenario(f"length just beyond, spread {spread:g}", n, length_ratio=1.1 + BEYOND,
-                 spread=spread)
-        for n in (400, 1800)
+                 spread=spread, cap=8192, samples=samples)
+        for n, samples in ((400, 1), (1800, 1), (400, 4))
         for spread in (0.5, 1.0, 1.5)
     ),
     *(
-        Scenario(
-            f"length just beyond, {share:.0%} of answers explode", n, length_ratio=1.1 + BEYOND,
-            exploding=share, samples=samples,
-        )
+        Scenario(f"length just beyond, some run to {cap:,} tokens", n, length_ratio=1.1 + BEYOND,
+                 spread=0.8, cap=cap, explodes=True, samples=samples)
         for n, samples in ((400, 1), (1800, 1), (400, 4))
-        for share in (0.02, 0.1)
+        for cap in (2048, 4096, 16384)
     ),
 ]  # fmt: skip
 #: Sparsities that lose nothing, at the number of problems that is announced for them.
 GOOD = [
-    Scenario("no loss, 2% change", 502),
-    Scenario("no loss, 2% change, n of 10%", 1800),
-    Scenario("no loss, 10% change", 1800, 0.1),
-    Scenario("no loss, 10% change, 4 samples", 1800, 0.1, samples=4, agreement=0.5),
-]
+    Scenario(name, n, changed, cut_changed=0.01, cap=8192, spread=0.8, samples=samples,
+             agreement=0.5 if samples > 1 else 1.0)
+    for name, n, changed, samples in (
+        ("no loss, 2% change", 502, 0.02, 1),
+        ("no loss, 2% change", 1800, 0.02, 1),
+        ("no loss, 4% change", 1800, 0.04, 1),
+        ("no loss, 10% change", 1800, 0.1, 1),
+        ("no loss, 10% change, 4 samples", 1800, 0.1, 4),
+    )
+]  # fmt: skip
 
 
 def _changes(
@@ -130,6 +133,25 @@ def _changes(
     return up.astype(int) - down
 
 
+def _scales(rng: np.random.Generator, scenario: Scenario, problems: int) -> np.ndarray:
+    return 400 * np.exp(scenario.spread * rng.standard_normal((problems, 1)))
+
+
+def _lengths(
+    rng: np.random.Generator, scenario: Scenario, scale: np.ndarray, samples: int
+) -> np.ndarray:
+    found = scale * np.exp(0.4 * rng.standard_normal((len(scale), samples)))
+    return np.minimum(found.round(), scenario.cap).astype(int)
+
+
+@cache
+def _exploding(scenario: Scenario) -> float:
+    """Share of problems whose answers run to the limit, for the ratio of the scenario."""
+    rng = np.random.default_rng(0)
+    mean = _lengths(rng, scenario, _scales(rng, scenario, 1_000_000), 1).mean()
+    return float((scenario.length_ratio - 1) / (scenario.cap / mean - 1))
+
+
 def draw(scenario: Scenario, rng: np.random.Generator) -> tuple[Measurement, Measurement]:
     """Answers to all planned problems: with the full cache, and with the split one."""
     shape = scenario.problems, scenario.samples
@@ -139,16 +161,17 @@ def draw(scenario: Scenario, rng: np.random.Generator) -> tuple[Measurement, Mea
     full_correct, correct = np.where(lost, lost > 0, same), np.where(lost, lost < 0, same)
     cut = _changes(rng, scenario, scenario.cut_changed, scenario.more_cut)
     full_cut, new_cut = cut < 0, cut > 0
-    scale = 500 * np.exp(scenario.spread * rng.standard_normal((scenario.problems, 1)))
-    full_length = scale * np.exp(0.4 * rng.standard_normal(shape))
-    length = scale * np.exp(0.4 * rng.standard_normal(shape))
-    exploding = rng.random(shape) < scenario.exploding
-    length *= np.where(exploding, 1 + (scenario.length_ratio - 1) / scenario.exploding, 1)
+    scale = _scales(rng, scenario, scenario.problems)
+    full_length, length = (_lengths(rng, scenario, scale, scenario.samples) for _ in range(2))
+    if scenario.explodes:
+        length[rng.random(scenario.problems) < _exploding(scenario)] = scenario.cap
+    else:
+        length = (length * scenario.length_ratio).round().astype(int)
     return tuple(  # type: ignore[return-value]
         Measurement(a.ravel().tolist(), b.ravel().tolist(), c.ravel().tolist(), 1.0, shape[1])
         for a, b, c in (
-            (full_correct, full_length.round().astype(int), full_cut),
-            (correct, length.round().astype(int), new_cut),
+            (full_correct, full_length, full_cut),
+            (correct, length, new_cut),
         )
     )
 
@@ -198,7 +221,7 @@ def _splits(sparsities: tuple[float, ...]) -> list[Split]:
 
 
 def evaluate(
-    problems: int, answers: Sequence[Measurement], sparsities: tuple[float, ...]
+    problems: int, answers: Sequence[Measurement], sparsities: tuple[float, ...], cap: int = 1500
 ) -> list[Row]:
     """The rows of `rlkv eval --max-loss 2%`: `answers` of the full cache and each sparsity."""
     splits = _splits(sparsities)
@@ -209,7 +232,7 @@ def evaluate(
         yield partial(_part, given[split.digest])
 
     rows = _Rows()
-    sampling = Sampling(max_tokens=4096, temperature=0.6)
+    sampling = Sampling(max_tokens=cap, temperature=0.6)
     make_row = partial(evaluation_row, "planted", seed=1, sampling=sampling)
     sweep.run(splits, opened, _NoRecord(), schedule(problems, BUDGET), make_row, rows)
     return rows
@@ -220,7 +243,7 @@ def run(scenario: Scenario, draws: int, seed: int = 0) -> Figures:
     rng = np.random.default_rng(seed)
     proven = violated = problems = 0
     for _ in range(draws):
-        rows = evaluate(scenario.problems, draw(scenario, rng), (0.5,))
+        rows = evaluate(scenario.problems, draw(scenario, rng), (0.5,), scenario.cap)
         assessments = [row.assessment for row in rows]
         proven += largest_within(assessments, Verdict.PROVEN) == 0.5
         violated += rows[-1].verdict is Verdict.VIOLATED
