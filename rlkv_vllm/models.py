@@ -184,6 +184,7 @@ def choose_sampling(
     seed: int = 0,
     samples: int = 1,
     revision: str | None = None,
+    prefix: str = "--",
 ) -> tuple[Sampling, str]:
     """How answers of a model are sampled, and why so: as `given`, the rest as `default_sampling`.
 
@@ -194,12 +195,14 @@ def choose_sampling(
         seed: of the random numbers.
         samples: answers per problem.
         revision: of a model on the hub.
+        prefix: of the parameters' names in errors: flags, or a section such as ``sampling.``.
 
     Raises:
         RlkvError: a parameter is out of range, or means nothing in greedy decoding.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    flags = {name: f"--{name.replace('_', '-')}" for name in chosen}
+    is_flag = prefix == "--"
+    flags = {name: prefix + (name.replace("_", "-") if is_flag else name) for name in chosen}
     if chosen.get("temperature") == 0:
         defaults: dict[str, Any] = {}
         why = f"{flags['temperature']} 0"
@@ -218,11 +221,11 @@ def choose_sampling(
     if sampling.is_greedy:
         drawn = [flag for name, flag in flags.items() if name in ("top_p", "top_k", "min_p")]
         if samples > 1:
-            drawn.append(f"--samples {samples}")
+            drawn.append(f"{prefix}samples {samples}")
         if drawn:
             raise RlkvError(
                 f"{', '.join(drawn)}: greedy decoding samples nothing ({why}): leave it out, or "
-                "give a --temperature above 0"
+                f"give a {prefix}temperature above 0"
             )
     elif flags:
         rest = "" if defaults.keys() <= chosen.keys() else f"; else {why}"

@@ -237,13 +237,12 @@ def evaluate(
         "dtype": options.get("dtype"),
         "reward": reward,
         "samples": samples,
-        "by": by.value,
         "tensor_parallel_size": tensor_parallel_size,
     }
     settings: dict[str, Any] = {}
     if outputs:  # takes the digest of the weights
         settings = sweep.settings_of(
-            fingerprint, source, chosen.name, problems, seed, sampling, schedule, changing
+            fingerprint, source, chosen.name, problems, seed, sampling, schedule, by, changing
         )
     record = Record(outputs, settings, fresh=fresh)
 
@@ -251,7 +250,7 @@ def evaluate(
     title += sampling.describe() + each
     if tensor_parallel_size > 1:
         title += f", {tensor_parallel_size} ranks"
-    teller = Teller(len(splits), schedule)
+    teller = Teller(len(splits), schedule, max_tokens)
     make_row = partial(
         evaluation_row,
         chosen.name,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from rlkv_vllm.cli.tables import new_table, print_plain
+from rlkv_vllm.evaluation.conclusion import length_note
 from rlkv_vllm.evaluation.looks import Schedule
 from rlkv_vllm.evaluation.record import Row
 from rlkv_vllm.evaluation.splits import Split
@@ -26,9 +27,9 @@ _NOTE = (
 class Teller:
     """Tells of finished rows, and keeps them."""
 
-    def __init__(self, splits: int, schedule: Schedule) -> None:
+    def __init__(self, splits: int, schedule: Schedule, max_tokens: int) -> None:
         self.rows: list[Row] = []
-        self._splits, self._schedule = splits, schedule
+        self._splits, self._schedule, self._max_tokens = splits, schedule, max_tokens
         self._done = 0
 
     def on_look(self, row: Row) -> None:
@@ -50,6 +51,9 @@ class Teller:
             f"{measured.solved} of {len(measured.correct)} solved, "
             f"{measured.mean_output_tokens:.0f} tokens on average ({how})",
         )
+        note = length_note(measured, self._max_tokens, self._schedule)
+        if row.split.sparsity == 0 and note:
+            typer.echo(note, err=True)
 
     def on_left_out(self, split: Split, violated: float) -> None:
         """A line that says why."""

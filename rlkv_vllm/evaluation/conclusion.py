@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlkv_vllm.evaluation.looks import FEW_CHANGE, MANY_CHANGE, Schedule, problems_needed
+from rlkv_vllm.evaluation.looks import (
+    FEW_CHANGE,
+    MANY_CHANGE,
+    Schedule,
+    problems_for_length,
+    problems_needed,
+)
 from rlkv_vllm.profile.budget import Assessment, Verdict, largest_within
+from rlkv_vllm.tasks.measurement import Measurement
 
 
 def announce(plan: Schedule, wanted: int) -> list[str]:
@@ -29,6 +36,20 @@ def announce(plan: Schedule, wanted: int) -> list[str]:
             "no answer changes"
         )
     return lines
+
+
+def length_note(full: Measurement, max_tokens: int, plan: Schedule) -> str | None:
+    """Once the full cache has answered: that the planned problems cannot prove the length."""
+    if not plan.stops or not full.mean_output_tokens:
+        return None
+    mean = full.mean_output_tokens
+    needed = problems_for_length(mean, max_tokens, plan.looks[-1].level)
+    if needed <= plan.problems:
+        return None
+    return (
+        f"answers have {mean:.0f} tokens on average and may have {max_tokens:,}: to prove that "
+        f"they get no longer takes {needed:,} problems or more; a lower --max-tokens needs fewer"
+    )
 
 
 def conclude(label: str, assessments: Sequence[Assessment], max_loss: float) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
 
-from rlkv_vllm.profile.budget import CORRECTION, LEVEL, MAX_LOSS, MAX_MORE_CUT
+from rlkv_vllm.profile.budget import CORRECTION, LEVEL, MAX_LENGTH_RATIO, MAX_LOSS, MAX_MORE_CUT
 from rlkv_vllm.statistics import tango_bounds, tango_variance
 
 #: When answers are looked at, as shares of the planned problems.
@@ -137,6 +137,16 @@ def problems_needed(
     away += normal.inv_cdf(power) * math.sqrt(changed)
     root = (away + math.sqrt(away * away + 4 * max_loss * CORRECTION)) / (2 * max_loss)
     return math.ceil(root * root)
+
+
+def problems_for_length(mean: float, longest: int, level: float = LEVEL) -> int:
+    """Problems from which the length of answers can be proven, if they get no longer at all.
+
+    The more tokens an answer may have (`longest`) relative to the `mean`, the more could be hidden
+    in a few long answers that none of the problems shows (`log_ratio_error`).
+    """
+    z = NormalDist().inv_cdf(1 - level)
+    return math.ceil((longest / mean - 1) * (z * z / 2 + z) / (MAX_LENGTH_RATIO - 1))
 
 
 def planned_problems(max_loss: float) -> int:

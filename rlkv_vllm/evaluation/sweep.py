@@ -7,10 +7,12 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlkv_vllm.answers import Sampling
+from rlkv_vllm.engine.compat import installed_vllm
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.looks import Schedule
 from rlkv_vllm.evaluation.record import Record, Row
@@ -139,12 +141,17 @@ def settings_of(
     seed: int,
     sampling: Sampling,
     plan: Schedule,
+    by: str,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The settings that all rows of one table share; not the budget: bounds hold for all of them.
 
-    `source` is the folder or Hub id of the weights; `options` are all others that change answers.
+    `source` is the folder or Hub id of the weights, `by` what answers: "engine" or "mask";
+    `options` are all others that change answers.
     """
+    writer = (
+        {"vllm": installed_vllm()} if by == "engine" else {"transformers": version("transformers")}
+    )
     asked = [[problem.messages, problem.answer] for problem in problems]
     return {
         "model": model.id,
@@ -156,6 +163,8 @@ def settings_of(
         **sampling.model_dump(exclude={"seed", "stop_token_ids"}),
         "looks": [[look.problems, look.level] for look in plan.looks],
         **options,
+        "by": by,
+        **writer,
     }
 
 

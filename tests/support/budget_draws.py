@@ -94,13 +94,13 @@ SCENARIOS = [
         for changed in (0.021, 0.04)
     ),
     *(
-        Scenario(f"length just beyond, spread {spread:g}", n, length_ratio=1.1 + BEYOND,
+        Scenario(f"length just beyond, {samples} samples, spread {spread:g}", n, length_ratio=1.1 + BEYOND,
                  spread=spread, cap=8192, samples=samples)
         for n, samples in ((400, 1), (1800, 1), (400, 4))
         for spread in (0.5, 1.0, 1.5)
     ),
     *(
-        Scenario(f"length just beyond, some run to {cap:,} tokens", n, length_ratio=1.1 + BEYOND,
+        Scenario(f"length just beyond, {samples} samples, some of {cap:,} tokens", n, length_ratio=1.1 + BEYOND,
                  spread=0.8, cap=cap, explodes=True, samples=samples)
         for n, samples in ((400, 1), (1800, 1), (400, 4))
         for cap in (2048, 4096, 16384)
@@ -108,14 +108,18 @@ SCENARIOS = [
 ]  # fmt: skip
 #: Sparsities that lose nothing, at the number of problems that is announced for them.
 GOOD = [
-    Scenario(name, n, changed, cut_changed=0.01, cap=8192, spread=0.8, samples=samples,
-             agreement=0.5 if samples > 1 else 1.0)
-    for name, n, changed, samples in (
-        ("no loss, 2% change", 502, 0.02, 1),
-        ("no loss, 2% change", 1800, 0.02, 1),
-        ("no loss, 4% change", 1800, 0.04, 1),
-        ("no loss, 10% change", 1800, 0.1, 1),
-        ("no loss, 10% change, 4 samples", 1800, 0.1, 4),
+    Scenario(
+        f"no loss, {changed:.0%} change, {samples} samples, at most {cap:,} tokens", n, changed,
+        cut_changed=0.01, cap=cap, spread=0.8, samples=samples,
+        agreement=0.5 if samples > 1 else 1.0,
+    )
+    for n, changed, samples, cap in (
+        (502, 0.02, 1, 2048),
+        (502, 0.02, 1, 8192),
+        (1800, 0.02, 1, 8192),
+        (1800, 0.04, 1, 8192),
+        (1800, 0.1, 1, 8192),
+        (1800, 0.1, 4, 8192),
     )
 ]  # fmt: skip
 

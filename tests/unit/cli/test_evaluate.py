@@ -270,6 +270,7 @@ def test_too_few_problems_are_told(engine: FakeEngine) -> None:
     assert "the task has 120 problems, not 1,800: all are asked\n" in result.stderr
     assert "120 problems can prove nothing: 180 are the least, if no answer" in result.stderr
     assert [look for look in engine.asked if look[0] == 0.25] == [(0.25, 0, 120)]
+    assert "answers have 160 tokens on average and may have 1,024: to prove" in result.stderr
     assert "no sparsity is proven or measured; 0.25 is undecided: loses 0.0 points" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("next: rlkv refine one.json")
 
