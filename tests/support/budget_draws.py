@@ -94,14 +94,14 @@ SCENARIOS = [
         for changed in (0.021, 0.04)
     ),
     *(
-        Scenario(f"length just beyond, {samples} samples, spread {spread:g}", n, length_ratio=1.1 + BEYOND,
-                 spread=spread, cap=8192, samples=samples)
+        Scenario(f"length just beyond, {samples} samples, spread {spread:g}", n,
+                 length_ratio=1.1 + BEYOND, spread=spread, cap=8192, samples=samples)
         for n, samples in ((400, 1), (1800, 1), (400, 4))
         for spread in (0.5, 1.0, 1.5)
     ),
     *(
-        Scenario(f"length just beyond, {samples} samples, some of {cap:,} tokens", n, length_ratio=1.1 + BEYOND,
-                 spread=0.8, cap=cap, explodes=True, samples=samples)
+        Scenario(f"length just beyond, {samples} samples, some of {cap:,} tokens", n,
+                 length_ratio=1.1 + BEYOND, spread=0.8, cap=cap, explodes=True, samples=samples)
         for n, samples in ((400, 1), (1800, 1), (400, 4))
         for cap in (2048, 4096, 16384)
     ),
