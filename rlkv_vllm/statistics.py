@@ -57,7 +57,7 @@ def tango_bounds(
 
     def bound(side: int) -> float:
         inside, outside = estimate, float(side)
-        for _ in range(50):
+        for _ in range(40):
             middle = (inside + outside) / 2
             if -side * score(middle, side * correction) < z:
                 inside = middle

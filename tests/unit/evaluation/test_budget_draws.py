@@ -14,7 +14,7 @@ from tests.support.budget_draws import BEYOND, BUDGET, Scenario, draw, evaluate,
 
 DRAWS = 1000
 LOSS = Scenario("loss", 400, 0.04, BUDGET + BEYOND)
-SAMPLED = Scenario("sampled", 300, 0.1, BUDGET + BEYOND, samples=4, agreement=0.9)
+SAMPLED = Scenario("sampled", 240, 0.1, BUDGET + BEYOND, samples=4, agreement=0.9)
 CUT = Scenario("cut", 400, cut_changed=0.04, more_cut=BUDGET + BEYOND)
 LONG = Scenario("long", 400, length_ratio=1.1 + BEYOND, spread=1.5, cap=4096)
 RARE = Scenario("rare", 400, length_ratio=1.1 + BEYOND, spread=0.8, cap=4096, explodes=True)
