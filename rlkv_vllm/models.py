@@ -176,6 +176,26 @@ def default_sampling(model: str, revision: str | None = None) -> dict[str, Any]:
     return found_values
 
 
+def _local_folder(model: str) -> Path | None:
+    path = os.path.expanduser(model)
+    return Path(path) if os.path.isdir(path) else None
+
+
+def serving_defaults(model: str) -> dict[str, Any]:
+    """Flags of `rlkv serve` for a model where the user does not give them."""
+    return dict(_SERVING_DEFAULTS) if model == MODEL_NAME else {}
+
+
+def default_cache_bytes(model: str) -> int | None:
+    """Bytes of KV cache for a model where the user gives none; None: vLLM's choice."""
+    return EMBEDDED_CACHE_BYTES if model == MODEL_NAME else None
+
+
+def default_span(model: str, default: Span) -> Span:
+    """Sink and window where the user gives none; `default` is that of other models."""
+    return EMBEDDED_SPAN if model == MODEL_NAME else default
+
+
 def choose_sampling(
     model: str,
     given: Mapping[str, Any],
@@ -231,23 +251,3 @@ def choose_sampling(
         rest = "" if defaults.keys() <= chosen.keys() else f"; else {why}"
         why = f"{', '.join(flags.values())}{rest}"
     return sampling, why
-
-
-def _local_folder(model: str) -> Path | None:
-    path = os.path.expanduser(model)
-    return Path(path) if os.path.isdir(path) else None
-
-
-def serving_defaults(model: str) -> dict[str, Any]:
-    """Flags of `rlkv serve` for a model where the user does not give them."""
-    return dict(_SERVING_DEFAULTS) if model == MODEL_NAME else {}
-
-
-def default_cache_bytes(model: str) -> int | None:
-    """Bytes of KV cache for a model where the user gives none; None: vLLM's choice."""
-    return EMBEDDED_CACHE_BYTES if model == MODEL_NAME else None
-
-
-def default_span(model: str, default: Span) -> Span:
-    """Sink and window where the user gives none; `default` is that of other models."""
-    return EMBEDDED_SPAN if model == MODEL_NAME else default
