@@ -45,7 +45,8 @@ class Teller:
         """A line."""
         self.rows.append(row)
         measured = row.measurement
-        how = "already measured" if is_reused else f"{measured.seconds:.1f} s"
+        how = f"{measured.seconds:.1f} s" if measured.seconds else "by mask"
+        how = "already measured" if is_reused else how
         self._say(
             row.split,
             f"{measured.solved} of {len(measured.correct)} solved, "
