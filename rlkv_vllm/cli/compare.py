@@ -9,6 +9,7 @@ import typer
 
 from rlkv_vllm.cli.progress import StageProgress, Threads, require_packages
 from rlkv_vllm.cli.quick import quick_option, say_start
+from rlkv_vllm.cli.tables import new_table, print_plain
 from rlkv_vllm.files import check_writable
 
 _DEFAULT_METHODS = "self-distill,head-importance,random"
@@ -154,10 +155,19 @@ def compare(
     from rlkv_vllm.comparison.run import run
 
     with StageProgress(threads) as progress:
-        run(
+        written, rows = run(
             config,
             command=shlex.join(["rlkv", *sys.argv[1:]]),
             fresh=fresh,
             report=progress.report,
             say=progress.say,
         )
+    versus = f"{config.reference} - method"
+    table = new_table(
+        "model", "sparsity", "method", "accuracy", "tokens", "at cap", "CPU s", versus
+    )
+    for row in rows:
+        table.add_row(*row)
+    print_plain(table)
+    for path in written:
+        typer.echo(f"wrote {path}")

@@ -20,7 +20,9 @@ from rlkv_vllm.comparison.cost import read_cost
 from rlkv_vllm.comparison.making import check_settings, make, profile_path
 from rlkv_vllm.comparison.measuring import load_answers, measure
 from rlkv_vllm.comparison.record import Record, RunRow
+from rlkv_vllm.comparison.report import summary, write_report
 from rlkv_vllm.comparison.seen import seen_problems
+from rlkv_vllm.comparison.tables import tables
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report
 from rlkv_vllm.files import check_writable
@@ -51,10 +53,10 @@ def run(
     fresh: bool = False,
     report: Report = lambda stage, done, total, state="": None,
     say: Callable[[str], None] = lambda text: None,
-) -> Record:
+) -> tuple[list[Path], list[tuple[str, ...]]]:
     """Make what is to be made, measure what is not measured yet, or everything if `fresh`.
 
-    `command` is how to repeat it, for the report. An interrupted comparison continues with its
+    Returns the files of results and report, and the report's `summary`. `command` is how to repeat it, for the report. An interrupted comparison continues with its
     last profile or measurement.
 
     Raises:
@@ -89,31 +91,47 @@ def run(
         machine=describe_machine() | {"threads": torch.get_num_threads()},
         fresh=fresh,
     )
-    for model in models:
-        runs = _runs(config, model, task, problems, report, say)
-        record.set_runs(model.label, [row for row, _ in runs])
-        fresh_ones = {*range(len(problems))}.difference(*(row["seen"] for row, _ in runs))
-        if not fresh_ones:
-            raise RlkvError(
-                f"task {task.name}: profiles were made from all {len(problems)} problems: change "
-                "--problem-seed or --n, or add problems"
-            )
-        measure(
-            model.label,
-            _wanted(model, runs),
-            record,
-            partial(
-                load_answers,
-                model.name,
-                task,
-                problems,
-                model.sampling,
-                config.samples,
-                config.batch_size,
-            ),
-            report,
+    try:
+        for model in models:
+            _compare(config, model, task, problems, record, report, say)
+    finally:
+        written = write_report(record, config.output)
+    return [results, *written], summary(tables(record.content))
+
+
+def _compare(
+    config: CompareConfig,
+    model: _Model,
+    task: Task,
+    problems: Sequence[Problem],
+    record: Record,
+    report: Report,
+    say: Callable[[str], None],
+) -> None:
+    """Profiles and answers of one model."""
+    runs = _runs(config, model, task, problems, report, say)
+    record.set_runs(model.label, [row for row, _ in runs])
+    fresh_ones = {*range(len(problems))}.difference(*(row["seen"] for row, _ in runs))
+    if not fresh_ones:
+        raise RlkvError(
+            f"task {task.name}: profiles were made from all {len(problems)} problems: change "
+            "--problem-seed or --n, or add problems"
         )
-    return record
+    measure(
+        model.label,
+        _wanted(model, runs),
+        record,
+        partial(
+            load_answers,
+            model.name,
+            task,
+            problems,
+            model.sampling,
+            config.samples,
+            config.batch_size,
+        ),
+        report,
+    )
 
 
 def _model(config: CompareConfig, label: str) -> _Model:
