@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 
 def wilson_interval(solved: float, n: float) -> tuple[float, float]:
@@ -47,7 +47,7 @@ def sign_flip_p(differences: Sequence[int]) -> float:
     import numpy as np
     from scipy.stats import binom
 
-    sums = np.ones(1)  # probabilities of the sums from -reach to reach
+    sums: Any = np.ones(1)  # probabilities of the sums from -reach to reach
     for size, count in Counter(abs(value) for value in differences if value).items():
         flipped = np.zeros(2 * size * count + 1)
         flipped[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)

@@ -89,9 +89,8 @@ def findings(found: Sequence[ModelTables], reference: str) -> Iterable[str]:
 
 
 def _in_words(one: Comparison) -> str:
-    bound = (
-        f"at most {_points(one.high)}" if one.outcome == "loss" else f"at least {_points(one.low)}"
-    )
+    is_loss = one.outcome == "loss"
+    bound = f"at most {_points(one.high)}" if is_loss else f"at least {_points(one.low)}"
     return f"`{one.method}` ({_points(one.difference)} points, {bound}; p {_p(one.p)})"
 
 
@@ -153,8 +152,8 @@ def _p(p: float) -> str:
 
 
 def summary(found: Sequence[ModelTables]) -> list[tuple[str, ...]]:
-    """Rows for a terminal: model, sparsity, method, accuracy, tokens, cost, against the reference."""
-    rows = []
+    """Rows for a terminal, of every model, sparsity and method."""
+    rows: list[tuple[str, ...]] = []
     for model in found:
         costs = {row.method: _spread(row.cpu_seconds) for row in model.costs}
         for panel in model.panels:

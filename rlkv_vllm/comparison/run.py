@@ -56,8 +56,8 @@ def run(
 ) -> tuple[list[Path], list[tuple[str, ...]]]:
     """Make what is to be made, measure what is not measured yet, or everything if `fresh`.
 
-    Returns the files of results and report, and the report's `summary`. `command` is how to repeat it, for the report. An interrupted comparison continues with its
-    last profile or measurement.
+    Returns the files of results and report, and the report's `summary`. `command` is how to repeat
+    it, for the report. An interrupted comparison continues with its last profile or measurement.
 
     Raises:
         RlkvError: if an option is wrong, a profile is missing or cannot be made, or the output
