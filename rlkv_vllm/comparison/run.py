@@ -75,7 +75,8 @@ def run(
         for model in models:
             if method.pattern is not None:
                 for seed in method.seeds(config.seeds):
-                    _find(config, method, model, seed)
+                    _, path = _find(config, method, model, seed)
+                    read_cost(path)  # refuses a wrong file
     record = Record(
         results,
         _settings(config, task, problems),
