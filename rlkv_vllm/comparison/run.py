@@ -140,6 +140,11 @@ def _model(config: CompareConfig, label: str) -> _Model:
     fingerprint = load_model_fingerprint(name)
     asked = default_sampling(name) | dict(config.sampling)
     sampling = Sampling(max_tokens=config.max_new_tokens, seed=config.problem_seed, **asked)
+    if config.samples > 1 and sampling.is_greedy:
+        raise RlkvError(
+            f"--samples {config.samples}: greedy answers to a problem are all alike: give "
+            f"--temperature, or --samples 1 (model {label})"
+        )
     source = Path(model_source(name))
     version = folder_digest(source) if source.is_dir() else fingerprint.revision
     all_full = allocate([[1.0] * fingerprint.num_kv_heads] * fingerprint.num_layers, 0.0)
