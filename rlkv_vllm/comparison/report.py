@@ -61,6 +61,7 @@ def markdown(record: Record, found: Sequence[ModelTables]) -> str:
         tables=found,
         days=" to ".join(dict.fromkeys([*dates[:1], *dates[-1:]])),
         sampling=sampling,
+        versions=", ".join(f"{k} {v}" for k, v in content["machine"]["versions"].items()),
         findings=[*findings(found, content["asked"]["reference"])],
         accuracy=_accuracy,
         compared=_compared,
@@ -139,8 +140,8 @@ def _costs(model: ModelTables) -> Table:
 def _spread(value: tuple[float, float, float] | None) -> str:
     if value is None:
         return "-"
-    mean, least, most = value
-    return f"{mean:,.0f}" + (f" ({least:,.0f}-{most:,.0f})" if least < most else "")
+    mean, least, most = (f"{seconds:,.0f}" for seconds in value)
+    return mean if least == most else f"{mean} ({least}-{most})"
 
 
 def _points(difference: float) -> str:
