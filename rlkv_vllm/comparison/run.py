@@ -86,7 +86,7 @@ def run(
             "methods": list(config.methods),
             "reference": config.reference,
             "seeds": list(config.seeds),
-            "sparsities": sorted(config.sparsities),
+            "sparsities": sorted({*config.sparsities}),
         },
         command=command,
         machine=describe_machine() | {"threads": torch.get_num_threads()},
