@@ -16,12 +16,13 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
 from rlkv_vllm.evaluation.rows import recommended_sparsity
 from rlkv_vllm.files import one_line
+from rlkv_vllm.hf.answer_loss import Sample
 from rlkv_vllm.hf.answers import solve
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.models import default_span
 from rlkv_vllm.profile import HeadProfile, Provenance
 from rlkv_vllm.scorers import get_scorer
-from rlkv_vllm.scorers.scorer import Sample, ScoringInput
+from rlkv_vllm.scorers.scorer import ScoringInput
 from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
 
 if TYPE_CHECKING:

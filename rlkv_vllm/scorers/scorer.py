@@ -15,19 +15,12 @@ from rlkv_vllm.options import Section, validate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlkv_vllm.hf.answer_loss import Sample
     from rlkv_vllm.tasks import Problem, Task
 
 Gates = list[list[float]]
 #: A setting that is a rate or a weight.
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A problem and the correct answer that the model itself gave, as token ids."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
 
 
 @dataclass(frozen=True)
