@@ -138,6 +138,41 @@ def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFing
     return fingerprint_from_config(config, name or model, commit)
 
 
+def default_sampling(model: str, revision: str | None = None) -> dict[str, Any]:
+    """The sampling parameters that `generation_config.json` of a model asks for.
+
+    Fields of `rlkv_vllm.answers.Sampling`, which vLLM's server takes from the same file. Without
+    the file, or where it does not say to sample, ``{"temperature": 0.0}``: greedy decoding.
+
+    Raises:
+        RlkvError: the file is no valid JSON, or a value is no number.
+    """
+    folder = _local_folder(model_source(model))
+    if folder is not None:
+        path = folder / "generation_config.json"
+        config = read_json_object(path) if path.is_file() else {}
+    elif hub.is_repo_id(model):
+        found = hub.download_optional(model, "generation_config.json", revision, what="model")
+        config = read_json_object(found) if found is not None else {}
+    else:
+        config = {}
+    if not config.get("do_sample"):
+        return {"temperature": 0.0}
+    found_values: dict[str, Any] = {"temperature": 1.0}
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RlkvError(
+                f"model {one_line(model)}: generation_config.json has {name} "
+                f"{one_line(repr(value), 40)}, a number is needed: correct the file, or give "
+                "--temperature"
+            )
+        found_values[name] = value
+    return found_values
+
+
 def _local_folder(model: str) -> Path | None:
     path = os.path.expanduser(model)
     return Path(path) if os.path.isdir(path) else None

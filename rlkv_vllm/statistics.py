@@ -4,45 +4,99 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Literal
 
 
-def wilson_interval(solved: int, n: int) -> tuple[float, float]:
+def wilson_interval(solved: float, n: float) -> tuple[float, float]:
     """95% interval of a share of at least one problem (Wilson 1927, the score interval)."""
+    z = NormalDist().inv_cdf(0.975)
+    share, spread = solved / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def sign_test_p(
+    first: Sequence[float],
+    second: Sequence[float],
+    alternative: Literal["two-sided", "greater"] = "greater",
+) -> float:
+    """Exact sign test: is `first` higher more often than lower, on the same problems?
+
+    Two-sided, with one result per problem, it is McNemar's exact test (McNemar 1947). Problems
+    whose values are equal say nothing; the p-value is 1 if none differ.
+    """
     from scipy.stats import binomtest
 
-    interval = binomtest(solved, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Exact two-sided McNemar test of two results on the same problems.
-
-    Problems that both or neither solved say nothing; of the others each side wins half under
-    the null hypothesis (McNemar 1947, with the binomial distribution instead of chi-squared).
-    The p-value is 1 if the results do not differ.
-    """
-    pairs = list(zip(first, second, strict=True))
-    only_first = sum(a and not b for a, b in pairs)
-    only_second = sum(b and not a for a, b in pairs)
-    return _fair_coin_p(only_first, only_second, "two-sided")
-
-
-def sign_test_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Exact one-sided sign test: is `first` higher more often than lower, on the same problems?
-
-    The p-value is 1 if the values do not differ.
-    """
     pairs = list(zip(first, second, strict=True))
     higher, lower = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-    return _fair_coin_p(higher, lower, "greater")
+    if not higher + lower:
+        return 1.0
+    return float(binomtest(higher, higher + lower, alternative=alternative).pvalue)
 
 
-def _fair_coin_p(heads: int, tails: int, alternative: Literal["two-sided", "greater"]) -> float:
-    from scipy.stats import binomtest
+def tango_bounds(gained: float, lost: float, n: float, level: float = 0.05) -> tuple[float, float]:
+    """Bounds of the difference of two shares on the same `n` pairs, each one-sided at `level`.
 
-    n = heads + tails
-    return float(binomtest(heads, n, alternative=alternative).pvalue) if n else 1.0
+    The score interval of Tango 1998, "Equivalence test and confidence interval for the difference
+    in proportions for the paired-sample design" (Statistics in Medicine 17, equations 5 to 8). Of
+    the pairs, `gained` have only the first and `lost` only the second; the estimate is
+    ``(gained - lost) / n``. Counts may be fractions: those divided by a `design_effect`.
+    """
+    z = NormalDist().inv_cdf(1 - level)
+    estimate = (gained - lost) / n
+
+    def score(difference: float) -> float:
+        # The share of `lost` that is most likely if the difference is as given.
+        b = -gained - lost + (2 * n - gained + lost) * difference
+        c = -lost * difference * (1 - difference)
+        share = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+        variance = n * (2 * share + difference * (1 - difference))
+        away = gained - lost - n * difference
+        return math.copysign(math.inf, away) if variance <= 0 else away / math.sqrt(variance)
+
+    def bound(outside: float, wanted: float) -> float:
+        inside = estimate
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            if abs(score(middle)) < wanted:
+                inside = middle
+            else:
+                outside = middle
+        return inside
+
+    return bound(-1.0, z), bound(1.0, z)
+
+
+def design_effect(differences: Sequence[int], samples: int) -> float:
+    """How much less `samples` pairs of one problem say than as many pairs of others.
+
+    `differences` are 1, 0 or -1 for every pair, those of a problem in a row. The ratio of the
+    variance between problems to that of independent pairs (Kish 1965), from 1 to `samples`; counts
+    and number of pairs are divided by it (Rao and Scott 1992). One problem whose pairs all differ
+    alike is added: where few pairs differ, the effect is taken to be large.
+    """
+    starts = range(0, len(differences), samples)
+    sums = [sum(differences[start : start + samples]) for start in starts]
+    total, discordant = sum(sums), sum(map(abs, differences))
+    between = sum(value * value for value in sums) - total * total / len(sums)
+    independent = discordant - total * total / len(differences)
+    effect = (between + samples * samples) / (independent + samples)
+    return min(float(samples), max(1.0, effect))
+
+
+def log_ratio_error(first: Sequence[float], second: Sequence[float]) -> float:
+    """Standard error of ``log(mean(first) / mean(second))``, values paired by problem.
+
+    The delta method for a ratio of means; infinite for a single problem.
+    """
+    n = len(first)
+    if n < 2:
+        return math.inf
+    ratio = sum(first) / sum(second)
+    rest = [a - ratio * b for a, b in zip(first, second, strict=True)]
+    return math.sqrt(sum(value * value for value in rest) / (n * (n - 1))) * n / sum(first)
 
 
 def percentile_95(values: Sequence[int]) -> int:

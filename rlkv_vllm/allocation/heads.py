@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -66,6 +68,14 @@ class Allocation:
     def num_streaming_on(self, rank: int) -> int:
         """Streaming heads of all layers on `rank`."""
         return self.num_layers * self.heads_per_rank - self.num_full_on(rank)
+
+    def digest(self, sink: int, window: int) -> str:
+        """SHA-256 of what decides the answers: full heads, sink and window.
+
+        The number of ranks is not part of it. Without streaming heads, sink and window are not.
+        """
+        parts = [self.full, [sink, window] if self.num_streaming else None]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
     def _full_on_ranks(self) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def evaluate(
     from rlkv_vllm.cli.sizes import parse_size
     from rlkv_vllm.evaluation import sweep
     from rlkv_vllm.evaluation.record import Record, output_format
-    from rlkv_vllm.evaluation.rows import recommended_sparsity
+    from rlkv_vllm.evaluation.rows import recommended_sparsity, with_rows
     from rlkv_vllm.evaluation.served import answer
     from rlkv_vllm.evaluation.splits import find_candidates, plan
     from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source, serving_defaults
@@ -210,7 +210,7 @@ def evaluate(
         for choice in candidates.values():
             typer.echo(f"wrote rows into {choice.path}")
     label, choice = next(iter(candidates.items()))
-    best = recommended_sparsity(found[label])
+    best = recommended_sparsity(with_rows(choice.profile, found[label]))
     if best:
         flags = ["--sparsity", f"{best:g}", *(["--task", task] if task != MODEL_NAME else [])]
         print_next("bench", model, "--profile", choice.name, *flags, "--quick" * quick)

@@ -51,20 +51,22 @@ def measure_gates(
     sink: int,
     window: int,
     sparsities: Sequence[float],
-    max_new_tokens: int,
+    sampling: Sampling,
+    samples: int = 1,
     batch_size: int,
     seed: int,
     report: Report,
 ) -> Iterator[EvaluationRow]:
-    """Solve `problems` greedily at every sparsity, 0 included, in ascending order.
+    """Solve `problems` at every sparsity, 0 included, in ascending order.
 
     The model is ungated; `gates` are ``[layers][KV heads]``; `problems`, at least one, were made
-    with `seed`. Yields a row as soon as it is measured, and reports after every batch.
+    with `seed` and get `samples` answers each. Yields a row as soon as it is measured, and reports
+    after every batch.
     """
-    sampling = Sampling(max_tokens=max_new_tokens, temperature=0)
     full = None
     for sparsity in sorted({0.0, *sparsities}):
-        split = HeadSplit(allocate(gates, sparsity).full, sink, window) if sparsity else None
+        allocation = allocate(gates, sparsity)
+        split = HeadSplit(allocation.full, sink, window) if sparsity else None
         result = solve(
             model,
             tokenizer,
@@ -72,8 +74,17 @@ def measure_gates(
             problems,
             split=split,
             sampling=sampling,
+            samples=samples,
             batch_size=batch_size,
             report=partial(report, f"sparsity {sparsity:g}"),
         )
         full = full or result
-        yield evaluation_row(task.name, sparsity, result, full, seed=seed, sampling=sampling)
+        yield evaluation_row(
+            task.name,
+            sparsity,
+            result,
+            full,
+            seed=seed,
+            sampling=sampling,
+            allocation=allocation.digest(sink, window),
+        )

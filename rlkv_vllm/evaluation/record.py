@@ -14,22 +14,23 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.files import one_line, write_bytes_atomic
-from rlkv_vllm.statistics import mcnemar_p
+from rlkv_vllm.statistics import sign_test_p
 from rlkv_vllm.store import Store
 from rlkv_vllm.tasks.measurement import Measurement
 
 FORMATS = ("json", "csv")
 
-_FORMAT = "rlkv eval 1"
+_FORMAT = "rlkv eval 2"
 _FIX = "name another file, or overwrite it with --fresh"
-_PER_PROBLEM = ("split", "correct", "output_lengths")  # not in CSV
+_PER_ANSWER = ("split", "correct", "cut", "output_lengths")  # not in CSV
 
 
 @dataclass(frozen=True)
 class Row:
-    """A finished row of the table; `p_full` is McNemar's p against the full cache.
+    """A finished row of the table.
 
-    It is None for the full cache itself.
+    `p_full` is the p-value of the two-sided sign test against the full cache, over the problems;
+    with one answer per problem that is McNemar's test. It is None for the full cache itself.
     """
 
     split: Split
@@ -45,6 +46,7 @@ class Row:
             "sparsity": self.split.sparsity,
             **self.split.span._asdict(),
             "n": measured.n,
+            "samples": measured.samples,
             "solved": measured.solved,
             "accuracy": measured.accuracy,
             "low": low,
@@ -57,7 +59,8 @@ class Row:
             "seconds_per_solved": measured.seconds_per_solved,
             "p_full": self.p_full,
             "split": self.split.digest,
-            "correct": "".join("01"[right] for right in measured.correct),
+            "correct": _bits(measured.correct),
+            "cut": _bits(measured.cut),
             "output_lengths": list(measured.output_tokens),
         }
 
@@ -68,15 +71,18 @@ class _StoredRow(BaseModel):
     profile: str
     sparsity: float
     split: str
+    samples: int = Field(ge=1)
     correct: str = Field(pattern=r"^[01]+$")
+    cut: str = Field(pattern=r"^[01]+$")
     output_lengths: list[Annotated[int, Field(ge=0)]]
-    capped: int = Field(ge=0)
     seconds: float = Field(ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _one_length_per_problem(self) -> _StoredRow:
-        if len(self.correct) != len(self.output_lengths) or self.capped > len(self.correct):
-            raise ValueError("correct, output_lengths and capped do not fit each other")
+    def _one_of_each_per_answer(self) -> _StoredRow:
+        if not len(self.correct) == len(self.output_lengths) == len(self.cut):
+            raise ValueError("correct, cut and output_lengths do not fit each other")
+        if len(self.correct) % self.samples:
+            raise ValueError("correct and samples do not fit each other")
         return self
 
 
@@ -113,7 +119,7 @@ class Record:
         Raises:
             RlkvError: if a file cannot be written.
         """
-        p = None if split.sparsity == 0 else mcnemar_p(full.correct, measurement.correct)
+        p = None if split.sparsity == 0 else _sign_test(full.first(measurement.n), measurement)
         row = Row(split, measurement, p)
         new = row.to_dict()
         self._known[split.digest] = measurement
@@ -130,7 +136,7 @@ class Record:
 
     def _table(self) -> str:
         buffer = io.StringIO()
-        names = [name for name in self._rows[0] if name not in _PER_PROBLEM]
+        names = [name for name in self._rows[0] if name not in _PER_ANSWER]
         writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows)
@@ -148,17 +154,26 @@ class Record:
                 first = error.errors(include_url=False)[0]
                 field = ".".join(map(str, first["loc"])) or "row"
                 raise RlkvError(f"{where}: {field}: {one_line(first['msg'])}: {_FIX}") from error
-            if len(row.correct) != store.settings["n"]:
+            if len(row.correct) != row.samples * store.settings["n"]:
                 raise RlkvError(
                     f"{where}: row {one_line(row.profile)} has another number of problems: {_FIX}"
                 )
             self._known[row.split] = Measurement(
                 correct=tuple(bit == "1" for bit in row.correct),
                 output_tokens=tuple(row.output_lengths),
-                capped=row.capped,
+                cut=tuple(bit == "1" for bit in row.cut),
                 seconds=row.seconds,
+                samples=row.samples,
             )
             self._rows.append(raw)
+
+
+def _bits(values: Sequence[bool]) -> str:
+    return "".join("01"[value] for value in values)
+
+
+def _sign_test(full: Measurement, measured: Measurement) -> float:
+    return sign_test_p(full.solved_per_problem, measured.solved_per_problem, "two-sided")
 
 
 def output_format(path: Path) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from rlkv_vllm.allocation.heads import allocate, check_sparsity
+from rlkv_vllm.allocation.heads import Allocation, allocate, check_sparsity
 from rlkv_vllm.allocation.span import Span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
@@ -27,11 +25,13 @@ _NO_NAMES = ("profile", "head_profile")  # files that every run calls the same
 class Split:
     """One row of the table: what one engine is started with.
 
-    `label` is that of the profile or of the baseline.
+    `label` is that of the profile or of the baseline; `tp_size` is the number of ranks, which
+    share the full heads evenly.
     """
 
     label: str
     choice: ProfileChoice
+    tp_size: int = 1
 
     @property
     def sparsity(self) -> float:
@@ -42,16 +42,14 @@ class Split:
         return self.choice.span
 
     @cached_property
-    def full_heads(self) -> tuple[tuple[int, ...], ...]:
-        """Full KV heads per layer."""
-        return allocate(self.choice.profile.gates, self.sparsity).full
+    def allocation(self) -> Allocation:
+        """The full KV heads, as `tp_size` ranks serve them."""
+        return allocate(self.choice.profile.gates, self.sparsity, self.tp_size)
 
     @cached_property
     def digest(self) -> str:
         """Equal for splits that serve alike, whichever profiles they come from."""
-        # Without streaming heads, sink and window do not matter.
-        parts = [self.full_heads, self.span if self.sparsity else None]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return self.allocation.digest(*self.span)
 
 
 def find_candidates(
@@ -88,14 +86,16 @@ def find_candidates(
     return {label: choice for label, (choice,) in found.items()}
 
 
-def plan(candidates: Mapping[str, ProfileChoice], sparsities: Sequence[float]) -> list[Split]:
+def plan(
+    candidates: Mapping[str, ProfileChoice], sparsities: Sequence[float], tp_size: int = 1
+) -> list[Split]:
     """The rows of the table: the full cache, every profile at every sparsity, all streaming.
 
     The baselines do not depend on the gates, so there is one of each, but one all-streaming row
-    for every pair of sink and window. All profiles are of the same model.
+    for every pair of sink and window. All profiles are of the same model, on `tp_size` ranks.
 
     Raises:
-        RlkvError: a sparsity is not in [0, 1].
+        RlkvError: a sparsity is not in [0, 1], or the ranks do not fit the heads.
     """
     for share in sparsities:
         check_sparsity(share)
@@ -106,7 +106,7 @@ def plan(candidates: Mapping[str, ProfileChoice], sparsities: Sequence[float]) -
     for span, choice in spans.items():
         label = STREAMING if len(spans) == 1 else f"{STREAMING} {span.sink}+{span.window}"
         rows.append((label, choice, 1.0))
-    return [Split(label, replace(choice, sparsity=share)) for label, choice, share in rows]
+    return [Split(label, replace(choice, sparsity=share), tp_size) for label, choice, share in rows]
 
 
 def concerns(split: Split, label: str, choice: ProfileChoice) -> bool:

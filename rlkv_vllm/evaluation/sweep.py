@@ -108,7 +108,13 @@ def profile_rows(
     return {
         label: [
             evaluation_row(
-                task, row.split.sparsity, row.measurement, full, seed=seed, sampling=sampling
+                task,
+                row.split.sparsity,
+                row.measurement,
+                full,
+                seed=seed,
+                sampling=sampling,
+                allocation=row.split.digest,
             )
             for row in rows
             if concerns(row.split, label, choice)

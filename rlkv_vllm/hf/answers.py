@@ -44,22 +44,29 @@ def solve(
     problems: Sequence[Problem],
     *,
     sampling: Sampling,
+    samples: int = 1,
     split: HeadSplit | Sequence[HeadSplit] | None = None,
     batch_size: int = 64,
     report: Callable[[int, int, str], None] = lambda done, total, state: None,
 ) -> Measurement:
     """Answer at least one problem in batches padded on the left; answers keep their order.
 
+    With several `samples` the answers to a problem stand in a row.
+
     Args:
         model: a Hugging Face decoder; ungated, and unchanged afterwards.
         tokenizer: with a chat template.
         task: scores the answers.
         problems: to answer.
-        sampling: without a repetition penalty, which is an `RlkvError`.
+        sampling: how tokens are chosen.
+        samples: answers per problem.
         split: None is the plain model; a list has one per problem, of the same sink and window.
-        batch_size: problems decoded together.
-        report: called after every batch with (problems answered, problems in all, "N solved").
+        batch_size: answers written together.
+        report: called after every batch with (answers written, answers in all, "N solved").
     """
+    problems = [problem for problem in problems for _ in range(samples)]
+    if isinstance(split, Sequence):
+        split = [one for one in split for _ in range(samples)]
     prompts = prompt_ids(tokenizer, problems)
     # Alike lengths side by side need little padding; longest first shows memory limits early.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -98,7 +105,7 @@ def solve(
                 report(len(answers), len(problems), f"{solved} solved")
     finally:
         model.train(was_training)
-    return Measurement.of([answers[i] for i in range(len(problems))])
+    return Measurement.of([answers[i] for i in range(len(problems))], samples=samples)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:

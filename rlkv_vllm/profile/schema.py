@@ -66,14 +66,41 @@ class Provenance(_Record):
     data: str | None = Field(default=None, description="Data set the gates were made on.")
 
 
+class PairedCounts(_Record):
+    """How answers differ from those with the full cache to the same problems."""
+
+    gained: int = Field(ge=0, description="Answers correct here and not with the full cache.")
+    lost: int = Field(ge=0, description="Answers correct with the full cache and not here.")
+    newly_cut: int = Field(ge=0, description="Answers cut off here and not with the full cache.")
+    no_longer_cut: int = Field(
+        ge=0, description="Answers cut off with the full cache and not here."
+    )
+    tokens_error: float | None = _optional(
+        "Standard error of the logarithm of the ratio of mean output tokens, here to full cache.",
+        ge=0.0,
+    )
+    design_effect: float | None = _optional(
+        "With several samples per problem: what `gained`, `lost` and the number of answers are "
+        "divided by before bounds are computed.",
+        ge=1.0,
+    )
+    cut_design_effect: float | None = _optional("The same for answers cut off.", ge=1.0)
+    level: float | None = _optional(
+        "One-sided error level of bounds from this row: below the usual 0.05 where the evaluation "
+        "could stop early.",
+        gt=0.0,
+        lt=0.5,
+    )
+
+
 class EvaluationRow(_Record):
     """One measurement of the profile at one sparsity."""
 
     task: str = Field(min_length=1, description="Name of the task or benchmark.")
-    n: Count = Field(description="Problems solved for this row.")
+    n: Count = Field(description="Problems answered for this row.")
     sparsity: Share = Field(description="Share of KV heads that were streaming heads.")
-    accuracy: Share = Field(description="Share of problems solved at that sparsity.")
-    full_accuracy: Share = Field(description="Share solved with the full cache.")
+    accuracy: Share = Field(description="Share of answers that were correct at that sparsity.")
+    full_accuracy: Share = Field(description="Share correct with the full cache.")
     mean_output_tokens: float = Field(ge=0.0, description="Mean length of the answers, in tokens.")
     p95_output_tokens: int | None = _optional(
         "95th percentile of the lengths, in tokens.", ge=0, le=_MAX_COUNT
@@ -81,12 +108,28 @@ class EvaluationRow(_Record):
     capped_share: Share | None = _optional("Share of the answers that the length cap cut off.")
     max_tokens: Count | None = _optional("Length cap of an answer, in tokens.")
     temperature: float | None = _optional("Sampling temperature, 0 for greedy decoding.", ge=0.0)
+    top_p: Share | None = _optional("Share of the probability that was sampled from, if below 1.")
+    top_k: Count | None = _optional("Tokens that were sampled from, if not all.")
+    min_p: Share | None = _optional("Least probability relative to the likeliest token, if any.")
+    repetition_penalty: float | None = _optional("Repetition penalty, if any.", gt=0.0)
+    samples: Count | None = _optional("Answers per problem, if more than one.")
     seconds_per_solved: float | None = _optional(
         "Wall time of the run through the served engine, all problems in flight together, divided "
         "by the problems solved. Depends on the machine.",
         ge=0.0,
     )
     seed: int | None = _optional("Random seed of the problems.")
+    full_mean_output_tokens: float | None = _optional(
+        "Mean length of the answers with the full cache, in tokens.", ge=0.0
+    )
+    full_capped_share: Share | None = _optional("Share cut off with the full cache.")
+    kv_cache_dtype: str | None = _optional(
+        "Type of the KV cache, if not the model's own.", min_length=1
+    )
+    allocation: str | None = _optional(
+        "Digest of the full heads, sink and window that were measured.", pattern="^[0-9a-f]{64}$"
+    )
+    paired: PairedCounts | None = _optional("Comparison with the full cache, answer by answer.")
 
 
 class HeadProfile(_Record):

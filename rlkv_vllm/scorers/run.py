@@ -14,7 +14,7 @@ from rlkv_vllm.allocation.span import SERVING_SPAN, resolve_span
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
-from rlkv_vllm.evaluation.rows import recommended_sparsity
+from rlkv_vllm.evaluation.rows import with_rows
 from rlkv_vllm.files import one_line
 from rlkv_vllm.hf.answer_loss import Sample
 from rlkv_vllm.hf.answers import solve
@@ -104,13 +104,13 @@ def make_profile(
         sink=sink,
         window=window,
         sparsities=config.sparsities,
-        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(max_tokens=config.max_new_tokens, temperature=0),
         batch_size=config.batch_size,
         seed=config.seed + 1,
         report=report,
     )
     evaluation = list(rows) if problems else []
-    return HeadProfile(
+    profile = HeadProfile(
         model=fingerprint,
         gates=gates,
         sink=sink,
@@ -138,9 +138,8 @@ def make_profile(
             data=f"the model's own greedy answers to {config.n} problems of task {task.name} "
             f"(seed {config.seed}), of which the {len(samples)} correct ones were used",
         ),
-        evaluation=evaluation,
-        recommended_sparsity=recommended_sparsity(evaluation),
     )
+    return with_rows(profile, evaluation) if evaluation else profile
 
 
 def own_correct_answers(

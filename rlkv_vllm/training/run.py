@@ -136,7 +136,7 @@ class Run:
             sink=span.sink,
             window=span.window,
             sparsities=wanted.sparsities,
-            max_new_tokens=wanted.max_new_tokens or max_new_tokens,
+            sampling=Sampling(max_tokens=wanted.max_new_tokens or max_new_tokens, temperature=0),
             batch_size=wanted.batch_size,
             seed=seed,
             report=self._listener.report,

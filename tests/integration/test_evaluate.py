@@ -44,7 +44,7 @@ def test_served_answers_are_those_of_the_masked_model(engines: EngineCache) -> N
         AutoTokenizer.from_pretrained(source),
         task,
         problems,
-        split=answers.HeadSplit(split.full_heads, *split.span),
+        split=answers.HeadSplit(split.allocation.full, *split.span),
         sampling=SAMPLING,
     )
     assert list(served.correct) == expected.correct

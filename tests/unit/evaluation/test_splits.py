@@ -60,9 +60,9 @@ def test_baselines_are_planned_once_whatever_is_asked_for() -> None:
             ("two", 0.5),
             (STREAMING, 1),
         ]
-    assert splits[0].full_heads == ((0, 1),) * 4
-    assert splits[-1].full_heads == ((),) * 4
-    assert sum(map(len, splits[1].full_heads)) == 6
+    assert splits[0].allocation.full == ((0, 1),) * 4
+    assert splits[-1].allocation.full == ((),) * 4
+    assert sum(map(len, splits[1].allocation.full)) == 6
     own = [split.label for split in splits if concerns(split, "two", candidates["two"])]
     assert own == [FULL, "two", "two", STREAMING]
 
