@@ -397,6 +397,7 @@ def test_score_writes_a_profile(
     assert profile.provenance.config["window"] == 5
     assert profile.provenance.config["settings"] == {
         "answers": 1,
+        "tokens": 65536,
         "until": 0.5,
         "batch_tokens": 8192,
     }
