@@ -477,7 +477,7 @@ def test_answers_are_sampled_as_served(
     ] * 2
 
     result = invoke(str(sampled), "-o", str(output), *SHORT, "--temperature", "0")
-    assert "answers: greedy (--temperature;" in result.stderr
+    assert "answers: greedy (--temperature, but not its repetition" in result.stderr
     result = invoke(str(sampled), "-o", str(output), *SHORT, "--top-k", "7")
     assert "answers: temperature 0.8, top-k 7 (--top-k; else generation config" in result.stderr
 
