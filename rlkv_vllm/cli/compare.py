@@ -12,7 +12,7 @@ from rlkv_vllm.cli.quick import quick_option, say_start
 from rlkv_vllm.cli.tables import new_table, print_plain
 from rlkv_vllm.files import check_writable
 
-_DEFAULT_METHODS = "self-distill,head-importance,random"
+_DEFAULT_METHODS = "greedy,self-distill,random"
 
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="Of the fresh answers, 0: greedy (default: the model's)."),
+        typer.Option(min=0, help="Of all answers, 0: greedy decoding (default: the model's)."),
     ] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Share of the probability kept (default: the model's).")
@@ -87,7 +87,7 @@ def compare(
         typer.Option(
             "--set",
             help="LABEL.key=value: a setting of a method, e.g. self-distill.steps=200 or "
-            "self-distill+refine.search.problems=64.",
+            "greedy+refine.search.problems=64.",
         ),
     ] = None,
     output: Annotated[

@@ -69,7 +69,7 @@ class CompareConfig:
     n: int = 1000
     problem_seed: int = 1000
     samples: int = 1
-    sampling: Mapping[str, float] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int = 512
     score_n: int = 64
     batch_size: int = 64

@@ -13,7 +13,7 @@ from rlkv_vllm.machine import cpu_seconds
 from rlkv_vllm.store import Store
 
 FORMAT = "rlkv compare cost 1"
-#: Seconds between two notes of the cost of work that continues after an interruption.
+#: Seconds between two notes of the cost of work, which an interruption loses.
 _PAUSE = 10.0
 
 
@@ -53,22 +53,20 @@ def read_cost(profile: Path) -> Cost:
 class Meter:
     """Measures and notes what a profile costs, from now on.
 
-    Args:
-        store: the file that takes the cost, guarded by the settings of the profile.
-        continues: whether the work goes on after an interruption; then the cost of earlier
-            attempts counts.
+    `store` is the file that takes the cost, guarded by the settings of the profile. What it holds
+    of interrupted attempts is added, as their work goes on.
     """
 
-    def __init__(self, store: Store, *, continues: bool) -> None:
-        self._store, self._continues = store, continues
-        before = store.content if continues else {}
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        before = {} if store.content.get("is_finished") else store.content
         self._cpu = before.get("cpu_seconds", 0.0) - cpu_seconds()
         self._wall = before.get("seconds", 0.0) - time.monotonic()
         self._noted = time.monotonic()
 
     def tick(self) -> None:
         """To be called often: notes the cost so far now and then."""
-        if self._continues and time.monotonic() - self._noted > _PAUSE:
+        if time.monotonic() - self._noted > _PAUSE:
             self.note()
 
     def note(self, **more: Any) -> None:

@@ -12,6 +12,7 @@ from rlkv_vllm.comparison.cost import FORMAT, Meter, cost_file
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report
 from rlkv_vllm.files import one_line
+from rlkv_vllm.models import default_sampling
 from rlkv_vllm.options import validate
 from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.profile.io import load_profile, save_profile
@@ -71,14 +72,17 @@ def make(
 
     if method.scorer == "rlkv":  # else the first seed alone would bear the imports
         importlib.import_module("rlkv_vllm.training.trainer")
-    meter = Meter(store, continues=method.start is not None)
+    meter = Meter(store)
 
     def on_progress(stage: str, done: int, total: int, state: str = "") -> None:
         meter.tick()
         report(stage, done, total, state)
 
     if method.scorer is not None:
-        profile = make_profile(_scoring(config, method, model, seed), on_progress, say)
+        work = path.with_name(f"{path.name}.work.json")
+        wanted = _scoring(config, method, model, seed)
+        profile = make_profile(wanted, on_progress, say, work=work)
+        work.unlink(missing_ok=True)
     else:
         profile = _refined(_refinement(config, method, model, seed), on_progress, say)
     save_profile(profile, path)
@@ -97,6 +101,9 @@ def _scoring(config: CompareConfig, method: Method, model: str, seed: int) -> Sc
         sink=config.sink,
         window=config.window,
         max_new_tokens=config.max_new_tokens,
+        temperature=config.sampling.get("temperature"),
+        top_p=config.sampling.get("top_p"),
+        top_k=config.sampling.get("top_k"),
         batch_size=config.batch_size,
         settings=method.settings,
     )
@@ -113,7 +120,11 @@ def _refinement(config: CompareConfig, method: Method, model: str, seed: int) ->
         "seed": seed,
         "sink": config.sink,
         "window": config.window,
-        "sampling": {"max_tokens": config.max_new_tokens},
+        "sampling": {
+            "max_tokens": config.max_new_tokens,
+            **default_sampling(config.models[model]),
+            **config.sampling,
+        },
         "search": {"sparsities": list(config.sparsities)},
         "evaluation": {"problems": 0},
     }

@@ -198,7 +198,7 @@ def _runs(
         "version": model.settings["version"],
         "task": task.name,
         "n": config.score_n,
-        "max_new_tokens": config.max_new_tokens,
+        "sampling": {k: v for k, v in model.settings["sampling"].items() if k != "seed"},
         "sink": config.sink,
         "window": config.window,
     }

@@ -270,7 +270,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[ScoreConfig]:
     """The scorings that were asked for; their gates depend on the seed."""
     asked: list[ScoreConfig] = []
 
-    def make_profile(wanted: ScoreConfig, report: Any, say: Any) -> HeadProfile:
+    def make_profile(wanted: ScoreConfig, report: Any, say: Any, *, work: Path) -> HeadProfile:
+        assert work.parent.name == "embedded"
         asked.append(wanted)
         report("scoring", 1, 2)
         return gates_profile(10 + wanted.seed)
@@ -359,16 +360,14 @@ def test_the_cost_of_interrupted_work_that_continues_adds_up(
     monkeypatch.setattr(cost, "cpu_seconds", lambda: clock[0])
     monkeypatch.setattr(cost.time, "monotonic", lambda: 2 * clock[0])
     path = tmp_path / "p.cost.json"
-    for continues, expected in ((True, [30.0, 60.0]), (False, [30.0, 30.0])):
-        path.unlink(missing_ok=True)
-        for total in expected:
-            meter = cost.Meter(Store(path, cost.FORMAT, {}), continues=continues)
-            clock[0] += 1
-            meter.tick()  # too early for a note
-            clock[0] += 29
-            if continues:
-                meter.tick()
-            else:
-                meter.note()
-            clock[0] += 5  # killed: lost
-            assert cost.read_cost(tmp_path / "p.json") == cost.Cost(total, 2 * total)
+    for total in (30.0, 60.0):
+        meter = cost.Meter(Store(path, cost.FORMAT, {}))
+        clock[0] += 1
+        meter.tick()  # too early for a note
+        clock[0] += 29
+        meter.tick()
+        clock[0] += 5  # killed: lost
+        assert cost.read_cost(tmp_path / "p.json") == cost.Cost(total, 2 * total)
+    meter.note(is_finished=True)
+    cost.Meter(Store(path, cost.FORMAT, {})).note()
+    assert cost.read_cost(tmp_path / "p.json") == cost.Cost(0, 0), "made anew"
