@@ -238,11 +238,12 @@ def evaluate(
         "reward": reward,
         "samples": samples,
         "tensor_parallel_size": tensor_parallel_size,
+        **sweep.settings_of_looks(schedule, by),
     }
     settings: dict[str, Any] = {}
     if outputs:  # takes the digest of the weights
         settings = sweep.settings_of(
-            fingerprint, source, chosen.name, problems, seed, sampling, schedule, by, changing
+            fingerprint, source, chosen.name, problems, seed, sampling, changing
         )
     record = Record(outputs, settings, fresh=fresh)
 

@@ -19,6 +19,7 @@ from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import with_rows
 from rlkv_vllm.evaluation.splits import Ask, Split, concerns
 from rlkv_vllm.files import one_line, write_bytes_atomic
+from rlkv_vllm.models import folder_digest
 from rlkv_vllm.profile.budget import LEVEL, Verdict, assess
 from rlkv_vllm.profile.choice import ProfileChoice
 from rlkv_vllm.profile.io import load_profile, profile_text
@@ -140,43 +141,34 @@ def settings_of(
     problems: Sequence[Problem],
     seed: int,
     sampling: Sampling,
-    plan: Schedule,
-    by: str,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The settings that all rows of one table share; not the budget: bounds hold for all of them.
+    """The settings that all rows of one table share.
 
-    `source` is the folder or Hub id of the weights, `by` what answers: "engine" or "mask";
-    `options` are all others that change answers.
+    `source` is the folder or Hub id of the weights; `options` are all others that change answers.
     """
-    writer = (
-        {"vllm": installed_vllm()} if by == "engine" else {"transformers": version("transformers")}
-    )
     asked = [[problem.messages, problem.answer] for problem in problems]
     return {
         "model": model.id,
-        "model_version": _folder_digest(Path(source)) if Path(source).is_dir() else model.revision,
+        "model_version": folder_digest(Path(source)) if Path(source).is_dir() else model.revision,
         "task": task,
         "n": len(problems),
         "seed": seed,
         "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         **sampling.model_dump(exclude={"seed", "stop_token_ids"}),
-        "looks": [[look.problems, look.level] for look in plan.looks],
         **options,
-        "by": by,
-        **writer,
     }
 
 
-def _folder_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's weights and configuration."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".jinja") and path.is_file():
-            with path.open("rb") as stream:
-                digest.update(path.name.encode())
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def settings_of_looks(plan: Schedule, by: str) -> dict[str, Any]:
+    """When the answers are looked at, and what writes them: "engine" or "mask", its version.
+
+    Not the budget: the bounds of a look hold for every one.
+    """
+    is_served = by == "engine"
+    writer = {"vllm": installed_vllm()} if is_served else {"transformers": version("transformers")}
+    looks = [[look.problems, look.level] for look in plan.looks]
+    return {"looks": looks, "by": by, **writer}
 
 
 def profile_rows(
