@@ -149,5 +149,5 @@ def _run(args: argparse.Namespace) -> None:
         sys.stdout.flush()
         options = args.additional_config[CONFIG_KEY]
         if options.get("mode") != GATED:  # vLLM does not pass on why its engine refused
-            choose_pinned(SplitConfig(**options))
+            choose_pinned(SplitConfig(**options), preflight.target_of(args))
         raise RlkvError(f"the server could not start: {reason(error)}") from error

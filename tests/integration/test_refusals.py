@@ -272,8 +272,11 @@ def test_profile_replaced_since_the_server_checked_it(
     path = tmp_path / "profile.json"
     original = load_profile(profile)
     save_profile(original, path)
-    flags = {"sparsity": 0.5, "sink": None, "window": None, "revision": None}
-    split = split_options(Namespace(model=str(model), profile=str(path), **flags))
+    flags = dict.fromkeys(("sink", "window", "revision", "max_loss", "evidence"))
+    flags |= dict.fromkeys(("tensor_parallel_size", "kv_cache_dtype"))
+    split = split_options(
+        Namespace(model=str(model), model_name="m", profile=str(path), sparsity=0.5, **flags)
+    )
     assert split_plan(config(model, split)) is not None
     save_profile(original.model_copy(update={"window": 65}), path)
     with pytest.raises(RlkvError) as caught:
