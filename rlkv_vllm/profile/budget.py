@@ -115,14 +115,17 @@ class Assessment:
         return self.measures[0]
 
     def describe(self) -> str:
-        """In words: verdict, loss, what decided if that is another measure, problems, task."""
+        """In words: verdict, loss, what decided if that is another measure, what was asked."""
         text = f"{self.verdict}: loses {100 * self.loss.estimate:.1f} points"
         if math.isfinite(self.loss.high):
             text += f", at most {100 * self.loss.high:.1f}"
         for measure in self.measures[1:]:
             if measure.verdict(self.row.n) < self.loss.verdict(self.row.n):
                 text += f", {measure.name} {measure.estimate:.3g} of {measure.limit:g} allowed"
-        return f"{text}, n {self.row.n}, task {one_line(self.row.task, 60)}"
+        text += f", n {self.row.n}, task {one_line(self.row.task, 60)}"
+        if (temperature := self.row.temperature) is None:
+            return text
+        return f"{text}, {f'temperature {temperature:g}' if temperature else 'greedy'}"
 
 
 def assess(
@@ -232,7 +235,7 @@ def cache_dtype(name: str | None) -> str | None:
 
     An engine refuses types that are neither the model's own nor quantised.
     """
-    if name in (None, "auto", "float16", "bfloat16", "float32"):
+    if name in (None, "auto", "float16", "bfloat16"):
         return None
     return "fp8_e4m3" if name == "fp8" else name
 

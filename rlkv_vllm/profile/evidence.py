@@ -78,7 +78,7 @@ def rows_for(
     """The rows that were measured with what `target` serves; None: one rank, the profile's span.
 
     A row of an older file, which does not say what it measured, counts as one of a single rank
-    with the sink and window of the profile.
+    with the sink and window of the profile, as long as no other row of its task counts.
 
     Raises:
         RlkvError: the ranks do not fit the heads.
@@ -92,7 +92,9 @@ def rows_for(
         is_same_type = cache_dtype(row.kv_cache_dtype) == cache_dtype(target.kv_cache_dtype)
         return is_same_type and _digest(profile, row) == served.digest(*span)
 
-    return [row for row in profile.evaluation if counts(row)]
+    rows = [row for row in profile.evaluation if counts(row)]
+    replaced = {row.task for row in rows if row.allocation and row.sparsity}
+    return [row for row in rows if row.allocation or row.task not in replaced]
 
 
 def assess_profile(

@@ -19,7 +19,7 @@ from rlkv_vllm.files import one_line
 from rlkv_vllm.profile.budget import asked_budget
 from rlkv_vllm.profile.choice import choose_profile
 from rlkv_vllm.profile.evidence import Target
-from rlkv_vllm.profile.io import check_matches
+from rlkv_vllm.profile.io import check_matches, is_made_for
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving.arguments import parse_early
 
@@ -87,6 +87,20 @@ def target_of(args: argparse.Namespace) -> Target:
     """The engine that the flags ask for, as far as evaluation rows depend on it."""
     words = models.evaluation_words(args.model_name)
     return Target(args.tensor_parallel_size or 1, args.kv_cache_dtype, words)
+
+
+def note_on_rows(args: argparse.Namespace) -> str | None:
+    """A line for the user if a budget rests on rows that were measured with another model."""
+    if args.mode == "gated" or args.max_loss is None:
+        return None
+    profile, _ = find_profile(args.profile)
+    fingerprint = models.load_model_fingerprint(args.model, args.revision)
+    if is_made_for(profile, fingerprint):
+        return None
+    return (
+        f"warning: the rows that choose the sparsity are of {one_line(profile.model.id)}, not of "
+        f"{one_line(fingerprint.id)}: unless one is a copy of the other, measure with `rlkv eval`"
+    )
 
 
 def gated_options(args: argparse.Namespace) -> dict[str, Any]:

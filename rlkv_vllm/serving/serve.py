@@ -63,6 +63,8 @@ def run_server(arguments: Sequence[str]) -> int:
     preflight.check_api_key(args)
     preflight.check_address(args)
     _check_engine_config(args)
+    if note := preflight.note_on_rows(args):
+        progress.say(note)
     progress.say(f"starting the engine for {', '.join(served_names(args))}")
     try:
         _run(args)

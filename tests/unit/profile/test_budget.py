@@ -133,6 +133,9 @@ def test_an_assessment_in_words() -> None:
     text = assess(measured_row(0.4, 30, 22, task="a\nb"), 0.01).describe()
     assert text.startswith("measured: loses 0.8 points, at most ")
     assert text.endswith(", n 1000, task a b")
+    for temperature, words in ((0.0, "greedy"), (0.6, "temperature 0.6")):
+        text = assess(measured_row(0.4, 0, temperature=temperature)).describe()
+        assert text.endswith(f", task sums, {words}")
 
 
 COUNTS = st.integers(0, 60)
@@ -235,7 +238,7 @@ def test_a_full_row_is_that_of_the_same_task_and_sampling() -> None:
 
 
 def test_names_of_the_cache_type() -> None:
-    own = (None, "auto", "bfloat16", "float16", "float32")
+    own = (None, "auto", "bfloat16", "float16")
     assert {cache_dtype(name) for name in own} == {None}
     assert cache_dtype("fp8") == cache_dtype("fp8_e4m3") != cache_dtype("fp8_e5m2")
 

@@ -101,6 +101,14 @@ def test_what_rounds_to_the_full_cache_is_no_choice() -> None:
     assert sparsity_within(profile, Budget(0.5, Verdict.MEASURED)) is None
 
 
+def test_rows_of_older_files_give_way_to_newer_ones_of_their_task() -> None:
+    old, other = row(0.5, allocation=None, temperature=0.0), row(0.5, allocation=None, task="b")
+    new, elsewhere = row(0.5), row(0.5, tp_size=2)
+    assert rows_for(profile_of(old, other, elsewhere)) == [old, other]
+    assert rows_for(profile_of(old, other, new)) == [other, new]
+    assert rows_for(profile_of(old, row(0.0))) == [old, row(0.0)]  # the full cache says nothing
+
+
 def test_ranks_that_do_not_fit() -> None:
     with pytest.raises(RlkvError, match="--tp 3"):
         rows_for(profile_of(row(0.5)), Target(3))

@@ -130,6 +130,20 @@ def test_a_budget_goes_to_the_engine_which_knows_its_ranks(tmp_path: Path) -> No
     assert preflight.split_options(measured) == split | {"evidence": "measured"}
 
 
+def test_rows_of_another_model_are_told(tmp_path: Path) -> None:
+    args = options(tmp_path, max_loss="1%", mode="split")
+    note = preflight.note_on_rows(args)  # the folder is called `model`, as in `org/model`
+    assert note is None
+    args.model = str(make_model_dir(tmp_path / "tuned"))
+    note = preflight.note_on_rows(args)
+    assert note is not None
+    assert "are of org/model, not of tuned" in note
+    args.max_loss = None
+    assert preflight.note_on_rows(args) is None
+    args.mode, args.max_loss = "gated", "1%"
+    assert preflight.note_on_rows(args) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
