@@ -138,6 +138,19 @@ def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFing
     return fingerprint_from_config(config, name or model, commit)
 
 
+def model_of(profile: HeadProfile) -> str:
+    """The model of a profile as a command takes it; its file may come from a stranger."""
+    name = profile.model.id
+    return name if name == MODEL_NAME or hub.is_repo_id(name) else "MODEL"
+
+
+def evaluation_words(model: str) -> tuple[str, ...]:
+    """How `rlkv eval` is given a model: its name, and problems that it can read."""
+    if is_embedded(model):
+        return (MODEL_NAME,)
+    return model, "--task", "TASK"
+
+
 def default_sampling(model: str, revision: str | None = None) -> dict[str, Any]:
     """The sampling parameters that `generation_config.json` of a model asks for.
 
@@ -171,19 +184,6 @@ def default_sampling(model: str, revision: str | None = None) -> dict[str, Any]:
             )
         found_values[name] = value
     return found_values
-
-
-def model_of(profile: HeadProfile) -> str:
-    """The model of a profile as a command takes it; its file may come from a stranger."""
-    name = profile.model.id
-    return name if name == MODEL_NAME or hub.is_repo_id(name) else "MODEL"
-
-
-def evaluation_words(model: str) -> tuple[str, ...]:
-    """How `rlkv eval` is given a model: its name, and problems that it can read."""
-    if is_embedded(model):
-        return (MODEL_NAME,)
-    return model, "--task", "TASK"
 
 
 def _local_folder(model: str) -> Path | None:
