@@ -33,7 +33,9 @@ class ProfileChoice:
 
         With a budget the engine chooses the sparsity again: it knows its ranks and its cache best.
         """
-        how = self.within.budget.options() if self.within else {"sparsity": self.sparsity}
+        how: Mapping[str, Any] = {"sparsity": self.sparsity}
+        if self.within is not None and self.within.sparsity == self.sparsity:
+            how = self.within.budget.options()
         return _engine_config(self.path, self.profile, self.span, how)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,9 @@ def test_the_engine_chooses_again(tmp_path: Path) -> None:
         "sha256": profile.sha256(),
     }
     assert budget_config(path, BUDGET) == config
+    # Another sparsity of the same profile, as evaluations and benchmarks start it.
+    other = replace(choose(tmp_path, profile), sparsity=0.0).engine_config()
+    assert (other["sparsity"], "max_loss" in other) == (0.0, False)
     measured = {**config, "evidence": "measured"}
     assert choose(tmp_path, profile, MEASURED).engine_config() == measured
     assert budget_config(path, MEASURED) == measured
