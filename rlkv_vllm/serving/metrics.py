@@ -37,10 +37,6 @@ _CONSTANT = {
         "Head profile and split that are served; always 1.",
         *("profile", "profile_sha256", "sparsity", "sink", "window"),
     ),
-    "accuracy_budget": (
-        "Share of the answers that may be lost, where --max-loss chose the sparsity.",
-        "verdict",
-    ),
     "heads": ("KV heads of the model.", "kind"),
     "cache_capacity_bytes": ("KV cache that requests can hold.",),
     "requests_possible": ("Requests of the longest length that fit at once.", "cache"),
@@ -127,7 +123,7 @@ class RlkvStatLogger(AggregateStatLoggerBase):
         possible = figures.requests_possible(plan.max_model_len)
         span = plan.geometry.sink, plan.geometry.window
         profile = plan.profile_id, plan.profile.sha256(), f"{plan.sparsity:g}", *span
-        constant: dict[tuple[str, ...], float] = {
+        constant: dict[tuple[str, ...], int] = {
             ("active",): 1,
             ("profile_info", *map(str, profile)): 1,
             ("heads", "full"): allocation.num_full,
@@ -136,8 +132,6 @@ class RlkvStatLogger(AggregateStatLoggerBase):
             ("requests_possible", "split"): possible.split,
             ("requests_possible", "full"): possible.full,
         }
-        if plan.within is not None:
-            constant["accuracy_budget", str(plan.within.verdict)] = plan.within.budget.max_loss
         for index, labels in self._engines.items():
             for (name, *rest), value in constant.items():
                 self._gauges[name].labels(*labels, *rest).set(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +20,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from rlkv_vllm.engine.cache.scheduler import BlockUse, SplitScheduler
 from rlkv_vllm.engine.compat import attach_figures
-from rlkv_vllm.profile.budget import Budget
-from rlkv_vllm.profile.evidence import sparsity_within
 from rlkv_vllm.serving.metrics import RlkvStatLogger
 from rlkv_vllm.serving.status import ByKind, CacheFigures
 from tests.support.plans import BLOCKS, make_plan, vllm_config
-from tests.support.profiles import make_profile, measured_row
 
 USE = BlockUse(full=30, streaming=4, full_cache=30, evicted=3, full_hit=5, streaming_hit=2)
 
@@ -86,16 +82,6 @@ def test_a_proven_split_exports_everything_before_the_first_step(figures: CacheF
     for kind in ("full", "streaming"):
         assert value("cache_used_bytes", kind=kind) == 0
         assert value("prefix_cache_hit_blocks_total", kind=kind) == 0
-
-
-def test_a_budget_is_exported_where_it_chose_the_sparsity(figures: CacheFigures) -> None:
-    RlkvStatLogger(vllm_config(), [0]).show_split(figures)
-    assert value("accuracy_budget", verdict="proven") is None
-    profile = make_profile(evaluation=[measured_row(0.5, lost=0)])
-    within = sparsity_within(profile, Budget(0.02))
-    chosen = CacheFigures(replace(figures.plan, within=within), BLOCKS)
-    RlkvStatLogger(vllm_config(), [0]).show_split(chosen)
-    assert value("accuracy_budget", verdict="proven") == 0.02
 
 
 def test_gauges_follow_and_counters_add_up(figures: CacheFigures) -> None:
