@@ -159,13 +159,13 @@ def test_old_rows_are_measured_and_never_proven(tmp_path: Path) -> None:
 
 
 def test_the_weakest_task_speaks(tmp_path: Path) -> None:
-    rows = [row(0.5), row(0.5, lost=4, task="hard"), row(0.5, task="easy")]
+    rows = [row(0.5), row(0.5, lost=2, task="hard"), row(0.5, task="easy")]
     within = choose(tmp_path, profile_of(*rows)).within
     assert within is not None
     assert within.weakest.row.task == "hard"
     assert within.tasks == ["easy", "hard", "sums"]
     text = within.describe()
-    assert text.startswith("budget 1%, proven: loses 0.4 points, at most 0.")
+    assert text.startswith("budget 1%, proven: loses 0.2 points, at most 0.")
     assert text.endswith("task hard and 2 more")
 
 
