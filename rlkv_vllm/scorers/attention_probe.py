@@ -15,8 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlkv_vllm.hf.answer_loss import Sample
 from rlkv_vllm.hf.gated_attention import attach_gates
-from rlkv_vllm.scorers.scorer import Sample, ScoringInput
+from rlkv_vllm.scorers.scorer import ScoringInput
 
 IMPLEMENTATION = "rlkv_probe"
 #: Query tokens whose weights exist at once: 32 heads and 8,000 keys in float32 are 0.5 GB.

@@ -19,9 +19,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from rlkv_vllm.hf.answer_loss import Batch, answer_loss
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.options import Positive
-from rlkv_vllm.scorers.optimise import Batch, GateTraining, answer_loss, optimise_gates
+from rlkv_vllm.scorers.optimise import GateTraining, optimise_gates
 from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, Weight
 
 

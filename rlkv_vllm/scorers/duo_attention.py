@@ -19,10 +19,11 @@ from dataclasses import replace
 
 import torch
 
+from rlkv_vllm.hf.answer_loss import IGNORED, Batch, Sample
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.options import Positive
-from rlkv_vllm.scorers.optimise import IGNORED, Batch, GateTraining, optimise_gates
-from rlkv_vllm.scorers.scorer import Gates, Sample, Scorer, ScoringInput, Weight
+from rlkv_vllm.scorers.optimise import GateTraining, optimise_gates
+from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, Weight
 
 #: Tokens that a passkey has in front; repeated at the end, they say which one is asked for.
 CUE = 2

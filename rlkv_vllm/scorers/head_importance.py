@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import torch
 
+from rlkv_vllm.hf.answer_loss import answer_loss, make_batch
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.options import Positive, Section
-from rlkv_vllm.scorers.optimise import answer_loss, make_batch
 from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, to_gates
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.hf.answer_loss import Batch, Sample, make_batch
 from rlkv_vllm.hf.gated_attention import GatedAttention
 from rlkv_vllm.options import Positive, Section
-from rlkv_vllm.scorers.scorer import Gates, Sample, ScoringInput, Weight
-
-IGNORED = -100
+from rlkv_vllm.scorers.scorer import Gates, ScoringInput, Weight
 
 
 class GateTraining(Section):
@@ -25,46 +22,6 @@ class GateTraining(Section):
     learning_rate: Weight = 0.02
     reg: Weight = 0.3
     batch_size: Positive = 8
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples side by side, padded on the right; all ``[samples, tokens]``.
-
-    `labels` is `IGNORED` everywhere but on the answers' tokens.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-
-
-def make_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
-    """Put `samples` side by side."""
-
-    def padded(rows: list[list[int]], padding: int = 0) -> torch.Tensor:
-        tensors = [torch.tensor(row) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=padding).to(device)
-
-    rows = [sample.prompt_ids + sample.completion_ids for sample in samples]
-    labels = [[IGNORED] * len(s.prompt_ids) + s.completion_ids for s in samples]
-    return Batch(padded(rows), padded([[1] * len(row) for row in rows]), padded(labels, IGNORED))
-
-
-def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the answers' tokens, in nats, in float32."""
-    first = int((batch.labels != IGNORED).any(0).nonzero()[0])
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        logits_to_keep=batch.input_ids.shape[1] - first + 1,
-    ).logits
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        batch.labels[:, first:].flatten(),
-        ignore_index=IGNORED,
-    )
 
 
 def optimise_gates(

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import torch
 
+from rlkv_vllm.hf.answer_loss import Sample
 from rlkv_vllm.scorers.attention_probe import head_sums
-from rlkv_vllm.scorers.scorer import Gates, Sample, Scorer, ScoringInput, to_gates
+from rlkv_vllm.scorers.scorer import Gates, Scorer, ScoringInput, to_gates
 
 
 def score_heads(given: ScoringInput) -> Gates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -15,19 +15,12 @@ from rlkv_vllm.options import Section, validate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlkv_vllm.hf.answer_loss import Sample
     from rlkv_vllm.tasks import Problem, Task
 
 Gates = list[list[float]]
 #: A setting that is a rate or a weight.
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A problem and the correct answer that the model itself gave, as token ids."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,10 @@ class ScoringInput:
         seed: of all random choices.
         settings: an instance of `Scorer.schema`.
         report: to be called with (work done, total work), in any unit, and figures in words if any.
+        say: takes a line that stays, such as an estimate of the time.
+        work: JSON values that a scorer wants to find again after a kill, in a run of the same
+            settings.
+        save: writes `work`.
     """
 
     model: PreTrainedModel
@@ -57,6 +54,9 @@ class ScoringInput:
     seed: int
     settings: Any
     report: Callable[..., None]
+    say: Callable[[str], None] = lambda text: None
+    work: dict[str, Any] = field(default_factory=dict)
+    save: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
+from rlkv_vllm.allocation.streaming import Streaming, name_of
 from rlkv_vllm.store import Store
 
-Head = tuple[int, int]
-#: The streaming heads of an allocation, sorted.
-Streaming = tuple[Head, ...]
 #: Gets problems, the streaming heads for each, and a seed; says which are solved.
 Evaluate = Callable[[Sequence[int], Sequence[Streaming], int], Sequence[bool]]
 
@@ -42,7 +40,7 @@ class Answers:
         asked = [
             (streaming, problem)
             for streaming in every
-            for problem in range(len(self._solved.get(_name(streaming), "")), problems)
+            for problem in range(len(self._solved.get(name_of(streaming), "")), problems)
         ]
         for start in range(0, len(asked), self._chunk):
             part = asked[start : start + self._chunk]
@@ -52,7 +50,7 @@ class Answers:
                 self._seed + self.count,
             )
             for (streaming, _), is_solved in zip(part, solved, strict=True):
-                name = _name(streaming)
+                name = name_of(streaming)
                 self._solved[name] = self._solved.get(name, "") + "01"[is_solved]
             self.count += len(part)
             self._store.save()
@@ -61,13 +59,4 @@ class Answers:
 
     def solved(self, streaming: Streaming, first: int, last: int) -> list[bool]:
         """Which of the problems ``first:last``, all asked for before, are solved."""
-        return [bit == "1" for bit in self._solved[_name(streaming)][first:last]]
-
-
-def full_heads(streaming: Streaming, layers: int, kv_heads: int) -> list[list[int]]:
-    """Full heads per layer."""
-    return [[j for j in range(kv_heads) if (i, j) not in streaming] for i in range(layers)]
-
-
-def _name(streaming: Streaming) -> str:
-    return " ".join(f"{layer}.{head}" for layer, head in streaming)
+        return [bit == "1" for bit in self._solved[name_of(streaming)][first:last]]

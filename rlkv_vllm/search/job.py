@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from rlkv_vllm.allocation.span import Span, resolve_span
+from rlkv_vllm.allocation.streaming import Streaming, full_heads
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.answers import HeadSplit
 from rlkv_vllm.models import load_model_fingerprint, model_source
@@ -17,7 +18,6 @@ from rlkv_vllm.options import RUN_FILE
 from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile
-from rlkv_vllm.search.answers import Streaming, full_heads
 from rlkv_vllm.search.config import RefineConfig
 from rlkv_vllm.search.refine import refine_gates, streaming_counts
 from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained_failures

@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rlkv_vllm.allocation.streaming import Head
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.search.answers import Answers, Evaluate, Head
+from rlkv_vllm.search.answers import Answers, Evaluate
 from rlkv_vllm.search.config import SearchConfig
 from rlkv_vllm.search.search import Nested, heads_in_question, most_answers, nested_of, search
 from rlkv_vllm.statistics import sign_test_p

@@ -30,7 +30,8 @@ from heapq import nsmallest
 from itertools import combinations
 from statistics import fmean
 
-from rlkv_vllm.search.answers import Answers, Head, Streaming
+from rlkv_vllm.allocation.streaming import Head, Streaming
+from rlkv_vllm.search.answers import Answers
 
 #: Allocations of ascending sparsities, each with the streaming heads of those before it.
 Nested = tuple[Streaming, ...]

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.hf.answer_loss import Sample
 from rlkv_vllm.kernels.reference import streaming_mask
 from rlkv_vllm.scorers import attention_probe
 from rlkv_vllm.scorers.attention_probe import beyond, observe_answers
-from rlkv_vllm.scorers.scorer import Sample, ScoringInput
+from rlkv_vllm.scorers.scorer import ScoringInput
 from tests.support.checkpoints import ARCHITECTURES, NUM_LAYERS, NUM_Q_HEADS, VOCAB, make_checkpoint
 from tests.support.profiles import assert_one_line
 

@@ -1,4 +1,4 @@
-"""What trained scorers share: batches, the loss, the optimiser; and Duo's retrieval texts."""
+"""What trained scorers share, the optimiser; and Duo's retrieval texts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.hf.answer_loss import Sample
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.scorers.duo_attention import CUE, Settings, retrieval_texts
-from rlkv_vllm.scorers.optimise import (
-    IGNORED,
-    GateTraining,
-    answer_loss,
-    make_batch,
-    optimise_gates,
-)
-from rlkv_vllm.scorers.scorer import Sample, ScoringInput
-from tests.support.checkpoints import NUM_KV_HEADS, NUM_LAYERS, VOCAB, make_checkpoint
+from rlkv_vllm.scorers.optimise import GateTraining, optimise_gates
+from rlkv_vllm.scorers.scorer import ScoringInput
+from tests.support.checkpoints import NUM_KV_HEADS, VOCAB, make_checkpoint
 from tests.support.profiles import assert_one_line
 
 SINK, WINDOW = 2, 5
@@ -44,34 +39,6 @@ def samples() -> list[Sample]:
     g = torch.Generator().manual_seed(3)
     rows = [torch.randint(8, VOCAB, (n,), generator=g).tolist() for n in (30, 44, 21)]
     return [Sample(row[:cut], row[cut:]) for row, cut in zip(rows, (12, 31, 5), strict=True)]
-
-
-def test_labels_are_on_the_answers() -> None:
-    batch = make_batch([Sample([5, 6], [7]), Sample([8], [9, 4, 3])], torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[5, 6, 7, 0], [8, 9, 4, 3]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 7, IGNORED], [IGNORED, 9, 4, 3]]
-
-
-@torch.no_grad()
-def test_the_loss_counts_the_answers_only_and_no_padding(model: Any) -> None:
-    total = tokens = 0.0
-    for sample in samples():
-        logits = model(torch.tensor([sample.prompt_ids + sample.completion_ids])).logits[0]
-        logprobs = torch.log_softmax(logits, -1)
-        first = len(sample.prompt_ids) - 1
-        total -= sum(logprobs[first + i, t].item() for i, t in enumerate(sample.completion_ids))
-        tokens += len(sample.completion_ids)
-    batch = make_batch(samples(), model.device)
-    assert answer_loss(model, batch).item() == pytest.approx(total / tokens, rel=1e-4)
-    with attach_gates(model, SINK, WINDOW) as gates:
-        gates.set_soft([[0.3] * NUM_KV_HEADS] * NUM_LAYERS)
-        gated = answer_loss(model, batch).item()
-        alone = [answer_loss(model, make_batch([s], model.device)).item() for s in samples()]
-    assert gated != pytest.approx(total / tokens, rel=1e-3)
-    lengths = [len(sample.completion_ids) for sample in samples()]
-    weighted = sum(loss * n for loss, n in zip(alone, lengths, strict=True)) / sum(lengths)
-    assert gated == pytest.approx(weighted, rel=1e-4)
 
 
 def optimise(

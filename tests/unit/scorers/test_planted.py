@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlkv_vllm.hf.answer_loss import Sample
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.scorers import METHODS, get_scorer
-from rlkv_vllm.scorers.scorer import Sample, ScoringInput
+from rlkv_vllm.scorers.scorer import ScoringInput
 
 VOCAB, HEAD_DIM = 16, 64
 LAYERS, KV_HEADS, GROUP = 2, 3, 2

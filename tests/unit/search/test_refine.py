@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.allocation.streaming import Head, Streaming
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.search.answers import Evaluate, Head, Streaming
+from rlkv_vllm.search.answers import Evaluate
 from rlkv_vllm.search.config import SearchConfig
 from rlkv_vllm.search.refine import refine_gates
 from rlkv_vllm.training.run_folder import REFINE_FILE

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkv_vllm.search.answers import Answers, Head, Streaming, full_heads
+from rlkv_vllm.allocation.streaming import Head, Streaming, full_heads
+from rlkv_vllm.search.answers import Answers
 from rlkv_vllm.search.config import SearchConfig
 from rlkv_vllm.search.search import (
     Found,
