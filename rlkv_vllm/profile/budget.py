@@ -58,11 +58,12 @@ class Measure:
 
     def verdict(self, problems: int) -> Verdict:
         """What it says; more is worse."""
-        if self.high <= self.limit:
+        limit = self.limit + 1e-9  # shares of problems are rounded
+        if self.high <= limit:
             return Verdict.PROVEN
-        if self.low > self.limit:
+        if self.low > limit:
             return Verdict.VIOLATED
-        is_within = self.estimate <= self.limit and problems >= ENOUGH_PROBLEMS
+        is_within = self.estimate <= limit and problems >= ENOUGH_PROBLEMS
         return Verdict.MEASURED if is_within else Verdict.UNDECIDED
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkv_vllm.statistics import (
-    mcnemar_p,
+    design_effect,
+    log_ratio_error,
     percentile_95,
     sign_test_p,
+    tango_bounds,
     wilson_interval,
 )
 
@@ -57,8 +60,8 @@ def pairs(only_first: int, only_second: int, same: int = 7) -> tuple[list[bool],
 )
 def test_mcnemar(only_first: int, only_second: int, p: float) -> None:
     first, second = pairs(only_first, only_second)
-    assert mcnemar_p(first, second) == pytest.approx(p)
-    assert mcnemar_p(second, first) == pytest.approx(p)
+    assert sign_test_p(first, second, "two-sided") == pytest.approx(p)
+    assert sign_test_p(second, first, "two-sided") == pytest.approx(p)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +78,14 @@ def test_the_sign_test_counts_problems_and_not_gains() -> None:
     assert sign_test_p([1, 0, 0, 0.5], [0, 0.5, 0.5, 0.5]) == 7 / 8
 
 
-def test_mcnemar_wants_pairs() -> None:
+def test_the_sign_test_wants_pairs() -> None:
     with pytest.raises(ValueError, match="zip"):
-        mcnemar_p([True], [True, False])
+        sign_test_p([True], [True, False])
 
 
-def test_mcnemar_of_thousands() -> None:
-    assert mcnemar_p(*pairs(3000, 0)) == pytest.approx(0, abs=1e-300)
-    assert 0.9 < mcnemar_p(*pairs(1500, 1501)) <= 1
+def test_the_sign_test_of_thousands() -> None:
+    assert sign_test_p(*pairs(3000, 0), "two-sided") == pytest.approx(0, abs=1e-300)
+    assert 0.9 < sign_test_p(*pairs(1500, 1501), "two-sided") <= 1
 
 
 @pytest.mark.parametrize(
@@ -90,3 +93,77 @@ def test_mcnemar_of_thousands() -> None:
 )
 def test_percentile(values: list[int], expected: int) -> None:
     assert percentile_95(list(values)) == expected
+
+
+def brute_force_score(gained: int, lost: int, n: int, difference: float) -> float:
+    """Tango's statistic with the constrained likelihood maximised on a grid."""
+    same = n - gained - lost
+    least, most = max(0.0, -difference), (1 - difference) / 2
+    shares = np.linspace(least, most, 200_001)[1:-1]  # of pairs that only the second has
+    with np.errstate(divide="ignore"):
+        likelihood = (
+            gained * np.log(shares + difference)
+            + lost * np.log(shares)
+            + same * np.log(1 - 2 * shares - difference)
+        )
+    share = shares[np.nanargmax(likelihood)]
+    variance = n * (2 * share + difference * (1 - difference))
+    return float((gained - lost - n * difference) / np.sqrt(variance))
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"), [(12, 2, 50), (3, 9, 300), (1, 1, 40), (0, 5, 100), (40, 60, 1000)]
+)
+def test_tango_bounds_against_brute_force(gained: int, lost: int, n: int) -> None:
+    low, high = tango_bounds(gained, lost, n, 0.05)
+    assert low < (gained - lost) / n < high
+    assert brute_force_score(gained, lost, n, low) == pytest.approx(1.6449, abs=2e-3)
+    assert brute_force_score(gained, lost, n, high) == pytest.approx(-1.6449, abs=2e-3)
+
+
+def test_tango_bounds_without_a_difference() -> None:
+    z2 = 1.6448536**2
+    assert tango_bounds(0, 0, 100) == pytest.approx((-z2 / (100 + z2), z2 / (100 + z2)))
+    low, high = tango_bounds(0, 30, 30)
+    assert low == pytest.approx(-1, abs=1e-9)
+    assert high == pytest.approx((z2 - 30) / (30 + z2))  # all pairs are of one kind: Wilson's
+
+
+@given(
+    st.integers(1, 400).flatmap(
+        lambda n: st.tuples(st.integers(0, n), st.just(n)).flatmap(
+            lambda pair: st.tuples(
+                st.just(pair[0]), st.integers(0, pair[1] - pair[0]), st.just(pair[1])
+            )
+        )
+    ),
+    st.sampled_from([0.05, 0.025, 0.001]),
+)
+def test_tango_bounds_mirror_and_contain(counts: tuple[int, int, int], level: float) -> None:
+    gained, lost, n = counts
+    low, high = tango_bounds(gained, lost, n, level)
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    assert tango_bounds(lost, gained, n, level) == pytest.approx((-high, -low), abs=1e-9)
+    wider = tango_bounds(gained, lost, n, level / 2)
+    assert wider[0] <= low + 1e-12
+    assert wider[1] >= high - 1e-12
+
+
+def test_design_effect() -> None:
+    assert design_effect([0] * 400, 4) == 4  # nothing is known: as if every problem were one pair
+    assert design_effect([1, 1, 1, 1] * 50 + [0] * 400, 4) == 4
+    assert design_effect([1, 0, 0, 0] * 50 + [0] * 400, 4) == 1
+    half = design_effect([1, 1, 0, 0] * 50 + [0] * 400, 4)
+    assert half == pytest.approx((200 - 1e4 / 150 + 16) / (100 - 1e4 / 600 + 4))
+    assert design_effect([1, -1, 0, 1], 1) == 1
+
+
+def test_log_ratio_error_against_the_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    second = rng.gamma(4, 25, 500)
+    first = second * 0.5 + rng.gamma(4, 15, 500)
+    rows = rng.integers(0, 500, (2000, 500))
+    bootstrap = np.log(first[rows].mean(1) / second[rows].mean(1)).std()
+    assert log_ratio_error(list(first), list(second)) == pytest.approx(bootstrap, rel=0.06)
+    assert log_ratio_error(list(second), list(second)) == 0
+    assert log_ratio_error([3], [2]) == float("inf")

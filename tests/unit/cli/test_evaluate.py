@@ -53,7 +53,7 @@ class FakeEngine:
         return Measurement(
             correct=tuple(i < solved for i in range(len(problems))),
             output_tokens=tuple(range(100, 100 + len(problems))),
-            capped=len(problems) - solved,
+            cut=tuple(i >= solved for i in range(len(problems))),
             seconds=5.0,
         )
 
@@ -137,7 +137,7 @@ def test_files(engine: FakeEngine) -> None:
         table = list(csv.DictReader(stream))
     assert [float(row["accuracy"]) for row in table] == [row["accuracy"] for row in rows]
     assert table[-1]["seconds_per_solved"] == ""
-    assert set(rows[0]) - set(table[0]) == {"split", "correct", "output_lengths"}
+    assert set(rows[0]) - set(table[0]) == {"split", "correct", "cut", "output_lengths"}
 
 
 # --- interrupted and continued -------------------------------------------------------------
@@ -231,10 +231,10 @@ def test_a_changed_model_is_other_settings(engine: FakeEngine) -> None:
     ("content", "words"),
     [
         ("[]", "expected an object"),
-        ("{}", "no file of `rlkv eval 1`"),
-        ('{"format": "rlkv eval 1", "rows": []}', "no file of `rlkv eval 1`"),
-        ('{"format": "rlkv eval 2", "settings": {}, "rows": []}', "no file of `rlkv eval 1`"),
-        ('{"format": "rlkv eval 1", "settings": {}, "rows": []}', "other settings"),
+        ("{}", "no file of `rlkv eval 2`"),
+        ('{"format": "rlkv eval 2", "rows": []}', "no file of `rlkv eval 2`"),
+        ('{"format": "rlkv eval 3", "settings": {}, "rows": []}', "no file of `rlkv eval 2`"),
+        ('{"format": "rlkv eval 2", "settings": {}, "rows": []}', "other settings"),
         ('{"for', "not valid JSON"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_foreign_file_is_not_overwritten(content: str, words: str, engine: Fak
         ("correct", "11111"),
         ("correct", "1111100002"),
         ("output_lengths", [-1] * N),
-        ("capped", 11),
+        ("cut", "1"),
         ("seconds", -1),
         ("split", 3),
     ],
@@ -283,10 +283,12 @@ def test_rows_are_written_into_the_profiles(engine: FakeEngine) -> None:
         assert {(row.full_accuracy, row.seed, row.max_tokens) for row in rows} == {(1, 3, 99)}
         assert rows[2].seconds_per_solved == 1
         assert rows[3].seconds_per_solved is None
-        assert profile.recommended_sparsity == 0
+        assert profile.recommended_sparsity is None
     assert load_profile("one.json").gates == old.gates
-    ok(*TWO, "--write-rows")
+    ok(*TWO, "--write-rows", "--max-tokens", "99", "--seed", "3")  # the same measurement
     assert len(load_profile("one.json").evaluation) == 5
+    ok(*TWO, "--write-rows", "--max-tokens", "99", "--seed", "4")
+    assert len(load_profile("one.json").evaluation) == 9
 
 
 def test_write_rows_refuses_what_is_not_the_users(engine: FakeEngine) -> None:
@@ -387,7 +389,11 @@ def test_quick_gives_smaller_defaults_and_says_so(engine: FakeEngine) -> None:
 
 
 def test_ends_with_the_next_command(engine: FakeEngine) -> None:
-    last = ok("--profile", "my=one.json", "--sparsity", "0.04").splitlines()[-1]
+    save_profile(make_profile(evaluation=[]), "one.json")
+    more = ["--profile", "my=one.json", "--sparsity", "0.04"]
+    last = ok(*more).splitlines()[-1]  # ten problems say too little
+    assert last.startswith("next: rlkv refine one.json --model model")
+    last = ok(*more, "--n", "200").splitlines()[-1]
     assert last == "next: rlkv bench model --profile one.json --sparsity 0.04"
 
 
