@@ -26,7 +26,7 @@ def score(
             help="The scorer (docs/find-heads.md):\n\n"
             + "\n\n".join(f"{name}: {summary}" for name, summary in METHODS.items())
         ),
-    ] = "head-importance",
+    ] = "greedy",
     task: Annotated[str, typer.Option(help="Where the problems come from.")] = "embedded",
     n: Annotated[int, typer.Option("--n", help="Problems that the model answers itself.")] = 64,
     seed: Annotated[
@@ -51,14 +51,29 @@ def score(
         str, typer.Option(help="Where to evaluate, separated by commas.")
     ] = "0,.2,.4,.5,.6,.8,1",
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut off.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Problems decoded together.")] = 64,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the answers; 0: greedy decoding. Default of this, --top-p and --top-k: what "
+            "the model's generation config says."
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Share of likely tokens to draw from.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likely tokens to draw from; 0: all.")] = None,
+    samples: Annotated[int, typer.Option(help="Answers per problem.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Answers written together.")] = 64,
     revision: Annotated[
         str | None, typer.Option(help="Commit, branch or tag of a model on the hub.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting of the scorer, e.g. --set steps=300."),
+        typer.Option("--set", help="A setting of the scorer, e.g. --set until=.8."),
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew where a killed run left its work.")
+    ] = False,
     quick: Annotated[
         bool,
         quick_option(n=16, evaluate=32, sparsities="0,.2,.4,.6,1", output="quick-profile.json"),
@@ -66,7 +81,8 @@ def score(
 ) -> None:
     """Score every KV head of MODEL by how much it needs its full cache.
 
-    The model answers problems; the scorer works on its correct answers.
+    The model answers problems; the scorer works on its correct answers. What was computed lies in
+    OUTPUT.work.json until the profile is written: the same command continues a killed run.
     """
     from rlkv_vllm.allocation.heads import read_sparsities
 
@@ -89,13 +105,19 @@ def score(
         evaluate=evaluate,
         sparsities=shares,
         max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        samples=samples,
         batch_size=batch_size,
         revision=revision,
         settings=override({}, overrides or []),
     )
+    work = output.with_name(f"{output.name}.work.json")
     with StageProgress() as progress:
-        profile = make_profile(config, progress.report, progress.say)
+        profile = make_profile(config, progress.report, progress.say, work=work, fresh=fresh)
     save_profile(profile, output)
+    work.unlink(missing_ok=True)
     print_evaluation(profile)
     if profile.evaluation:
         best = profile.recommended_sparsity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -96,6 +97,7 @@ class SplitLoss:
     Attributes:
         evaluations: sets evaluated so far, without the known ones.
         tokens: tokens of all forward passes so far, padding included.
+        seconds: that the newest evaluation took.
         heads: all heads of the model, by layer and number.
     """
 
@@ -114,6 +116,7 @@ class SplitLoss:
         self._known: MutableMapping[str, float] = {} if known is None else known
         self._save = save
         self.evaluations = self.tokens = 0
+        self.seconds = 0.0
         self._batches = [
             make_batch(group, model.device) for group in micro_batches(samples, batch_tokens)
         ]
@@ -130,7 +133,9 @@ class SplitLoss:
         """Nats per token of the answers while exactly these heads stream."""
         name = name_of(streaming)
         if name not in self._known:
+            since = time.monotonic()
             self._known[name] = self._evaluate(streaming)
+            self.seconds = time.monotonic() - since
             self.evaluations += 1
             self._save()
         return self._known[name]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 #: What `rlkv score --method` takes, with one line for its help. The scorer `some-name` is
 #: `SCORER` in `some_name.py`, imported when it is used.
 METHODS: dict[str, str] = {
+    "greedy": "heads stream one by one, the one first that raises the loss of own answers least",
     "rlkv": "reinforcement learning of gates on the model's own answers (slow)",
     "self-distill": "gates trained on the model's own correct answers, plus a penalty",
     "duo-attention": "gates trained to keep hidden states on retrieval texts, plus a penalty",

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from rlkv_vllm.allocation.heads import check_sparsity
 from rlkv_vllm.allocation.span import SERVING_SPAN, resolve_span
@@ -15,29 +18,37 @@ from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
 from rlkv_vllm.evaluation.rows import with_rows
+from rlkv_vllm.evaluation.sweep import settings_of
 from rlkv_vllm.files import one_line
-from rlkv_vllm.hf.answer_loss import Sample
-from rlkv_vllm.hf.answers import solve
 from rlkv_vllm.hf.loading import load_model
-from rlkv_vllm.models import default_span
+from rlkv_vllm.models import (
+    default_sampling,
+    default_span,
+    load_model_fingerprint,
+    model_source,
+)
+from rlkv_vllm.options import job_versions
 from rlkv_vllm.profile import HeadProfile, Provenance
 from rlkv_vllm.scorers import get_scorer
+from rlkv_vllm.scorers.own_answers import write_answers
 from rlkv_vllm.scorers.scorer import ScoringInput
-from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
+from rlkv_vllm.store import Store
+from rlkv_vllm.tasks import get_task, skip_note
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+#: Of the file beside a profile that holds what was computed for it so far.
+WORK_FORMAT = "rlkv score 1"
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """Options of `rlkv score`, whose help describes them; all of them go into the provenance.
 
-    `settings` are those of the scorer, in place of its defaults.
+    `settings` are those of the scorer, in place of its defaults. Sampling parameters that are None
+    are those of the model.
     """
 
     model: str
-    method: str = "head-importance"
+    method: str = "greedy"
     task: str = "embedded"
     n: int = 64
     seed: int = 0
@@ -46,6 +57,10 @@ class ScoreConfig:
     evaluate: int = 0
     sparsities: tuple[float, ...] = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
     max_new_tokens: int = 512
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    samples: int = 1
     batch_size: int = 64
     revision: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -55,12 +70,19 @@ def make_profile(
     config: ScoreConfig,
     report: Report = lambda *_: None,
     say: Callable[[str], None] = lambda text: None,
+    *,
+    work: Path | None = None,
+    fresh: bool = False,
 ) -> HeadProfile:
     """Score the heads of a model.
 
+    Answers, and evaluations of scorers that keep them, are written to the file `work` as they
+    come. If it exists, the run continues from it, unless `fresh`. The caller may remove it when
+    the profile is saved.
+
     Raises:
-        RlkvError: if an option is out of range, the model cannot be loaded or gated, or it
-            answers none of the problems correctly.
+        RlkvError: if an option is out of range, the model cannot be loaded or gated, it answers
+            none of the problems correctly, or `work` is of other settings.
     """
     _check(config)
     scorer = get_scorer(config.method)
@@ -68,31 +90,85 @@ def make_profile(
     task = get_task(config.task)
     if note := skip_note(task):
         say(note)
-    problems = fresh_problems(
-        task,
-        config.evaluate,
-        config.seed + 1,
-        task.problems(config.n, config.seed),
-        "--n or --evaluate",
-    )
+    asked = task.problems(config.n, config.seed)
+    problems = fresh_problems(task, config.evaluate, config.seed + 1, asked, "--n or --evaluate")
     sink, window = resolve_span(
         config.sink, config.window, default_span(config.model, SERVING_SPAN)
     )
-    model, tokenizer, fingerprint = load_model(config.model, config.revision)
+    sampling, why = choose_sampling(config)
+    fingerprint = load_model_fingerprint(config.model, config.revision)
+    content: dict[str, Any] = {}
+    save: Callable[[], None] = lambda: None  # noqa: E731
+    if work is not None:
+        store = Store(
+            work,
+            WORK_FORMAT,
+            settings_of(
+                fingerprint,
+                model_source(config.model),
+                config.task,
+                asked,
+                config.seed,
+                sampling,
+                {
+                    **sampling.model_dump(include={"min_p"}),
+                    "samples": config.samples,
+                    "batch_size": config.batch_size,
+                    "method": config.method,
+                    "settings": settings.model_dump(),
+                    "sink": sink,
+                    "window": window,
+                    "versions": job_versions(),
+                },
+            ),
+            fresh=fresh,
+            flag="",
+            fix="give the settings that it was made with, name another --output, or start anew "
+            "with --fresh",
+        )
+        content, save = store.content, store.save
+    say(f"answers: {sampling.describe()} ({why})")
+    if content:
+        done = len(content.get("answers", ()))
+        say(f"continues from {one_line(work)}: {done} of {config.n * config.samples} answers")
+    model, tokenizer, _ = load_model(config.model, fingerprint.revision)
 
-    solved, samples = own_correct_answers(model, tokenizer, task, config, report)
+    answers = write_answers(
+        model,
+        tokenizer,
+        task,
+        asked,
+        sampling=sampling,
+        samples=config.samples,
+        batch_size=config.batch_size,
+        written=content.setdefault("answers", []),
+        save=save,
+        report=partial(report, "answering"),
+    )
+    if not answers.samples:
+        if work is not None:
+            work.unlink()  # of no use, and other settings would be refused
+        raise RlkvError(
+            f"model {one_line(config.model)}: none of its {answers.count} answers to task "
+            f"{config.task} is correct ({answers.cut / answers.count:.0%} were cut off at "
+            f"--max-new-tokens {config.max_new_tokens}): choose a task that the model can solve, "
+            "or raise --n or --max-new-tokens"
+        )
     gates = scorer.score(
         ScoringInput(
             model=model,
             tokenizer=tokenizer,
             task=task,
-            problems=solved,
-            samples=samples,
+            problems=answers.problems,
+            samples=answers.samples,
             sink=sink,
             window=window,
             seed=config.seed,
             settings=settings,
             report=partial(report, "scoring"),
+            say=say,
+            work=content.setdefault("scorer", {}),
+            save=save,
         )
     )
     rows = measure_gates(  # yields each when it is asked for
@@ -104,7 +180,8 @@ def make_profile(
         sink=sink,
         window=window,
         sparsities=config.sparsities,
-        sampling=Sampling(max_tokens=config.max_new_tokens, temperature=0),
+        sampling=sampling,
+        samples=config.samples,
         batch_size=config.batch_size,
         seed=config.seed + 1,
         report=report,
@@ -126,6 +203,7 @@ def make_profile(
                 "sparsities": list(config.sparsities),
                 "sink": sink,
                 "window": window,
+                **sampling.model_dump(include={"temperature", "top_p", "top_k", "min_p"}),
                 # All of them, where ScoreConfig has the changed ones.
                 "settings": settings.model_dump(),
             },
@@ -135,52 +213,69 @@ def make_profile(
                 for name in ("rlkv-vllm", "torch", "transformers")
             },
             created=date.today(),
-            data=f"the model's own greedy answers to {config.n} problems of task {task.name} "
-            f"(seed {config.seed}), of which the {len(samples)} correct ones were used",
+            data=f"the model's own answers ({sampling.describe()}) to {config.n} problems of task "
+            f"{task.name} (seed {config.seed}{_each(config.samples)}), of which the "
+            f"{len(answers.samples)} correct ones were used",
         ),
     )
     return with_rows(profile, evaluation) if evaluation else profile
 
 
-def own_correct_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    config: ScoreConfig,
-    report: Report,
-) -> tuple[list[Problem], list[Sample]]:
-    """What the model solves greedily with its full cache, at least one, and its answers."""
-    problems = task.problems(config.n, config.seed)
-    result = solve(
-        model,
-        tokenizer,
-        task,
-        problems,
-        sampling=Sampling(max_tokens=config.max_new_tokens, temperature=0),
-        batch_size=config.batch_size,
-        report=partial(report, "answering"),
-    )
-    solved = [
-        (problem, Sample(answer.prompt_ids, answer.token_ids))
-        for problem, answer in zip(problems, result.answers, strict=True)
-        if answer.is_correct
-    ]
-    if not solved:
-        raise RlkvError(
-            f"model {one_line(config.model)}: none of its {config.n} answers to task "
-            f"{config.task} is correct ({result.capped_share:.0%} were cut off at "
-            f"--max-new-tokens {config.max_new_tokens}): choose a task that the model can solve, "
-            "or raise --n or --max-new-tokens"
+def choose_sampling(config: ScoreConfig) -> tuple[Sampling, str]:
+    """How answers are sampled, and why so: the given parameters, else those of the model.
+
+    Raises:
+        RlkvError: a parameter is out of range.
+    """
+    given = {
+        name: getattr(config, name)
+        for name in ("temperature", "top_p", "top_k")
+        if getattr(config, name) is not None
+    }
+    served = default_sampling(config.model, config.revision)
+    penalty = served.pop("repetition_penalty", 1.0)
+    flags = ", ".join(map(_flag, given))
+    try:
+        sampling = Sampling(
+            max_tokens=config.max_new_tokens,
+            seed=config.seed * 1_000_003 % 2**31,
+            **(served | given),
         )
-    return [problem for problem, _ in solved], [sample for _, sample in solved]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RlkvError(f"{_flag(first['loc'][0])} {first['input']}: {first['msg']}") from error
+    if sampling.is_greedy and (config.samples > 1 or given.keys() - {"temperature"}):
+        several = f"--samples {config.samples}" if config.samples > 1 else flags
+        raise RlkvError(
+            f"{several}: nothing is drawn in greedy decoding, which is what "
+            f"{'--temperature 0' if given.get('temperature') == 0 else 'the model asks for'} "
+            "means: give a --temperature above 0"
+        )
+    why = f"generation config of {one_line(config.model)}"
+    if given:
+        why = flags if served.keys() <= given.keys() else f"{flags}; else {why}"
+    if penalty != 1:
+        # It would need the answer so far.
+        why += f", but not its repetition penalty of {penalty:g}"
+    return sampling, why
+
+
+def _flag(name: object) -> str:
+    return f"--{str(name).replace('_', '-')}"
+
+
+def _each(samples: int) -> str:
+    return f", {samples} answers each" if samples > 1 else ""
 
 
 def _check(config: ScoreConfig) -> None:
-    minimum = {"n": 1, "evaluate": 0, "max_new_tokens": 1, "batch_size": 1, "sink": 0, "window": 1}
+    minimum = {
+        "n": 1, "evaluate": 0, "max_new_tokens": 1, "samples": 1, "batch_size": 1, "sink": 0,
+        "window": 1,
+    }  # fmt: skip
     for name, least in minimum.items():
         value = getattr(config, name)
         if value is not None and value < least:
-            flag = name.replace("_", "-")
-            raise RlkvError(f"--{flag} {value}: must be at least {least}")
+            raise RlkvError(f"{_flag(name)} {value}: must be at least {least}")
     for sparsity in config.sparsities:
         check_sparsity(sparsity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -38,6 +38,10 @@ class ScoringInput:
         seed: of all random choices.
         settings: an instance of `Scorer.schema`.
         report: to be called with (work done, total work), in any unit, and figures in words if any.
+        say: takes a line that stays, such as an estimate of the time.
+        work: JSON values that a scorer wants to find again after a kill, in a run of the same
+            settings.
+        save: writes `work`.
     """
 
     model: PreTrainedModel
@@ -50,6 +54,9 @@ class ScoringInput:
     seed: int
     settings: Any
     report: Callable[..., None]
+    say: Callable[[str], None] = lambda text: None
+    work: dict[str, Any] = field(default_factory=dict)
+    save: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

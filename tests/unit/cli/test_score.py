@@ -65,7 +65,7 @@ def test_quick_needs_no_other_argument(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     configs: list[run.ScoreConfig] = []
 
-    def make_profile(config: run.ScoreConfig, *_: object) -> HeadProfile:
+    def make_profile(config: run.ScoreConfig, *_: object, **__: object) -> HeadProfile:
         configs.append(config)
         return profiles.make_profile()
 
@@ -78,6 +78,6 @@ def test_quick_needs_no_other_argument(monkeypatch: pytest.MonkeyPatch, tmp_path
     first, second, *_ = result.stderr.splitlines()
     assert first.startswith("--quick: --output quick-profile.json, --n 16 instead of 64, ")
     assert "--evaluate" not in first
-    assert second.startswith("scoring the heads of embedded with head-importance: 16 problems")
+    assert second.startswith("scoring the heads of embedded with greedy: 16 problems")
     last = result.stdout.splitlines()[-1]
     assert last == "next: rlkv eval embedded --profile quick-profile.json --quick"

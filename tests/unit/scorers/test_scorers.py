@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,18 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rlkv_vllm.allocation.heads import allocate
+from rlkv_vllm.allocation.streaming import name_of
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.cli.score import score
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation import by_mask
 from rlkv_vllm.evaluation.by_mask import fresh_problems
-from rlkv_vllm.hf.answer_loss import Sample, answer_loss, make_batch
+from rlkv_vllm.hf.answer_loss import Sample, SplitLoss, answer_loss, make_batch
 from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.options import Positive, Section, override
 from rlkv_vllm.profile.io import load_profile
-from rlkv_vllm.scorers import METHODS, get_scorer, head_importance, run
+from rlkv_vllm.scorers import METHODS, get_scorer, head_importance, own_answers, run
 from rlkv_vllm.scorers.head_importance import path_gradients
 from rlkv_vllm.scorers.scorer import Scorer, ScoringInput, Weight, to_gates
 from rlkv_vllm.tasks import Problem, get_task
@@ -377,7 +381,7 @@ def test_score_writes_a_profile(
         result = invoke(
             str(checkpoint), "-o", str(output), "--n", "4", "--seed", "7", "--sink", "2",
             "--window", "5", "--evaluate", "4", "--sparsities", ".5,1", "--max-new-tokens", "6",
-            "--set", "path_steps=2",
+            "--set", "answers=1", "--set", "until=.5",
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         files.append(load_profile(output))
@@ -386,20 +390,163 @@ def test_score_writes_a_profile(
     assert (profile.sink, profile.window) == (2, 5)
     assert profile.model.id == checkpoint.name
     assert profile.model.num_layers == NUM_LAYERS
-    assert profile.provenance.method == "head-importance"
+    assert profile.provenance.method == "greedy"
     assert profile.provenance.seed == 7
     assert profile.provenance.config["n"] == 4
     assert str(checkpoint.parent) not in output.read_text()
     assert profile.provenance.config["window"] == 5
-    assert profile.provenance.config["settings"] == {"path_steps": 2}
+    assert profile.provenance.config["settings"] == {
+        "answers": 1,
+        "until": 0.5,
+        "batch_tokens": 8192,
+    }
     assert set(profile.provenance.versions) == {"rlkv-vllm", "torch", "transformers"}
+    assert "own answers (greedy)" in (profile.provenance.data or "")
     assert "2 correct" in (profile.provenance.data or "")
+    assert profile.provenance.config["temperature"] == 0
+    assert f"answers: greedy (generation config of {checkpoint})" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
     assert [row.sparsity for row in profile.evaluation] == [0, 0.5, 1]
     assert all(
         row.n == 4 and row.accuracy == row.full_accuracy == 0.5 for row in profile.evaluation
     )
     assert profile.recommended_sparsity is None
     assert "recommended sparsity: none" in result.output
+
+
+class Calls:
+    """A function, and how often it was called."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.number = function, 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.number += 1
+        return self.function(*args, **options)
+
+
+def served(checkpoint: Path, **config: Any) -> None:
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+@pytest.fixture
+def sampled(checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint as one that asks for sampling."""
+    path = tmp_path / "sampled"
+    shutil.copytree(checkpoint, path)
+    served(path, do_sample=True, temperature=0.8, top_k=30, repetition_penalty=1.1)
+    return path
+
+
+SHORT = ("--n", "4", "--sink", "2", "--window", "5", "--max-new-tokens", "6", "--set", "until=.2")
+
+
+def test_answers_are_sampled_as_served(
+    sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "get_task", lambda name: WordTask())
+    output = tmp_path / "p.json"
+    seen: list[tuple[Sampling, int]] = []
+
+    def record(*args: Any, **options: Any) -> Any:
+        seen.append((options["sampling"], options["samples"]))
+        return solve(*args, **options)
+
+    monkeypatch.setattr(own_answers, "solve", record)
+    monkeypatch.setattr(by_mask, "solve", record)
+    more = ("--samples", "3", "--evaluate", "2", "--sparsities", "1")
+    result = invoke(str(sampled), "-o", str(output), *SHORT, *more)
+    assert result.exit_code == 0, result.output
+    assert (
+        f"answers: temperature 0.8, top-k 30 (generation config of {sampled}, but not its "
+        "repetition penalty of 1.1)" in result.stderr
+    )
+    assert {
+        (one.temperature, one.top_k, one.top_p, one.max_tokens, samples) for one, samples in seen
+    } == {(0.8, 30, 1.0, 6, 3)}
+    made = load_profile(output)
+    assert made.provenance.config["temperature"] == 0.8
+    assert made.provenance.config["samples"] == 3
+    data = made.provenance.data or ""
+    assert "own answers (temperature 0.8, top-k 30) to 4 problems" in data
+    assert "3 answers each), of which the 12 correct ones" in data
+    assert [(row.temperature, row.top_k, row.samples) for row in made.evaluation] == [
+        (0.8, 30, 3)
+    ] * 2
+
+    result = invoke(str(sampled), "-o", str(output), *SHORT, "--temperature", "0")
+    assert "answers: greedy (--temperature;" in result.stderr
+    result = invoke(str(sampled), "-o", str(output), *SHORT, "--top-k", "7")
+    assert "answers: temperature 0.8, top-k 7 (--top-k; else generation config" in result.stderr
+
+
+def test_answers_to_a_problem_differ_and_do_not_depend_on_a_kill(
+    sampled: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(sampled, dtype=torch.float32).eval()
+    task = WordTask(accept=(True, False))
+    problems = task.problems(5, 0)
+    options: dict[str, Any] = {
+        "sampling": Sampling(max_tokens=6), "samples": 3, "batch_size": 6,
+        "report": lambda *_: None,
+    }  # fmt: skip
+    written: list[dict[str, Any]] = []
+    states: list[list[dict[str, Any]]] = []
+    found = own_answers.write_answers(
+        model, tokenizer, task, problems, written=written,
+        save=lambda: states.append(written.copy()), **options,
+    )  # fmt: skip
+    assert [len(state) for state in states] == [6, 12, 15]  # two problems at once
+    assert found.count == 15
+    assert [problem.answer for problem in found.problems] == ["yes"] * 9
+    assert [s.prompt_ids for s in found.samples[:3]] == [found.samples[0].prompt_ids] * 3
+    assert len({tuple(s.completion_ids) for s in found.samples[:3]}) == 3
+    assert len({answer["answer"] for answer in written}) > 10
+    again = own_answers.write_answers(
+        model, tokenizer, task, problems, written=states[0], save=lambda: None, **options
+    )
+    assert again == found
+
+
+def test_a_killed_run_continues_with_the_same_command(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "get_task", lambda name: WordTask())
+    config = run.ScoreConfig(model=str(checkpoint), n=4, sink=2, window=5, max_new_tokens=6)
+    expected = run.make_profile(config)
+    asked: list[str] = []
+    evaluate = SplitLoss._evaluate
+
+    def counted(self: SplitLoss, streaming: Any) -> float:
+        asked.append(name_of(streaming))
+        return evaluate(self, streaming)
+
+    monkeypatch.setattr(SplitLoss, "_evaluate", counted)
+    monkeypatch.setattr(run, "load_model", count_calls := Calls(run.load_model))
+    work = tmp_path / "p.json.work.json"
+
+    def killed(stage: str, done: int, total: int, state: str = "") -> None:
+        if (stage, done) == ("scoring", 10):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.make_profile(config, killed, work=work)
+    before = len(asked)
+    assert before == 11
+    said: list[str] = []
+    monkeypatch.setattr(own_answers, "solve", None)  # all answers are there
+    assert run.make_profile(config, say=said.append, work=work).gates == expected.gates
+    assert f"continues from {work}: 4 of 4 answers" in said
+    assert len(asked) == len({*asked}) > before
+    loaded = count_calls.number
+    for change in ({"seed": 1}, {"window": 6}, {"settings": {"answers": 3}}, {"max_new_tokens": 7}):
+        with pytest.raises(RlkvError) as error:
+            run.make_profile(replace(config, **change), work=work)
+        assert_one_line(error.value, str(work), "other settings", "--fresh")
+    assert count_calls.number == loaded  # refused before the model is loaded
+    monkeypatch.setattr(own_answers, "solve", solve)
+    run.make_profile(replace(config, seed=1), work=work, fresh=True)
 
 
 def test_evaluation_leaves_out_what_was_scored(tmp_path: Path) -> None:
@@ -424,7 +571,7 @@ def test_score_needs_one_correct_answer(
     result = invoke(str(checkpoint), "-o", str(output), "--n", "2", "--max-new-tokens", "3")
     assert isinstance(result.exception, RlkvError)
     assert_one_line(result.exception, "none of its 2 answers", "100% were cut off")
-    assert not output.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -437,7 +584,13 @@ def test_score_needs_one_correct_answer(
         (["--max-new-tokens", "0"], ["--max-new-tokens 0"]),
         (["--method", "guess"], ["--method guess", "head-importance"]),
         (["--task", "no-such-task"], ["no-such-task"]),
-        (["--set", "steps=3"], ["--set steps", "head-importance", "path_steps (4)"]),
+        (["--set", "steps=3"], ["--set steps", "greedy", "answers (64)", "until (1.0)"]),
+        (["--set", "until=0"], ["--set: until: ", "greater than 0"]),
+        (["--samples", "0"], ["--samples 0", "at least 1"]),
+        (["--samples", "2"], ["--samples 2", "greedy decoding", "--temperature above 0"]),
+        (["--temperature", "0", "--top-k", "5"], ["--top-k", "--temperature 0"]),
+        (["--temperature", "-1"], ["--temperature -1", "greater than or equal to 0"]),
+        (["--temperature", "1", "--top-p", "2"], ["--top-p 2", "less than or equal to 1"]),
         (["--set", "path_steps"], ["--set path_steps", "key=value"]),
     ],
 )
