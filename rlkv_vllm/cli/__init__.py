@@ -11,6 +11,7 @@ import typer
 
 import rlkv_vllm
 from rlkv_vllm.cli.bench import bench
+from rlkv_vllm.cli.compare import compare
 from rlkv_vllm.cli.doctor import doctor
 from rlkv_vllm.cli.evaluate import evaluate
 from rlkv_vllm.cli.profile import app as profile_app
@@ -58,6 +59,7 @@ app.command("train")(train)
 app.command("refine")(refine)
 app.command("score")(score)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command("bench")(bench)
 app.command("doctor")(doctor)
 

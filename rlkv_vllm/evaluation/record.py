@@ -7,12 +7,13 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.splits import Split
+from rlkv_vllm.evaluation.stored import StoredAnswers, stored_answers
 from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.statistics import sign_test_p
 from rlkv_vllm.store import Store
@@ -59,31 +60,16 @@ class Row:
             "seconds_per_solved": measured.seconds_per_solved,
             "p_full": self.p_full,
             "split": self.split.digest,
-            "correct": _bits(measured.correct),
-            "cut": _bits(measured.cut),
-            "output_lengths": list(measured.output_tokens),
+            **stored_answers(measured),  # the keys above keep their places
         }
 
 
-class _StoredRow(BaseModel):
+class _StoredRow(StoredAnswers):
     """What is read back of a row; the rest follows from it."""
 
     profile: str
     sparsity: float
     split: str
-    samples: int = Field(ge=1)
-    correct: str = Field(pattern=r"^[01]+$")
-    cut: str = Field(pattern=r"^[01]+$")
-    output_lengths: list[Annotated[int, Field(ge=0)]]
-    seconds: float = Field(ge=0, allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _one_of_each_per_answer(self) -> _StoredRow:
-        if not len(self.correct) == len(self.output_lengths) == len(self.cut):
-            raise ValueError("correct, cut and output_lengths do not fit each other")
-        if len(self.correct) % self.samples:
-            raise ValueError("correct and samples do not fit each other")
-        return self
 
 
 class Record:
@@ -158,18 +144,8 @@ class Record:
                 raise RlkvError(
                     f"{where}: row {one_line(row.profile)} has another number of problems: {_FIX}"
                 )
-            self._known[row.split] = Measurement(
-                correct=tuple(bit == "1" for bit in row.correct),
-                output_tokens=tuple(row.output_lengths),
-                cut=tuple(bit == "1" for bit in row.cut),
-                seconds=row.seconds,
-                samples=row.samples,
-            )
+            self._known[row.split] = row.measurement()
             self._rows.append(raw)
-
-
-def _bits(values: Sequence[bool]) -> str:
-    return "".join("01"[value] for value in values)
 
 
 def _sign_test(full: Measurement, measured: Measurement) -> float:

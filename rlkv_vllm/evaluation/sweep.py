@@ -16,6 +16,7 @@ from rlkv_vllm.evaluation.record import Record, Row
 from rlkv_vllm.evaluation.rows import evaluation_row, with_rows
 from rlkv_vllm.evaluation.splits import Split, concerns
 from rlkv_vllm.files import one_line, write_bytes_atomic
+from rlkv_vllm.models import folder_digest
 from rlkv_vllm.profile.choice import ProfileChoice
 from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.lookup import packaged_folders
@@ -73,7 +74,7 @@ def settings_of(
     asked = [[problem.messages, problem.answer] for problem in problems]
     return {
         "model": model.id,
-        "model_version": _folder_digest(Path(source)) if Path(source).is_dir() else model.revision,
+        "model_version": folder_digest(Path(source)) if Path(source).is_dir() else model.revision,
         "task": task,
         "n": len(problems),
         "seed": seed,
@@ -82,17 +83,6 @@ def settings_of(
         **options,
         "vllm": installed_vllm(),
     }
-
-
-def _folder_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's weights and configuration."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".jinja") and path.is_file():
-            with path.open("rb") as stream:
-                digest.update(path.name.encode())
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def profile_rows(

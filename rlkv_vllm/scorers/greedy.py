@@ -34,12 +34,14 @@ PER_STEP = 2
 class Settings(Section):
     """Of the order.
 
-    `answers` is how many answers are used, spread over their lengths; `until` the sparsity up to
-    which heads are chosen step by step, the others keep the order of their last known cost;
-    `batch_tokens` the tokens of a forward pass, padding included.
+    `answers` and `tokens` are how many answers are used at most, spread over their lengths, and
+    how many tokens of them, prompts included; `until` is the sparsity up to which heads are chosen
+    step by step, the others keep the order of their last known cost; `batch_tokens` are the tokens
+    of a forward pass, padding included.
     """
 
     answers: Positive = 64
+    tokens: Positive = 65_536
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
     batch_tokens: Positive = BATCH_TOKENS
 
@@ -47,7 +49,7 @@ class Settings(Section):
 def score_heads(given: ScoringInput) -> Gates:
     """The order of streaming as gates from 0, for the first head, to 1."""
     settings: Settings = given.settings
-    samples = spread_lengths(given.samples, settings.answers)
+    samples = spread_lengths(given.samples, settings.answers, settings.tokens)
 
     def evaluated() -> None:
         given.save()
@@ -114,11 +116,14 @@ def streaming_order(
     return order + sorted(rise, key=lambda head: (rise[head], head))
 
 
-def spread_lengths(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """At most `count` samples whose lengths are spread as those of all."""
+def spread_lengths(samples: Sequence[Sample], count: int, tokens: int) -> list[Sample]:
+    """At most `count` samples of at most `tokens`, or one; lengths are spread as those of all."""
     ranked = sorted(samples, key=len)
-    count = min(count, len(ranked))
-    return [ranked[(2 * i + 1) * len(ranked) // (2 * count)] for i in range(count)]
+    for number in range(min(count, len(ranked)), 0, -1):
+        chosen = [ranked[(2 * i + 1) * len(ranked) // (2 * number)] for i in range(number)]
+        if sum(map(len, chosen)) <= tokens:
+            break
+    return chosen
 
 
 SCORER = Scorer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.options import Positive, Section
@@ -24,6 +25,7 @@ class Settings(Section):
     temperature: Weight = 1.0
     prompts: Positive = 8
     num_generations: Positive = 4
+    advantage: Literal["group", "batch"] = "group"
 
 
 def score_heads(given: ScoringInput) -> Gates:

@@ -253,7 +253,8 @@ def choose_sampling(config: ScoreConfig) -> tuple[Sampling, str]:
         )
     why = f"generation config of {one_line(config.model)}"
     if given:
-        why = flags if served.keys() <= given.keys() else f"{flags}; else {why}"
+        is_all = sampling.is_greedy or served.keys() <= given.keys()
+        why = flags if is_all else f"{flags}; else {why}"
     if penalty != 1:
         # It would need the answer so far.
         why += f", but not its repetition penalty of {penalty:g}"

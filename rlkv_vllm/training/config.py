@@ -116,7 +116,7 @@ class TrainConfig(JobConfig):
     trainer: dict[str, JsonValue] = Field(
         default={},
         description="Options of RlkvConfig: those of TRL's GRPOConfig, and reg, tau, "
-        "collapse_steps, average_steps.",
+        "advantage, collapse_steps, average_steps.",
     )
 
     @property

@@ -74,7 +74,15 @@ def run(
         return None
     if is_sharded:
         listener.say("not evaluated: the model is sharded; use `rlkv eval --write-rows`")
-    names = ("learning_rate", "reg", "tau", "weight_decay", "temperature", "loss_type")
+    names = (
+        "learning_rate",
+        "reg",
+        "tau",
+        "weight_decay",
+        "temperature",
+        "loss_type",
+        "advantage",
+    )
     trainer = config.trainer | {name: getattr(args, name) for name in names}
     return job.finish(
         gates,

@@ -1,8 +1,9 @@
 """RLKV on TRL: GRPO whose only parameters are the gates of the KV heads.
 
-Differs from `trl.GRPOTrainer` in five places: the loss has the adaptive penalty on the gates,
+Differs from `trl.GRPOTrainer` in six places: the loss has the adaptive penalty on the gates,
 gates are clamped after every step, checkpoints hold gates instead of weights, the reward text
-keeps special tokens, and answers may come from an engine in gated mode.
+keeps special tokens, answers may come from an engine in gated mode, and advantages may be
+normalised over the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -29,6 +30,7 @@ from rlkv_vllm.hf.gated_attention import GatedAttention
 from rlkv_vllm.rollouts.protocol import Rollouts
 from rlkv_vllm.rollouts.queue import RolloutQueue
 from rlkv_vllm.tasks import Problem, Task, output_text
+from rlkv_vllm.training.advantage import batch_advantages
 from rlkv_vllm.training.checkpoints import COMPLETE_FILE, mark_complete
 from rlkv_vllm.training.penalty import penalty_weight
 
@@ -50,6 +52,9 @@ class RlkvConfig(GRPOConfig):
             all of a step. Bounds the memory of the KV cache.
         max_logprob_difference: mean difference of a token's log-probability between this trainer
             and the engine that sampled it with the same gates, above which the run stops.
+        advantage: over what rewards are normalised: `group`, the answers to one problem (TRL), or
+            `batch`, all answers of a step, weighted by their tokens (the authors).
+        scale_rewards: TRL's, with `advantage` group only.
     """
 
     learning_rate: float = 1e-2
@@ -66,9 +71,23 @@ class RlkvConfig(GRPOConfig):
     average_steps: int = 1
     rollout_batch_size: int | None = None
     max_logprob_difference: float = 0.1
+    advantage: Literal["group", "batch"] = "group"
+    scale_rewards: str | bool | None = None  # None, for TRL's default, tells that it was not given
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.advantage not in ("group", "batch"):
+            raise ValueError(f"advantage {self.advantage}: choose from group, batch")
+        if self.advantage == "batch" and (
+            self.scale_rewards is not None
+            or self.multi_objective_aggregation != "sum_then_normalize"
+        ):
+            raise ValueError(
+                "advantage batch: normalises rewards itself: leave out scale_rewards and "
+                "multi_objective_aggregation, or choose advantage group"
+            )
+        if self.scale_rewards is None:
+            self.scale_rewards = "group"
         if self.use_vllm:
             raise ValueError("use_vllm: TRL's vLLM has no gates; use the job's `rollout`")
         if self.reg < 0 or not 0 <= self.tau <= 1:
@@ -192,8 +211,16 @@ class RlkvTrainer(GRPOTrainer):
             )[0]
         return answers, None
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # [answers of all processes, reward functions]; there is one function
+        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        self._rewards = rewards[:, 0]
+        return rewards
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        if self.args.advantage == "batch":
+            self._normalise_over_batch(output)
         # A tensor with one entry per completion survives TRL's shuffle and split.
         metrics = self._metrics["train" if self.model.training else "eval"]
         # Older gates differ by what was trained since. The first batch of a run has the newest.
@@ -209,6 +236,17 @@ class RlkvTrainer(GRPOTrainer):
                 )
         output["rlkv_reward"] = torch.full_like(output["advantages"], metrics["reward"][-1])
         return output
+
+    def _normalise_over_batch(self, output: dict[str, Any]) -> None:
+        """Put advantages over the batch of all processes in place of TRL's."""
+        local = output["completion_mask"].sum(1)
+        everywhere = batch_advantages(self._rewards, self.accelerator.gather(local))
+        start = self.accelerator.process_index * len(local)
+        output["advantages"] = everywhere[start : start + len(local)]
+        logged = self._logs["advantages"]  # for `log_completions`: TRL has just added its own
+        for _ in range(len(everywhere)):
+            logged.pop()
+        logged.extend(everywhere.tolist())
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         reward = inputs["rlkv_reward"][0].item()

@@ -113,6 +113,25 @@ def test_only_gates_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert seen["optimised"] == 5
 
 
+def test_advantages_over_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    means = []
+
+    class Watched(RlkvTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            output = super()._generate_and_score_completions(inputs)
+            tokens = output["completion_mask"].sum(1)
+            means.append(((tokens * output["advantages"]).sum() / tokens.sum()).item())
+            return output
+
+    monkeypatch.setattr(job, "RlkvTrainer", Watched)
+    profile = run(config(tmp_path / "run", max_steps=2, advantage="batch", temperature=1.5))
+    assert means == pytest.approx([0, 0], abs=1e-6)
+    assert profile is not None
+    assert profile.provenance.config["trainer"]["advantage"] == "batch"
+    with pytest.raises(RlkvError, match=r"trainer: advantage batch: .* leave out scale_rewards"):
+        run(config(tmp_path / "other", advantage="batch", scale_rewards="group"))
+
+
 def test_a_killed_run_resumes_on_the_same_curve(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rlkv_vllm.statistics import (
     design_effect,
     log_ratio_error,
     percentile_95,
+    sign_flip_p,
     sign_test_p,
     tango_bounds,
     wilson_interval,
@@ -86,6 +88,27 @@ def test_the_sign_test_wants_pairs() -> None:
 def test_the_sign_test_of_thousands() -> None:
     assert sign_test_p(*pairs(3000, 0), "two-sided") == pytest.approx(0, abs=1e-300)
     assert 0.9 < sign_test_p(*pairs(1500, 1501), "two-sided") <= 1
+
+
+@given(st.lists(st.integers(-3, 3), max_size=9))
+def test_sign_flips_against_all_patterns(differences: list[int]) -> None:
+    sums = [
+        sum(sign * value for sign, value in zip(signs, differences, strict=True))
+        for signs in product((-1, 1), repeat=len(differences))
+    ]
+    far = sum(abs(total) >= abs(sum(differences)) for total in sums)
+    assert sign_flip_p(differences) == pytest.approx(far / len(sums))
+
+
+@given(st.lists(st.sampled_from([-1, 0, 1]), max_size=300))
+def test_sign_flips_of_single_answers_are_the_sign_test(differences: list[int]) -> None:
+    p = sign_test_p(differences, [0] * len(differences), "two-sided")
+    assert sign_flip_p(differences) == pytest.approx(p)
+
+
+def test_sign_flips_of_thousands() -> None:
+    assert sign_flip_p([3, -3] * 2000) == 1
+    assert 0 < sign_flip_p([3, 1, 2] * 100 + [0] * 2000) < 1e-60
 
 
 @pytest.mark.parametrize(

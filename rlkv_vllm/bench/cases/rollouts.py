@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from rlkv_vllm.allocation.span import Span
 from rlkv_vllm.answers import Answer, Sampling
 from rlkv_vllm.bench.case import TRANSFORMERS, VLLM, Case, Metric, Point, Setup
-from rlkv_vllm.bench.engine import EngineSpec, cpu_seconds
+from rlkv_vllm.bench.engine import EngineSpec
+from rlkv_vllm.machine import cpu_seconds
 from rlkv_vllm.models import load_model_fingerprint
 from rlkv_vllm.rollouts.protocol import Gates, Rollouts
 from rlkv_vllm.tasks import get_task

@@ -32,7 +32,7 @@ def run_rlkv(
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("serve", "profile", "testbed", "score", "eval", "bench", "doctor"):
+    for command in ("serve", "profile", "testbed", "score", "eval", "compare", "bench", "doctor"):
         assert f" {command} " in result.output
 
 
@@ -96,6 +96,7 @@ def without_extras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("bench", "cpu"),
         ("bench --cases decode random:2x2x32", "cpu"),
         ("score embedded -o FOLDER/p.json", "cpu"),
+        ("compare -o FOLDER/compare", "cpu"),
         ("testbed train --output FOLDER/model", "cpu"),
         ("train FOLDER/job.yaml", "train"),
         ("refine embedded --model embedded --task embedded -o FOLDER/run", "train"),

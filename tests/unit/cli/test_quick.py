@@ -23,7 +23,7 @@ app(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("command", ["bench", "eval", "score"])
+@pytest.mark.parametrize("command", ["bench", "compare", "eval", "score"])
 @pytest.mark.parametrize("flags", [("--quick",), ("-o", "out.json")])
 def test_first_line_comes_before_heavy_imports(
     command: str, flags: tuple[str, ...], tmp_path: Path

@@ -116,13 +116,21 @@ def test_later_heads_keep_the_order_of_their_last_cost() -> None:
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), count=st.integers(1, 50))
 def test_answers_are_spread_over_their_lengths(lengths: list[int], count: int) -> None:
     given = [Sample([i], [0] * length) for i, length in enumerate(lengths)]
-    chosen = spread_lengths(given, count)
+    chosen = spread_lengths(given, count, 10_000)
     assert len({s.prompt_ids[0] for s in chosen}) == len(chosen) == min(count, len(lengths))
     ranked = sorted(lengths)
     for i, sample in enumerate(chosen):
         part = len(lengths) / len(chosen)
         low, high = ranked[math.floor(i * part)], ranked[math.ceil((i + 1) * part) - 1]
         assert low <= len(sample.completion_ids) <= high
+
+
+def test_long_answers_are_fewer() -> None:
+    given = [Sample([1] * 10, [0] * length) for length in (90, 10, 40, 60, 20)]
+    assert [len(s) for s in spread_lengths(given, 5, 270)] == [20, 30, 50, 70, 100]
+    assert [len(s) for s in spread_lengths(given, 5, 269)] == [20, 30, 70, 100]
+    assert [len(s) for s in spread_lengths(given, 2, 269)] == [30, 70]
+    assert [len(s) for s in spread_lengths(given, 5, 1)] == [50]
 
 
 # --- on a model ----------------------------------------------------------------------------

@@ -398,6 +398,7 @@ def test_score_writes_a_profile(
     assert profile.provenance.config["window"] == 5
     assert profile.provenance.config["settings"] == {
         "answers": 1,
+        "tokens": 65536,
         "until": 0.5,
         "batch_tokens": 8192,
     }
@@ -477,7 +478,7 @@ def test_answers_are_sampled_as_served(
     ] * 2
 
     result = invoke(str(sampled), "-o", str(output), *SHORT, "--temperature", "0")
-    assert "answers: greedy (--temperature;" in result.stderr
+    assert "answers: greedy (--temperature, but not its repetition" in result.stderr
     result = invoke(str(sampled), "-o", str(output), *SHORT, "--top-k", "7")
     assert "answers: temperature 0.8, top-k 7 (--top-k; else generation config" in result.stderr
 
