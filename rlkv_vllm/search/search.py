@@ -2,7 +2,7 @@
 
 The ranking given is taken to be a good one; what can be better is near it.
 
-1. Neighbours: allocations in which two heads have changed places, ordered by cross-entropy
+1. Neighbours: at a sparsity two heads have changed places, ordered by cross-entropy
    (`best_neighbours`). The allocations of the sparsities stay nested, as one ranking makes them.
 2. Race: the first ones solve an eighth of the problems, the best half of them a quarter, the best
    half of those half, the last one all (successive halving, Jamieson and Talwalkar 2016,
