@@ -12,7 +12,7 @@ from rlkv_vllm.allocation.span import Span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, read_json_object
 from rlkv_vllm.profile import hub
-from rlkv_vllm.profile.schema import ModelFingerprint
+from rlkv_vllm.profile.schema import HeadProfile, ModelFingerprint
 
 #: Name of the model that is shipped with the package.
 MODEL_NAME = "embedded"
@@ -137,6 +137,19 @@ def load_model_fingerprint(model: str, revision: str | None = None) -> ModelFing
     # The path of a local folder is private: the fingerprint has its name only.
     name = MODEL_NAME if is_embedded(model) else folder.resolve().name if folder else model
     return fingerprint_from_config(config, name or model, commit)
+
+
+def model_of(profile: HeadProfile) -> str:
+    """The model of a profile as a command takes it; its file may come from a stranger."""
+    name = profile.model.id
+    return name if name == MODEL_NAME or hub.is_repo_id(name) else "MODEL"
+
+
+def evaluation_words(model: str) -> tuple[str, ...]:
+    """How `rlkv eval` is given a model: its name, and problems that it can read."""
+    if is_embedded(model):
+        return (MODEL_NAME,)
+    return model, "--task", "TASK"
 
 
 def default_sampling(model: str, revision: str | None = None) -> dict[str, Any]:

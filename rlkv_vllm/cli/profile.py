@@ -29,6 +29,13 @@ Sparsity = Annotated[
     float | None,
     typer.Option(help="Share of streaming heads, 0 to 1 (default: the profile's)."),
 ]
+MaxLoss = Annotated[
+    str | None,
+    typer.Option(
+        metavar="L", help="Accuracy that may be lost, e.g. 1% or 0.01: it chooses the sparsity."
+    ),
+]
+TensorParallel = Annotated[int, typer.Option(help="Tensor-parallel ranks.")]
 
 
 class ExportFormat(StrEnum):
@@ -57,6 +64,8 @@ class Dtype(StrEnum):
 @app.command("list")
 def list_() -> None:
     """List the packaged profiles."""
+    from rlkv_vllm.cli.evidence import Evidence
+    from rlkv_vllm.profile.budget import MAX_LOSS, percent
     from rlkv_vllm.profile.io import load_profile
     from rlkv_vllm.profile.lookup import packaged_folders, packaged_profiles
 
@@ -64,13 +73,22 @@ def list_() -> None:
     if not found:
         print_plain(f"no packaged profiles in {' or '.join(map(str, packaged_folders()))}")
         return
-    table = new_table("name", "model", "layers x KV heads", "method", "sparsity")
+    columns = (
+        "name",
+        "model",
+        "layers x KV heads",
+        "method",
+        "sparsity",
+        f"within {percent(MAX_LOSS)}",
+    )
+    table = new_table(*columns)
     for name, path in found.items():
         profile = load_profile(path)
         model, sparsity = profile.model, profile.recommended_sparsity
         shape = f"{model.num_layers} x {model.num_kv_heads}"
         shown = "-" if sparsity is None else f"{sparsity:g}"
-        table.add_row(name, model.id, shape, profile.provenance.method, shown)
+        within = Evidence.read(profile).short()
+        table.add_row(name, model.id, shape, profile.provenance.method, shown, within)
     print_plain(table)
     print_next("profile", "show", next(iter(found)))
 
@@ -79,16 +97,23 @@ def list_() -> None:
 def show(
     profile: ProfileName,
     sparsity: Sparsity = None,
+    max_loss: MaxLoss = None,
+    tp: TensorParallel = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a profile: model, sink and window, provenance, evaluation, full heads per layer."""
     from rlkv_vllm.allocation import allocate
+    from rlkv_vllm.cli.evidence import Evidence
+    from rlkv_vllm.profile.budget import asked_budget
     from rlkv_vllm.profile.lookup import find_profile
 
+    budget = asked_budget(max_loss, None, sparsity)
     loaded, path = find_profile(profile)
+    evidence = Evidence.read(loaded, budget, tp)
+    best = evidence.proven or evidence.measured
     if sparsity is None:
-        sparsity = loaded.recommended_sparsity
-    allocation = None if sparsity is None else allocate(loaded.gates, sparsity)
+        sparsity = best.sparsity if budget and best else loaded.recommended_sparsity
+    allocation = None if sparsity is None else allocate(loaded.gates, sparsity, tp)
     if as_json:
         import json
 
@@ -98,6 +123,7 @@ def show(
             "profile": loaded.model_dump(mode="json"),
             "sparsity": sparsity,
             "full_heads": None if allocation is None else allocation.full,
+            "accuracy_budget": evidence.content(),
         }
         typer.echo(json.dumps(content, indent=2))
         return
@@ -118,11 +144,8 @@ def show(
         facts.add_row(name, "-" if value is None or value == "" else str(value))
     print_plain(facts)
     if loaded.evaluation:
-        rows = new_table("task", "n", "sparsity", "accuracy", "full cache", "mean output tokens")
-        for row in loaded.evaluation:
-            scores = f"{row.sparsity:g}", f"{row.accuracy:.3f}", f"{row.full_accuracy:.3f}"
-            rows.add_row(row.task, str(row.n), *scores, f"{row.mean_output_tokens:.1f}")
-        print_plain(rows)
+        print_plain(evidence.table())
+        print_plain(evidence.sentence())
     if allocation is None:
         print_plain("no recommended sparsity: pass --sparsity to see the full heads")
         print_next("profile", "show", profile, "--sparsity", "0.5")
@@ -132,7 +155,10 @@ def show(
         heads.add_row(str(layer), str(len(ids)), " ".join(map(str, ids)) or "-")
     print_plain(heads)
     print_plain(f"{allocation.num_full} full heads, {allocation.num_streaming} streaming heads")
-    _print_serve(profile, loaded, sparsity=sparsity)
+    more = ["--tensor-parallel-size", str(tp)] if tp > 1 else []
+    if budget and best:
+        more = [*best.budget.flags(), *more]
+    _print_serve(profile, loaded, None, None if budget and best else sparsity, more)
 
 
 @app.command()
@@ -141,6 +167,7 @@ def validate(
     model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
 ) -> None:
     """Check a profile, and with --model that it fits that model."""
+    from rlkv_vllm.cli.evidence import Evidence
     from rlkv_vllm.models import load_model_fingerprint
     from rlkv_vllm.profile.io import check_matches, is_made_for
     from rlkv_vllm.profile.lookup import find_profile
@@ -158,6 +185,8 @@ def validate(
                 f"warning: it was made for {loaded.model.id}, not for {fingerprint.id}: serve it "
                 "only if one is a copy or a fine-tuned version of the other"
             )
+    if contradiction := Evidence.read(loaded).contradiction:
+        print_plain(f"warning: {contradiction}")
     _print_serve(profile, loaded, model)
 
 
@@ -216,13 +245,14 @@ def export(
     ] = None,
 ) -> None:
     """Write a profile as DuoAttention's full_attention_heads.tsv and config.json."""
+    from rlkv_vllm.models import model_of
     from rlkv_vllm.profile.lookup import find_profile
     from rlkv_vllm.profile.published import DUO_CONFIG, DUO_FILE, export_duo_attention
 
     loaded, _ = find_profile(profile)
     export_duo_attention(loaded, output, sparsity)
     print_plain(f"{output}: {DUO_FILE} and {DUO_CONFIG} ({format_.value})")
-    model = _model_of(loaded)
+    model = model_of(loaded)
     print_next("profile", "import", str(output), "--model", model, "-o", "again.json")
 
 
@@ -254,7 +284,15 @@ def plan(
         ),
     ] = None,
     sparsity: Sparsity = None,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    max_loss: MaxLoss = None,
+    evidence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="E",
+            help="With --max-loss: proven, by a 95% bound, or measured (default: proven).",
+        ),
+    ] = None,
+    tp: TensorParallel = 1,
     dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.auto,
     block_size: Annotated[
         int | None, typer.Option(help="Tokens per block (default: the engine's choice).")
@@ -297,9 +335,11 @@ def plan(
     ] = False,
 ) -> None:
     """Forecast the memory of a split and of a full cache, or the size of a cluster."""
-    from rlkv_vllm.models import fingerprint_from_config, load_model_config
+    from rlkv_vllm.models import evaluation_words, fingerprint_from_config, load_model_config
     from rlkv_vllm.planning.roofline import ModelSize
+    from rlkv_vllm.profile.budget import asked_budget
     from rlkv_vllm.profile.choice import choose_profile
+    from rlkv_vllm.profile.evidence import Target
     from rlkv_vllm.profile.forecast import forecast_profile
     from rlkv_vllm.profile.io import check_matches
 
@@ -312,7 +352,13 @@ def plan(
     for flag, value in (("--max-model-len", max_model_len), ("--block-size", block_size)):
         if value is not None and value < 1:
             raise RlkvError(f"{flag} {value}: must be 1 or more tokens")
-    choice = choose_profile(profile, sparsity)
+    kv_cache_dtype = "fp8" if dtype is Dtype.fp8 else None
+    choice = choose_profile(
+        profile,
+        sparsity,
+        budget=asked_budget(max_loss, evidence, sparsity),
+        target=Target(tp, kv_cache_dtype, evaluation_words(model)),
+    )
     config, commit = load_model_config(model)
     check_matches(choice.profile, fingerprint_from_config(config, model, commit))
 
@@ -333,12 +379,16 @@ def plan(
         device = find_gpu(gpu, efficiency)
         if memory is None:
             memory_bytes = cache_memory(device, size, tp)
+    if choice.within is not None:
+        print_plain(f"sparsity {choice.sparsity:g}: {choice.within.describe()}")
     _print_plan(forecast(dtype.num_bytes), choice.sparsity, max_model_len, memory_bytes)
     if gpu is not None:
         forecasts = {num_bytes: forecast(num_bytes) for num_bytes in (dtype.num_bytes, 1)}
         print_cluster(flags, device, size, forecasts, tp, memory_bytes, max_model_len)
     more = ["--max-model-len", str(max_model_len)]
     more += ["--tensor-parallel-size", str(tp)] if tp > 1 else []
+    if choice.within is not None:
+        more = [*choice.within.budget.flags(), *more]
     _print_serve(profile, choice.profile, model, sparsity, more)
 
 
@@ -350,15 +400,6 @@ def schema() -> None:
     typer.echo(json_schema_text(), nl=False)
 
 
-def _model_of(profile: HeadProfile) -> str:
-    """The model of a profile as a command takes it; its file may come from a stranger."""
-    from rlkv_vllm.models import MODEL_NAME
-    from rlkv_vllm.profile.hub import is_repo_id
-
-    name = profile.model.id
-    return name if name == MODEL_NAME or is_repo_id(name) else "MODEL"
-
-
 def _print_serve(
     name: str,
     profile: HeadProfile,
@@ -367,11 +408,13 @@ def _print_serve(
     more: Sequence[str] = (),
 ) -> None:
     """How to serve a profile, as the last line."""
+    from rlkv_vllm.models import model_of
+
     recommended = profile.recommended_sparsity
-    if sparsity is None and recommended is None:
+    if sparsity is None and recommended is None and "--max-loss" not in more:
         sparsity = 0.5
     flags = [] if sparsity in (None, recommended) else ["--sparsity", f"{sparsity:g}"]
-    command = ["serve", model or _model_of(profile), "--profile", name]
+    command = ["serve", model or model_of(profile), "--profile", name]
     print_next(*command, *flags, *more)
 
 

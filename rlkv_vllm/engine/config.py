@@ -24,13 +24,21 @@ from rlkv_vllm.allocation.groups import CacheGroups
 from rlkv_vllm.allocation.ring import num_blocks
 from rlkv_vllm.allocation.span import TRAINING_SPAN
 from rlkv_vllm.engine.compat import block_size_is_the_users
-from rlkv_vllm.engine.support import FP8_CACHE_DTYPES, check_gated_supported, check_supported
+from rlkv_vllm.engine.support import (
+    FP8_CACHE_DTYPES,
+    cache_is_the_models,
+    check_gated_supported,
+    check_supported,
+)
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.models import fingerprint_from_config
+from rlkv_vllm.models import evaluation_words, fingerprint_from_config
 from rlkv_vllm.options import Positive, Section, validate
+from rlkv_vllm.profile.budget import asked_budget
 from rlkv_vllm.profile.choice import ProfileChoice, choose_profile
+from rlkv_vllm.profile.evidence import Target, Within
 from rlkv_vllm.profile.forecast import forecast_profile
 from rlkv_vllm.profile.io import check_matches
+from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.profile.schema import HeadProfile
 
 if TYPE_CHECKING:
@@ -53,6 +61,8 @@ class SplitConfig(Section):
     mode: Literal["split"] = "split"
     profile: Annotated[str, Field(min_length=1)]
     sparsity: float | None = None
+    max_loss: float | str | None = None
+    evidence: Literal["proven", "measured"] | None = None
     sink: int | None = None
     window: int | None = None
     retention_interval: Annotated[int, Field(ge=0)] = DEFAULT_RETENTION_INTERVAL
@@ -75,11 +85,12 @@ class SplitPlan:
 
     profile: HeadProfile
     profile_id: str  # as the user named it
-    sparsity: float  # share of streaming KV heads asked for
+    sparsity: float  # share of streaming KV heads asked for, or chosen by an accuracy budget
     forecast: Forecast
     retention_interval: int  # prompt tokens between two retained tails; 0: none
     max_model_len: int
     steps_in_flight: int = 1  # scheduled, and their results are not known yet
+    within: Within | None = None  # why this sparsity, if an accuracy budget chose it
 
     @property
     def admission_blocks(self) -> int:
@@ -149,6 +160,7 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
             sorted(item for item in text_config.items() if isinstance(item[1], str | int | float))
         ),
         vllm_config.parallel_config.tensor_parallel_size,
+        None if cache_is_the_models(vllm_config) else vllm_config.cache_config.cache_dtype,
         _block_sizes(vllm_config),
         # vLLM's flag where given: its default is 0.
         vllm_config.cache_config.prefix_cache_retention_interval or config.retention_interval,
@@ -167,20 +179,30 @@ def split_plan(vllm_config: VllmConfig) -> SplitPlan | None:
     return plan
 
 
-def choose_pinned(config: SplitConfig) -> ProfileChoice:
-    """The profile of `config` with what it is served with.
+def choose_pinned(config: SplitConfig, target: Target | None = None) -> ProfileChoice:
+    """The profile of `config` with what it is served with by `target`.
 
     Raises:
-        RlkvError: as `choose_profile`, or it is another one than its checksum says.
+        RlkvError: as `asked_budget` and `choose_profile`, or it is another profile than its
+            checksum says.
     """
-    choice = choose_profile(config.profile, config.sparsity, sink=config.sink, window=config.window)
-    if config.sha256 is not None and choice.profile.sha256() != config.sha256:
+    budget = asked_budget(config.max_loss, config.evidence, config.sparsity)
+    found = find_profile(config.profile)
+    sha256 = found[0].sha256()
+    if config.sha256 is not None and sha256 != config.sha256:
         raise RlkvError(
             f"--profile {config.profile}: changed since the server was started (sha256 "
-            f"{choice.profile.sha256()[:12]}..., expected {config.sha256[:12]}...): restart the "
-            "server"
+            f"{sha256[:12]}..., expected {config.sha256[:12]}...): restart the server"
         )
-    return choice
+    return choose_profile(
+        config.profile,
+        config.sparsity,
+        sink=config.sink,
+        window=config.window,
+        found=found,
+        budget=budget,
+        target=target,
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -191,6 +213,7 @@ def _plan(
     revision: str | None,
     text_config: tuple[tuple[str, Any], ...],
     tp_size: int,
+    kv_cache_dtype: str | None,
     block_sizes: tuple[int, ...] | None,
     retention_interval: int,
     dtype_bytes: int,
@@ -198,7 +221,7 @@ def _plan(
     steps_in_flight: int,
 ) -> SplitPlan:
     # instance_id: every engine reads the profile anew, all layers of one engine the same.
-    choice = choose_pinned(config)
+    choice = choose_pinned(config, Target(tp_size, kv_cache_dtype, evaluation_words(model_id)))
     profile, path = choice.profile, Path(config.profile)
     check_matches(profile, fingerprint_from_config(dict(text_config), model_id, revision))
     forecast = forecast_profile(
@@ -220,6 +243,7 @@ def _plan(
         retention_interval=_fit_interval(retention_interval, geometry.window, geometry.block_size),
         max_model_len=max_model_len,
         steps_in_flight=steps_in_flight,
+        within=choice.within,
     )
 
 

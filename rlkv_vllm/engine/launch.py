@@ -16,7 +16,8 @@ from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.options import validate
-from rlkv_vllm.profile.choice import choose_profile
+from rlkv_vllm.profile.budget import asked_budget
+from rlkv_vllm.profile.choice import budget_config, choose_profile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +40,8 @@ def split(
     profile: str | Path,
     sparsity: float | None = None,
     *,
+    max_loss: float | str | None = None,
+    evidence: str | None = None,
     sink: int | None = None,
     window: int | None = None,
     retention_interval: int | None = None,
@@ -47,12 +50,16 @@ def split(
     """Arguments of `vllm.LLM` and of vLLM's `EngineArgs` for a split cache.
 
     ``LLM(model, **split("profile.json", sparsity=0.5))`` is the engine that `rlkv serve` makes.
-    The profile is read and checked now; whether it fits the model is checked by the engine,
-    before weights are loaded.
+    The profile is read and checked now; whether it fits the model, and what its evaluation rows say
+    about the engine's ranks and KV cache type, is checked by the engine before weights are loaded.
 
     Args:
         profile: a file, a packaged name, or ``org/repo[@revision][:file]`` on the Hugging Face hub.
         sparsity: share of streaming KV heads, 0 to 1; None: what the profile recommends.
+        max_loss: accuracy that may be lost against the full cache, such as 0.01 or "1%". The
+            profile's evaluation rows then choose the sparsity; not together with `sparsity`.
+        evidence: what the rows must show with `max_loss`: "proven" (the default: the 95% bound of
+            the loss is within) or "measured" (the estimate is, over at least 200 problems).
         sink: first tokens that streaming heads keep; None: the profile's.
         window: last tokens that streaming heads keep; None: the profile's.
         retention_interval: prompt tokens between two places at which another prompt with the same
@@ -60,9 +67,14 @@ def split(
         additional_config: further entries of vLLM's ``additional_config``.
 
     Raises:
-        RlkvError: no such profile, it is not valid, or a value is out of range.
+        RlkvError: no such profile, it is not valid, has no evaluation rows although `max_loss` is
+            given, or a value is out of range.
     """
-    config = choose_profile(str(profile), sparsity, sink=sink, window=window).engine_config()
+    budget = asked_budget(max_loss, evidence, sparsity)
+    if budget is not None:
+        config = budget_config(str(profile), budget, sink=sink, window=window)
+    else:
+        config = choose_profile(str(profile), sparsity, sink=sink, window=window).engine_config()
     if retention_interval is not None:
         config["retention_interval"] = retention_interval
     validate(SplitConfig, config, "split()", "help(rlkv_vllm.split)")

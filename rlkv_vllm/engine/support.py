@@ -74,7 +74,8 @@ def _cache_is_fp8(config: VllmConfig) -> bool:
     return config.cache_config.cache_dtype in FP8_CACHE_DTYPES
 
 
-def _cache_is_the_models(config: VllmConfig) -> bool:
+def cache_is_the_models(config: VllmConfig) -> bool:
+    """Whether the KV cache has the type of the model."""
     model_dtype = str(config.model_config.dtype).removeprefix("torch.")
     return config.cache_config.cache_dtype in ("auto", model_dtype)
 
@@ -156,7 +157,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--kv-transfer-config (KV connectors and offloading)", lambda c: c.kv_transfer_config),
     Refusal(
         "--kv-cache-dtype other than the model's own and fp8, fp8_e4m3, fp8_e5m2",
-        lambda c: not (_cache_is_the_models(c) or _cache_is_fp8(c)),
+        lambda c: not (cache_is_the_models(c) or _cache_is_fp8(c)),
     ),
     Refusal(
         "--kv-cache-dtype fp8 on a GPU",
@@ -208,7 +209,7 @@ GATED_REFUSALS: tuple[Refusal, ...] = (
         _wants_another_layout,
         "remove the variable",
     ),
-    Refusal("--kv-cache-dtype other than the model's own", lambda c: not _cache_is_the_models(c)),
+    Refusal("--kv-cache-dtype other than the model's own", lambda c: not cache_is_the_models(c)),
     Refusal(
         "--speculative-config",
         lambda c: c.speculative_config is not None,

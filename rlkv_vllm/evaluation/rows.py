@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.answers import Sampling
-from rlkv_vllm.profile.budget import LEVEL, assess_rows, conditions, largest_within
+from rlkv_vllm.profile.budget import LEVEL, ContradictingRowsError, conditions, largest_within
+from rlkv_vllm.profile.evidence import assess_profile
 from rlkv_vllm.profile.schema import EvaluationRow, HeadProfile, PairedCounts
 from rlkv_vllm.statistics import design_effect, log_ratio_error, wilson_interval
 from rlkv_vllm.tasks.measurement import Measurement
@@ -86,17 +86,13 @@ def accuracy_interval(row: EvaluationRow) -> tuple[float, float]:
 def recommended_sparsity(profile: HeadProfile) -> float | None:
     """The largest sparsity whose rows are within the default budget, estimates being enough.
 
-    Only rows of the allocation that a single rank serves count. None: there is none above 0.
-
-    Raises:
-        RlkvError: one row proves what another one disproves.
+    Only rows of what a single rank serves count, with the KV cache in the model's own type. None:
+    there is none above 0, or one row proves what another one disproves.
     """
-    rows = [row for row in profile.evaluation if row.allocation in (None, _own(profile, row))]
-    return largest_within(assess_rows(rows))
-
-
-def _own(profile: HeadProfile, row: EvaluationRow) -> str:
-    return allocate(profile.gates, row.sparsity).digest(profile.sink, profile.window)
+    try:
+        return largest_within(assess_profile(profile))
+    except ContradictingRowsError:  # not a reason to lose rows that were just measured
+        return None
 
 
 def with_rows(profile: HeadProfile, rows: Sequence[EvaluationRow]) -> HeadProfile:

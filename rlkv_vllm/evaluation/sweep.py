@@ -19,7 +19,7 @@ from rlkv_vllm.files import one_line, write_bytes_atomic
 from rlkv_vllm.models import folder_digest
 from rlkv_vllm.profile.choice import ProfileChoice
 from rlkv_vllm.profile.io import load_profile, profile_text
-from rlkv_vllm.profile.lookup import packaged_folders
+from rlkv_vllm.profile.lookup import is_own_file
 from rlkv_vllm.profile.schema import EvaluationRow, ModelFingerprint
 from rlkv_vllm.tasks import Problem
 from rlkv_vllm.tasks.measurement import Measurement
@@ -121,8 +121,7 @@ def check_can_take_rows(choice: ProfileChoice) -> None:
             with another sink or window than its own.
     """
     name, path, profile = one_line(choice.name), choice.path, choice.profile
-    folders = [folder.resolve() for folder in packaged_folders()]
-    if path.resolve().parent in folders or path != Path(choice.name).expanduser():
+    if not is_own_file(choice.name, path):
         raise RlkvError(
             f"--write-rows: profile {name} is not a file of yours: copy it (cp {path} "
             "my_profile.json) and give --profile my_profile.json"

@@ -30,6 +30,10 @@ LEVEL = 0.05
 ENOUGH_PROBLEMS = 200
 
 
+class ContradictingRowsError(RlkvError):
+    """One row proves what another one disproves."""
+
+
 class Verdict(IntEnum):
     """What a row says about a budget; the higher the better.
 
@@ -47,6 +51,30 @@ class Verdict(IntEnum):
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Accuracy that may be lost, a share of the answers, and how sure that must be."""
+
+    max_loss: float = MAX_LOSS
+    evidence: Verdict = Verdict.PROVEN
+
+    def options(self) -> dict[str, float | str]:
+        """As `asked_budget` takes it, without what is the default."""
+        is_proven = self.evidence is Verdict.PROVEN
+        return {"max_loss": self.max_loss} | ({} if is_proven else {"evidence": str(self.evidence)})
+
+    def flags(self) -> list[str]:
+        """As a command takes it."""
+        return [
+            word
+            for name, value in self.options().items()
+            for word in (
+                f"--{name.replace('_', '-')}",
+                value if isinstance(value, str) else percent(value),
+            )
+        ]
+
+
+@dataclass(frozen=True)
 class Measure:
     """An estimate, its one-sided bounds (infinite: unknown), and the limit that it may not pass."""
 
@@ -59,7 +87,7 @@ class Measure:
     def verdict(self, problems: int) -> Verdict:
         """What it says; more is worse."""
         limit = self.limit + 1e-9  # shares of problems are rounded
-        if self.high <= limit:
+        if max(self.estimate, self.high) <= limit:
             return Verdict.PROVEN
         if self.low > limit:
             return Verdict.VIOLATED
@@ -78,7 +106,9 @@ class Assessment:
     def verdict(self) -> Verdict:
         if self.row.sparsity == 0:  # the full cache itself
             return Verdict.PROVEN
-        return min(measure.verdict(self.row.n) for measure in self.measures)
+        # A row of an older file does not say which heads were measured.
+        most = Verdict.MEASURED if self.row.allocation is None else Verdict.PROVEN
+        return min(most, *(measure.verdict(self.row.n) for measure in self.measures))
 
     @property
     def loss(self) -> Measure:
@@ -86,14 +116,17 @@ class Assessment:
         return self.measures[0]
 
     def describe(self) -> str:
-        """In words: verdict, loss, what decided if that is another measure, number of problems."""
+        """In words: verdict, loss, what decided if that is another measure, what was asked."""
         text = f"{self.verdict}: loses {100 * self.loss.estimate:.1f} points"
         if math.isfinite(self.loss.high):
             text += f", at most {100 * self.loss.high:.1f}"
         for measure in self.measures[1:]:
             if measure.verdict(self.row.n) < self.loss.verdict(self.row.n):
                 text += f", {measure.name} {measure.estimate:.3g} of {measure.limit:g} allowed"
-        return f"{text}, n {self.row.n}"
+        text += f", n {self.row.n}, task {one_line(self.row.task, 60)}"
+        if (temperature := self.row.temperature) is None:
+            return text
+        return f"{text}, {f'temperature {temperature:g}' if temperature else 'greedy'}"
 
 
 def assess(
@@ -135,6 +168,13 @@ def assess(
     )
 
 
+def assess_each(rows: Iterable[EvaluationRow], max_loss: float = MAX_LOSS) -> list[Assessment]:
+    """An assessment of every row, in their order."""
+    rows = list(rows)
+    full = {conditions(row): row for row in rows if row.sparsity == 0}
+    return [assess(row, max_loss, full.get(conditions(row))) for row in rows]
+
+
 def assess_rows(rows: Iterable[EvaluationRow], max_loss: float = MAX_LOSS) -> list[Assessment]:
     """One assessment per task, sampling and sparsity, in this order.
 
@@ -142,26 +182,24 @@ def assess_rows(rows: Iterable[EvaluationRow], max_loss: float = MAX_LOSS) -> li
     counts, of equal ones the last.
 
     Raises:
-        RlkvError: one row proves what another one disproves.
+        ContradictingRowsError: one row proves what another one disproves.
     """
-    groups: dict[tuple[object, ...], dict[float, list[EvaluationRow]]] = {}
-    for row in rows:
-        groups.setdefault(conditions(row), {}).setdefault(row.sparsity, []).append(row)
+    groups: dict[tuple[object, ...], dict[float, list[Assessment]]] = {}
+    for one in assess_each(rows, max_loss):
+        groups.setdefault(conditions(one.row), {}).setdefault(one.row.sparsity, []).append(one)
     found: list[Assessment] = []
     for by_sparsity in groups.values():
-        full = by_sparsity.get(0.0, [None])[-1]
-        for sparsity in sorted(by_sparsity):
-            same = [assess(row, max_loss, full) for row in by_sparsity[sparsity]]
+        for sparsity, same in sorted(by_sparsity.items()):
             verdicts = {one.verdict: one for one in same}
             if Verdict.PROVEN in verdicts and Verdict.VIOLATED in verdicts:
                 proven, violated = verdicts[Verdict.PROVEN].row, verdicts[Verdict.VIOLATED].row
-                raise RlkvError(
-                    f"rows of task {one_line(proven.task)} at sparsity {sparsity:g} contradict "
+                raise ContradictingRowsError(
+                    f"rows of task {one_line(proven.task, 60)} at sparsity {sparsity:g} contradict "
                     f"each other: n {proven.n}, seed {proven.seed} proves the budget, n "
                     f"{violated.n}, seed {violated.seed} violates it: remove the wrong row from "
                     "the profile's `evaluation`, or measure again with `rlkv eval --write-rows`"
                 )
-            found.append(max(same, key=lambda one: one.row.n * (one.row.samples or 1)))
+            found.append(max(reversed(same), key=lambda one: one.row.n * (one.row.samples or 1)))
     return found
 
 
@@ -169,7 +207,7 @@ def conditions(row: EvaluationRow) -> tuple[object, ...]:
     """What was asked and how answers were sampled: rows that share it measure the same."""
     return (
         row.task, row.max_tokens, row.temperature, row.top_p, row.top_k, row.min_p,
-        row.repetition_penalty, row.kv_cache_dtype,
+        row.repetition_penalty, cache_dtype(row.kv_cache_dtype),
     )  # fmt: skip
 
 
@@ -193,19 +231,62 @@ def largest_within(
     return best
 
 
-def parse_loss(flag: str, text: str) -> float:
+def cache_dtype(name: str | None) -> str | None:
+    """One name for a type of the KV cache, as vLLM names them; None: the model's own.
+
+    An engine refuses types that are neither the model's own nor quantised.
+    """
+    if name in (None, "auto", "float16", "bfloat16"):
+        return None
+    return "fp8_e4m3" if name == "fp8" else name
+
+
+def asked_budget(
+    max_loss: float | str | None, evidence: str | None, sparsity: float | None
+) -> Budget | None:
+    """The budget that was asked for with `--max-loss` and `--evidence`; None: none.
+
+    Raises:
+        RlkvError: one of them is out of range, or does not go with the others.
+    """
+    if max_loss is None:
+        if evidence is not None:
+            raise RlkvError(
+                f"--evidence {one_line(evidence, 40)}: says how sure --max-loss must be: give "
+                "--max-loss too, e.g. --max-loss 1%"
+            )
+        return None
+    loss = parse_loss("--max-loss", max_loss)
+    if sparsity is not None:
+        raise RlkvError(
+            f"--max-loss {percent(loss)} chooses the sparsity, and --sparsity {sparsity:g} gives "
+            "one: remove one of them"
+        )
+    allowed = {str(verdict): verdict for verdict in (Verdict.PROVEN, Verdict.MEASURED)}
+    if (evidence or "proven") not in allowed:
+        raise RlkvError(f"--evidence {one_line(evidence, 40)}: must be proven or measured")
+    return Budget(loss, allowed[evidence or "proven"])
+
+
+def parse_loss(flag: str, given: str | float) -> float:
     """A budget such as ``1%`` or ``0.01``, above 0 and below 1."""
-    number = text.strip()
+    number = str(given).strip()
     try:
         value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
     except ValueError:
         value = math.nan
     if not 0 < value < 1:
+        meant = f"{value:g}%" if 1 <= value < 100 and not number.endswith("%") else ""
         raise RlkvError(
-            f"{flag} {one_line(text, 40)}: must be a share of the answers above 0% and below "
-            "100%, e.g. 1% or 0.01"
+            f"{flag} {one_line(given, 40)}: must be a share of the answers above 0% and below "
+            f"100%, e.g. 1% or 0.01{f': did you mean {meant}?' if meant else ''}"
         )
     return value
+
+
+def percent(share: float) -> str:
+    """A budget as `parse_loss` reads it, e.g. ``1%``."""
+    return f"{100 * share:.10g}%"
 
 
 def _bounds(

@@ -37,6 +37,12 @@ def packaged_profiles() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def is_own_file(name: str, path: Path) -> bool:
+    """Whether `name`, found at `path`, is a file of the user's: neither packaged nor of the hub."""
+    folders = [folder.resolve() for folder in packaged_folders()]
+    return path.resolve().parent not in folders and path == Path(name).expanduser()
+
+
 def find_profile(name: str) -> tuple[HeadProfile, Path]:
     """Load the profile that `name` stands for.
 

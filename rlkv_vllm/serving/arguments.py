@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 SHUTDOWN_TIMEOUT_S = 10
 
 _USAGE = (
-    "rlkv serve [MODEL] [--profile P | --mode gated] [--sparsity S] [--sink N] [--window N] "
-    "[vLLM flags]"
+    "rlkv serve [MODEL] [--profile P | --mode gated] [--sparsity S | --max-loss L] [--sink N] "
+    "[--window N] [vLLM flags]"
 )
 
 _HELP = f"""\
@@ -66,6 +66,16 @@ _OWN_OPTIONS: dict[str, dict[str, Any]] = {
         "type": float,
         "help": "share of KV heads that keep only sink and window, 0 to 1 "
         "(default: the profile's recommended sparsity)",
+    },
+    "--max-loss": {
+        "metavar": "L",
+        "help": "accuracy that may be lost against the full cache, e.g. 1%% or 0.01: the "
+        "profile's evaluation rows choose the sparsity",
+    },
+    "--evidence": {
+        "choices": ("proven", "measured"),
+        "help": "what the rows must show with --max-loss: proven, by a 95%% bound, or measured, "
+        "on at least 200 problems (default: proven)",
     },
     "--sink": {
         "metavar": "N",
@@ -187,7 +197,7 @@ def add_split(args: argparse.Namespace, split: dict[str, Any]) -> None:
     if "rlkv" in additional:
         raise RlkvError(
             "--additional-config has an entry 'rlkv': remove it, and give `rlkv serve` --profile, "
-            "--sparsity, --sink and --window instead"
+            "--sparsity or --max-loss, --sink and --window instead"
         )
     options = engine_options(split, additional)
     if args.block_size is not None:

@@ -108,7 +108,7 @@ class RlkvEndpoint:
         constant = status.model_dump_json(exclude={"use"}).removesuffix("}") + ',"use":'
         state.rlkv = ServedSplit(figures, stat_logger, constant)
         if _is_first_api_process(engine_client):
-            logger.info("%s", summary(reports, args))
+            logger.info("%s", summary(reports, args, plan.within))
 
 
 @router.get("/rlkv", include_in_schema=False)

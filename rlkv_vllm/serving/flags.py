@@ -20,7 +20,7 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 
 FLAGS_FILE = Path(__file__).with_name("flags.json")
-_TYPES = {"port": int, "api_server_count": int}
+_TYPES = {"port": int, "api_server_count": int, "tensor_parallel_size": int}
 _DEFAULTS = {"port": 8000}
 
 

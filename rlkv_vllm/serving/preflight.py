@@ -16,8 +16,10 @@ from rlkv_vllm import models
 from rlkv_vllm.allocation.span import TRAINING_SPAN, resolve_span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
+from rlkv_vllm.profile.budget import asked_budget
 from rlkv_vllm.profile.choice import choose_profile
-from rlkv_vllm.profile.io import check_matches
+from rlkv_vllm.profile.evidence import Target
+from rlkv_vllm.profile.io import check_matches, is_made_for
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving.arguments import parse_early
 
@@ -59,7 +61,8 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
     """Check profile, model and split options; return ``additional_config["rlkv"]``.
 
     Raises:
-        RlkvError: in this order: profile, model, their fit, sparsity, sink, window.
+        RlkvError: in this order: profile, model, their fit, sparsity or budget, sink, window,
+            evaluation rows.
     """
     if args.profile is None:
         raise RlkvError(
@@ -69,9 +72,35 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
     found = find_profile(args.profile)
     check_matches(found[0], models.load_model_fingerprint(args.model, args.revision))
     choice = choose_profile(
-        args.profile, args.sparsity, sink=args.sink, window=args.window, found=found
+        args.profile,
+        args.sparsity,
+        sink=args.sink,
+        window=args.window,
+        found=found,
+        budget=asked_budget(args.max_loss, args.evidence, args.sparsity),
+        target=target_of(args),
     )
     return choice.engine_config()
+
+
+def target_of(args: argparse.Namespace) -> Target:
+    """The engine that the flags ask for, as far as evaluation rows depend on it."""
+    words = models.evaluation_words(args.model_name)
+    return Target(args.tensor_parallel_size or 1, args.kv_cache_dtype, words)
+
+
+def note_on_rows(args: argparse.Namespace) -> str | None:
+    """A line for the user if a budget rests on rows that were measured with another model."""
+    if args.mode == "gated" or args.max_loss is None:
+        return None
+    profile, _ = find_profile(args.profile)
+    fingerprint = models.load_model_fingerprint(args.model, args.revision)
+    if is_made_for(profile, fingerprint):
+        return None
+    return (
+        f"warning: the rows that choose the sparsity are of {one_line(profile.model.id)}, not of "
+        f"{one_line(fingerprint.id)}: unless one is a copy of the other, measure with `rlkv eval`"
+    )
 
 
 def gated_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,8 +110,8 @@ def gated_options(args: argparse.Namespace) -> dict[str, Any]:
         RlkvError: flags of a head profile are given, sink or window are out of range, or there are
             several API processes, which would not know each other's gates.
     """
-    for flag, given in (("--profile", args.profile), ("--sparsity", args.sparsity)):
-        if given is not None:
+    for flag in ("--profile", "--sparsity", "--max-loss", "--evidence"):
+        if getattr(args, flag[2:].replace("-", "_")) is not None:
             raise RlkvError(f"{flag}: a server in gated mode has no head profile: remove the flag")
     if (args.api_server_count or 1) > 1:
         raise RlkvError("--api-server-count: a server in gated mode has one: remove the flag")

@@ -63,6 +63,8 @@ def run_server(arguments: Sequence[str]) -> int:
     preflight.check_api_key(args)
     preflight.check_address(args)
     _check_engine_config(args)
+    if note := preflight.note_on_rows(args):
+        progress.say(note)
     progress.say(f"starting the engine for {', '.join(served_names(args))}")
     try:
         _run(args)
@@ -149,5 +151,5 @@ def _run(args: argparse.Namespace) -> None:
         sys.stdout.flush()
         options = args.additional_config[CONFIG_KEY]
         if options.get("mode") != GATED:  # vLLM does not pass on why its engine refused
-            choose_pinned(SplitConfig(**options))
+            choose_pinned(SplitConfig(**options), preflight.target_of(args))
         raise RlkvError(f"the server could not start: {reason(error)}") from error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile.budget import Verdict
 
 if TYPE_CHECKING:
     from rlkv_vllm.engine.config import SplitPlan
+    from rlkv_vllm.profile.evidence import Within
 
 
 class ProfileId(BaseModel):
@@ -19,6 +22,32 @@ class ProfileId(BaseModel):
     id: str = Field(description="How the user named it.")
     sha256: str = Field(description="Checksum of its canonical JSON.")
     method: str = Field(description="Scorer that made it.")
+
+
+class AccuracyBudget(BaseModel):
+    """The accuracy budget that chose the sparsity, and what the profile's evaluation rows say."""
+
+    max_loss: float = Field(description="Accuracy that may be lost, a share of the answers.")
+    verdict: Literal["proven", "measured"] = Field(description="Of the weakest row.")
+    loss: float = Field(description="Accuracy lost in that row; below 0: gained.")
+    loss_bound: float | None = Field(
+        description="Its one-sided 95% bound; null where the row has none."
+    )
+    n: int = Field(description="Problems of that row.")
+    tasks: list[str] = Field(description="Tasks on which the sparsity is within the budget.")
+
+    @classmethod
+    def of(cls, within: Within) -> AccuracyBudget:
+        """The figures of the weakest row."""
+        weakest = within.weakest
+        return cls(
+            max_loss=within.budget.max_loss,
+            verdict="proven" if within.verdict is Verdict.PROVEN else "measured",
+            loss=weakest.loss.estimate,
+            loss_bound=weakest.loss.high if math.isfinite(weakest.loss.high) else None,
+            n=weakest.row.n,
+            tasks=within.tasks,
+        )
 
 
 class Heads(BaseModel):
@@ -78,6 +107,9 @@ class SplitStatus(BaseModel):
     models: list[str] = Field(description="Names under which the model is served.")
     profile: ProfileId
     sparsity: float = Field(description="Share of KV heads that are streaming heads.")
+    accuracy_budget: AccuracyBudget | None = Field(
+        description="null where the user chose the sparsity."
+    )
     sink: int = Field(description="First tokens that a streaming head keeps.")
     window: int = Field(description="Last tokens that a streaming head keeps.")
     heads: Heads
@@ -221,6 +253,7 @@ def split_status(figures: CacheFigures, models: Sequence[str], example: str) -> 
             id=plan.profile_id, sha256=profile.sha256(), method=profile.provenance.method
         ),
         sparsity=plan.sparsity,
+        accuracy_budget=None if plan.within is None else AccuracyBudget.of(plan.within),
         sink=geometry.sink,
         window=geometry.window,
         heads=Heads(

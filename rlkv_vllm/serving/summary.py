@@ -12,13 +12,18 @@ from rlkv_vllm.tasks import puzzles
 
 if TYPE_CHECKING:
     from rlkv_vllm.engine.report import SplitReport
+    from rlkv_vllm.profile.evidence import Within
 
 
-def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
-    """Table of the split cache against a full one, and an example request."""
+def summary(reports: Sequence[SplitReport], args: Namespace, within: Within | None = None) -> str:
+    """Table of the split cache against a full one, and an example request.
+
+    `within` is why this sparsity, if an accuracy budget chose it.
+    """
     fullest = min(reports, key=lambda report: report.requests_at_once)
     workers = "" if len(reports) == 1 else f"; figures of the fullest of {len(reports)} workers"
     rows = [("", "split cache", "full cache"), *fullest.rows()]
+    budget = [] if within is None else [f"  sparsity {within.sparsity:g}: {within.describe()}"]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(
         [
@@ -27,6 +32,7 @@ def summary(reports: Sequence[SplitReport], args: Namespace) -> str:
                 f"  {label:<{widths[0]}}  {split:<{widths[1]}}  {full}".rstrip()
                 for label, split, full in rows
             ),
+            *budget,
             "  try:",
             *(f"    {line}" for line in _request(args)),
         ]

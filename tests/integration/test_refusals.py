@@ -12,6 +12,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from rlkv_vllm.allocation import allocate
 from rlkv_vllm.engine.config import gated_config, split_config, split_plan
 from rlkv_vllm.engine.support import (
     REFUSALS,
@@ -24,7 +25,7 @@ from rlkv_vllm.plugin import register
 from rlkv_vllm.profile.io import load_profile, save_profile
 from rlkv_vllm.serving.preflight import split_options
 from tests.integration.test_parity import UNEVEN
-from tests.support.profiles import assert_one_line
+from tests.support.profiles import assert_one_line, measured_row
 
 register()
 
@@ -272,8 +273,11 @@ def test_profile_replaced_since_the_server_checked_it(
     path = tmp_path / "profile.json"
     original = load_profile(profile)
     save_profile(original, path)
-    flags = {"sparsity": 0.5, "sink": None, "window": None, "revision": None}
-    split = split_options(Namespace(model=str(model), profile=str(path), **flags))
+    flags = dict.fromkeys(("sink", "window", "revision", "max_loss", "evidence"))
+    flags |= dict.fromkeys(("tensor_parallel_size", "kv_cache_dtype"))
+    split = split_options(
+        Namespace(model=str(model), model_name="m", profile=str(path), sparsity=0.5, **flags)
+    )
     assert split_plan(config(model, split)) is not None
     save_profile(original.model_copy(update={"window": 65}), path)
     with pytest.raises(RlkvError) as caught:
@@ -286,6 +290,38 @@ def test_no_known_sparsity(model: Path, profile: Path, tmp_path: Path) -> None:
     save_profile(load_profile(profile).model_copy(update={"recommended_sparsity": None}), path)
     with pytest.raises(RlkvError, match="--sparsity"):
         split_plan(config(model, {"profile": str(path)}))
+
+
+def test_a_budget_takes_rows_of_what_is_served(model: Path, profile: Path, tmp_path: Path) -> None:
+    """Which ranks, and which type of the KV cache, only the engine's configuration says."""
+    path, original = tmp_path / "profile.json", load_profile(profile)
+    # Of every two heads the first is full: two ranks serve other heads.
+    gates = [[0.9 - 0.5 * (head * 2 // len(row)) for head in range(len(row))]
+             for row in original.gates]  # fmt: skip
+    uneven = original.model_copy(update={"gates": gates})
+    rows = [measured_row(0.5, lost=0, profile=uneven)]
+    save_profile(uneven.model_copy(update={"evaluation": rows}), path)
+    split = {"profile": str(path), "max_loss": 0.01}
+    plan = split_plan(config(model, split, kv_cache_dtype="auto"))
+    assert plan is not None
+    assert plan.within is not None
+    assert plan.sparsity == plan.within.sparsity == 0.5
+    assert plan.groups.allocation.full == allocate(gates, 0.5).full
+    for options, words in (
+        ({"tensor_parallel_size": 2}, ["that of --tensor-parallel-size 1", "-size 2`"]),
+        ({"kv_cache_dtype": "fp8"}, ["another KV cache type", "--kv-cache-dtype fp8`"]),
+    ):
+        with pytest.raises(RlkvError) as error:
+            split_plan(config(model, split, **options))
+        assert_one_line(error.value, *words)
+    for wrong, word in (
+        ({"sparsity": 0.5}, "remove one of them"),
+        ({"max_loss": 1}, "did you mean 1%"),
+        ({"evidence": "guessed"}, "evidence: Input should be"),
+        ({"window": 65}, "another sink or window"),
+    ):
+        with pytest.raises(RlkvError, match=word):
+            split_plan(config(model, split | wrong))
 
 
 @pytest.mark.parametrize(

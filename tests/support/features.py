@@ -248,8 +248,10 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _works(
             "`--tensor-parallel-size 2`",
             "every rank gets the same number of full heads, give or take one; also a rank "
-            "without full heads",
+            "without full heads; it changes which heads stream, so `--max-loss` needs evaluation "
+            "rows of as many ranks",
             f"{_TP}::test_ranks_equal_the_oracle",
+            f"{_REFUSALS}::test_a_budget_takes_rows_of_what_is_served",
         ),
         _works(
             "`--tensor-parallel-size` 4",
@@ -375,10 +377,11 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "8-bit KV cache (`--kv-cache-dtype fp8`, `fp8_e4m3`, `fp8_e5m2`)",
             "on the CPU (AVX-512): a block is half of bfloat16's; vLLM's "
             "kernel cuts keys and values of full heads off, ours rounds those of streaming heads; "
-            "blocks of a multiple of 32 tokens; "
+            "blocks of a multiple of 32 tokens; `--max-loss` needs rows of this type; "
             "[accuracy](../reports/2026-11-24-embedded-evaluation.md#an-8-bit-kv-cache)",
             f"{_PARITY}::test_a_cache_of_8_bits_is_the_oracle_with_rounded_keys",
             "tests/unit/kernels/test_streaming.py::test_a_cache_of_8_bits_holds_rounded_keys",
+            f"{_REFUSALS}::test_a_budget_takes_rows_of_what_is_served",
         ),
         _refused(
             "other quantised KV caches",

@@ -6,7 +6,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from rlkv_vllm.allocation import allocate
 from rlkv_vllm.profile import EvaluationRow, HeadProfile, ModelFingerprint, Provenance
+from rlkv_vllm.profile.schema import PairedCounts
 
 
 def random_gates(layers: int, heads: int, seed: int = 0) -> list[list[float]]:
@@ -50,6 +52,39 @@ def make_profile(layers: int = 4, heads: int = 2, **changes: Any) -> HeadProfile
         "recommended_sparsity": 0.5,
     }
     return HeadProfile(**(fields | changes))
+
+
+def measured_row(
+    sparsity: float,
+    lost: int,
+    gained: int = 0,
+    n: int = 1000,
+    *,
+    profile: HeadProfile | None = None,
+    tp_size: int = 1,
+    span: tuple[int, int] | None = None,
+    **changes: Any,
+) -> EvaluationRow:
+    """A row of `profile` as `rlkv eval` writes it: this many answers lost and gained of `n`."""
+    profile = profile or make_profile()
+    allocation = allocate(profile.gates, sparsity, tp_size)
+    fields: dict[str, Any] = {
+        "task": "sums",
+        "n": n,
+        "sparsity": sparsity,
+        "accuracy": 0.5 + (gained - lost) / n,
+        "full_accuracy": 0.5,
+        "mean_output_tokens": 100.0,
+        "full_mean_output_tokens": 100.0,
+        "capped_share": 0.0,
+        "full_capped_share": 0.0,
+        "seed": 1,
+        "allocation": allocation.digest(*(span or (profile.sink, profile.window))),
+        "paired": PairedCounts(
+            gained=gained, lost=lost, newly_cut=0, no_longer_cut=0, tokens_error=0.01
+        ),
+    }
+    return EvaluationRow(**(fields | changes))
 
 
 def make_model_dir(path: Path, layers: int = 4, heads: int = 2, **changes: Any) -> Path:

@@ -15,6 +15,7 @@ from tests.support.profiles import (
     assert_one_line,
     make_model_dir,
     make_profile,
+    measured_row,
     random_gates,
     write_tsv,
 )
@@ -118,6 +119,92 @@ def test_no_control_code_of_a_profile_reaches_the_terminal(here):
         assert not any(line.startswith("rlkv: error") for line in output.split("\n"))
     assert r"\x1b[31mred" in run("show", "p.json")
     assert r"\x1b[31mred" in fails("validate", "p.json", "--model", "m")
+
+
+#: One rank streams the second head of every layer at sparsity .5, two ranks others.
+UNEVEN = make_profile(gates=[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.0]])
+
+
+def save_rows(*rows, name="p.json"):
+    made = [measured_row(sparsity, lost, profile=UNEVEN, **more) for sparsity, lost, more in rows]
+    save_profile(UNEVEN.model_copy(update={"evaluation": made}), name)
+
+
+def test_show_says_what_rows_prove():
+    twos = {"tp_size": 2, "kv_cache_dtype": "fp8"}
+    save_rows((0.25, 4, {}), (0.5, 300, {}), (0.5, 0, twos), (0.5, 0, {"allocation": "0" * 64}))
+    output = run("show", "p.json")
+    lines = [line.split() for line in output.splitlines() if line.strip().startswith("sums")]
+    assert [line[6] for line in lines] == ["0.4%", "30.0%", "0.0%", "0.0%"]
+    assert [line[8] for line in lines] == ["proven", "violated", "proven", "proven"]
+    measured_with = [" ".join(line[9:]) for line in lines]
+    assert measured_with == ["1 rank", "1 rank", "2 ranks, fp8", "other heads, sink or window"]
+    assert "within 2%: sparsity 0.25, proven: loses 0.4 points" in output
+    assert "n 1000, task sums" in output
+    assert "no sparsity is within 0.1%" in run("show", "p.json", "--max-loss", "0.1%")
+    assert "no sparsity is within 1% on 2 ranks" in run(
+        "show", "p.json", "--max-loss", "1%", "--tp", 2
+    )
+
+
+def test_show_of_a_budget_shows_its_heads_and_serves_it():
+    save_rows((0.25, 0, {}), (0.5, 9, {}))
+    output = run("show", "p.json", "--max-loss", "1%")
+    assert "ids at sparsity 0.25" in output
+    assert "within 1%: sparsity 0.5, measured: " in output
+    assert "; sparsity 0.25, proven: " in output
+    command = "next: rlkv serve org/model --profile p.json --max-loss 1%"
+    assert output.splitlines()[-1] == command
+    save_rows((0.5, 9, {}))
+    output = run("show", "p.json", "--max-loss", "1%")
+    assert output.splitlines()[-1] == f"{command} --evidence measured"
+
+
+def test_contradicting_rows_are_a_warning():
+    save_rows((0.5, 0, {"seed": 1}), (0.5, 300, {"seed": 2}))
+    for output in (run("show", "p.json"), run("validate", "p.json")):
+        assert "warning: rows of task sums at sparsity 0.5 contradict each other" in output
+    told = json.loads(run("show", "p.json", "--json"))["accuracy_budget"]
+    assert (told["proven"], told["measured"]) == (None, None)
+    assert "contradict" in told["contradiction"]
+    save_rows((0.5, 0, {}))
+    assert "warning" not in run("show", "p.json")
+    assert "warning" not in run("validate", "p.json")
+
+
+def test_list_says_what_is_within_the_default_budget():
+    assert row(run("list"), "small")[-1] == "-"
+    save_rows((0.5, 0, {}), name="packaged/small.json")
+    assert row(run("list"), "small")[-2:] == ["0.5", "proven"]
+
+
+def test_show_json_of_a_budget():
+    save_rows((0.25, 0, {}), (0.5, 9, {}), (0.5, 0, {"tp_size": 2}))
+    told = json.loads(run("show", "p.json", "--json", "--max-loss", "0.01"))
+    assert told["sparsity"] == 0.25
+    budget = told["accuracy_budget"]
+    assert (budget["max_loss"], budget["tensor_parallel_size"]) == (0.01, 1)
+    assert (budget["proven"], budget["measured"]) == (0.25, 0.5)
+    assert [one["verdict"] for one in budget["rows"]] == ["proven", "measured", "proven"]
+    assert [one["measured_with"] for one in budget["rows"]] == ["1 rank", "1 rank", "2 ranks"]
+    assert budget["rows"][1]["loss"] == pytest.approx(0.009)
+    assert budget["rows"][1]["loss_bound"] > 0.01
+    plain = json.loads(run("show", "none.json", "--json"))["accuracy_budget"]
+    assert plain["rows"][0]["loss_bound"] is None
+
+
+def test_plan_within_a_budget():
+    save_rows((0.25, 0, {}), (0.5, 0, {"tp_size": 2}))
+    output = run(*PLAN, "--max-loss", "1%")
+    assert "sparsity 0.25: budget 1%, proven: loses 0.0 points" in output
+    assert output.splitlines()[-1] == (
+        "next: rlkv serve m --profile p.json --max-loss 1% --max-model-len 4096"
+    )
+    output = run(*PLAN, "--max-loss", "1%", "--evidence", "measured", "--tp", 2)
+    assert "sparsity 0.5: budget 1%, proven" in output
+    assert output.splitlines()[-1].endswith(
+        "--max-loss 1% --evidence measured --max-model-len 4096 --tensor-parallel-size 2"
+    )
 
 
 def test_show_json():
@@ -354,6 +441,17 @@ def test_plan_reads_sizes(size, blocks):
         ([*PLAN[:-1], "9" * 400 + "GiB"], ["--memory 999"]),
         ([*PLAN[:5], "--max-model-len", 0, *PLAN[7:]], ["--max-model-len 0"]),
         (["plan", "m", "none.json", *PLAN[3:]], ["none.json", "--sparsity"]),
+        ([*PLAN, "--max-loss", "1"], ["--max-loss 1", "did you mean 1%?"]),
+        ([*PLAN, "--max-loss", "1%", "--sparsity", 0.5], ["--max-loss 1%", "--sparsity 0.5"]),
+        ([*PLAN, "--evidence", "measured"], ["--evidence measured", "--max-loss"]),
+        (
+            [*PLAN, "--max-loss", "1%", "--dtype", "fp8"],
+            ["another KV cache type", "rlkv eval m --task TASK", "--kv-cache-dtype fp8"],
+        ),
+        ([*PLAN, "--max-loss", "1%", "--tp", 2], ["p.json", "--tensor-parallel-size 2"]),
+        (["show", "p.json", "--max-loss", "nan"], ["--max-loss nan"]),
+        (["show", "p.json", "--max-loss", "1%", "--sparsity", 0.5], ["remove one of them"]),
+        (["show", "p.json", "--tp", 3], ["--tp 3"]),
         (["plan", "nowhere", *PLAN[2:]], ["nowhere", "neither a folder"]),
         (
             ["plan", "wrong", *PLAN[2:]],

@@ -24,7 +24,7 @@ from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import save_profile
 from tests.support.plans import BLOCKS, make_plan
-from tests.support.profiles import assert_one_line, make_profile
+from tests.support.profiles import assert_one_line, make_profile, measured_row
 
 PACKAGE = Path(rlkv_vllm.__file__).parent
 CLASSES = {
@@ -72,10 +72,39 @@ class TestSplit:
             split(profile, 0.5, additional_config={"rlkv": {}})
         assert_one_line(error.value, "'rlkv'", "remove it")
 
+    @pytest.mark.parametrize("max_loss", [0.01, "1%", "0.01"])
+    def test_a_budget_is_left_to_the_engine(self, profile: Path, max_loss: float | str) -> None:
+        """It alone knows its ranks: these rows are of two."""
+        rows = [measured_row(0.5, lost=0, tp_size=2)]
+        save_profile(make_profile(evaluation=rows), profile)
+        rlkv = split(profile, max_loss=max_loss)["additional_config"]["rlkv"]
+        assert rlkv == {
+            "profile": str(profile.resolve()),
+            "max_loss": 0.01,
+            "sink": 16,
+            "window": 64,
+            "sha256": make_profile(evaluation=rows).sha256(),
+        }
+        measured = split(profile, max_loss=max_loss, evidence="measured")
+        assert measured["additional_config"]["rlkv"] == rlkv | {"evidence": "measured"}
+
+    def test_a_budget_needs_rows(self, profile: Path) -> None:
+        save_profile(make_profile(evaluation=[]), profile)
+        with pytest.raises(RlkvError) as error:
+            split(profile, max_loss=0.01)
+        assert_one_line(error.value, "no evaluation rows", "`rlkv eval ", "--write-rows`")
+
     @pytest.mark.parametrize(
         ("options", "words"),
         [
             ({"profile": "nowhere.json"}, "nowhere.json"),
+            ({"max_loss": 0.01}, "--max-loss 1% chooses the sparsity"),
+            ({"sparsity": None, "max_loss": 1}, "did you mean 1%?"),
+            ({"sparsity": None, "max_loss": 0}, "--max-loss 0"),
+            ({"sparsity": None, "max_loss": float("nan")}, "--max-loss nan"),
+            ({"sparsity": None, "max_loss": "little"}, "--max-loss little"),
+            ({"sparsity": None, "max_loss": 0.01, "evidence": "guess"}, "--evidence guess"),
+            ({"evidence": "measured"}, "--evidence measured"),
             ({"sparsity": 1.5}, "sparsity 1.5"),
             ({"sink": -1}, "sink -1"),
             ({"window": 0}, "window 0"),

@@ -77,6 +77,9 @@ def test_command_line_wins_over_config_file_wins_over_default(tmp_path: Path) ->
     args = parse(["--config", str(config), "--window", "9"])
     assert (args.model, args.sparsity, args.window) == ("org/model", 0.25, 9)
     assert (args.port, args.sink) == (1234, None)
+    config.write_text("model: org/model\nmax-loss: 1%\nevidence: measured\n")
+    args = parse(["--config", str(config)])
+    assert (args.max_loss, args.evidence, args.sparsity) == ("1%", "measured", None)
 
 
 def test_vllms_refusals_are_one_line() -> None:

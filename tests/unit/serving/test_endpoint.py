@@ -18,12 +18,14 @@ from rlkv_vllm.engine.launch import check_reports, prove_async
 from rlkv_vllm.engine.report import SplitReport
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.models import model_dir
+from rlkv_vllm.profile.budget import Budget
+from rlkv_vllm.profile.evidence import sparsity_within
 from rlkv_vllm.serving.endpoint import RlkvEndpoint
 from rlkv_vllm.serving.metrics import RlkvStatLogger
 from rlkv_vllm.serving.status import ByKind, SplitStatus
 from rlkv_vllm.tasks.puzzles import example_question
 from tests.support.plans import BLOCKS, LENGTH, make_plan, vllm_config
-from tests.support.profiles import assert_one_line
+from tests.support.profiles import assert_one_line, make_profile, measured_row
 
 
 def answer(plan: SplitPlan, rank: int = 0, **changes: Any) -> dict[str, Any]:
@@ -283,6 +285,18 @@ def test_the_summary_shows_the_fullest_worker(tmp_path: Path) -> None:
     assert ", 1 request of 512 tokens" in replace(report, requests_at_once=1).sentence()
     row = next(line for line in text.splitlines() if "requests at once" in line)
     assert row.split() == f"requests at once of 512 tokens 3 {report.full_requests_at_once}".split()
+
+
+def test_the_summary_says_why_this_sparsity() -> None:
+    from rlkv_vllm.serving.summary import summary
+
+    report = SplitReport.of(make_plan(), 0, BLOCKS)
+    assert "budget" not in summary([report], flags())
+    profile = make_profile(evaluation=[measured_row(0.5, lost=4)])
+    text = summary([report], flags(), sparsity_within(profile, Budget(0.02)))
+    line = next(line for line in text.splitlines() if "budget" in line)
+    assert line.startswith("  sparsity 0.5: budget 2%, proven: loses 0.4 points, at most ")
+    assert line.endswith(", n 1000, task sums")
 
 
 @pytest.mark.parametrize(

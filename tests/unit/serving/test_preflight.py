@@ -14,7 +14,7 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile.io import save_profile
 from rlkv_vllm.serving import preflight
 from tests.support.plans import make_plan
-from tests.support.profiles import assert_one_line, make_model_dir, make_profile
+from tests.support.profiles import assert_one_line, make_model_dir, make_profile, measured_row
 
 
 def options(tmp_path: Path, **changes: Any) -> Namespace:
@@ -24,11 +24,10 @@ def options(tmp_path: Path, **changes: Any) -> Namespace:
         save_profile(make_profile(), profile)
     given = {
         "model": str(make_model_dir(tmp_path / "model")),
-        "revision": None,
+        "model_name": "org/model",
         "profile": str(profile),
-        "sparsity": None,
-        "sink": None,
-        "window": None,
+        **dict.fromkeys(("revision", "sparsity", "max_loss", "evidence", "sink", "window")),
+        **dict.fromkeys(("tensor_parallel_size", "kv_cache_dtype")),
     }
     return Namespace(**(given | changes))
 
@@ -116,14 +115,72 @@ def test_sink_and_window_out_of_range(tmp_path: Path) -> None:
     assert_one_line(refusal(options(tmp_path, window=0)), "--window 0")
 
 
+def test_a_budget_goes_to_the_engine_which_knows_its_ranks(tmp_path: Path) -> None:
+    profile = make_profile(evaluation=[measured_row(0.5, lost=0)])
+    save_profile(profile, tmp_path / "heads.json")
+    split = preflight.split_options(options(tmp_path, max_loss="1%", kv_cache_dtype="auto"))
+    assert split == {
+        "profile": str(tmp_path / "heads.json"),
+        "max_loss": 0.01,
+        "sink": profile.sink,
+        "window": profile.window,
+        "sha256": profile.sha256(),
+    }
+    measured = options(tmp_path, max_loss="1%", evidence="measured")
+    assert preflight.split_options(measured) == split | {"evidence": "measured"}
+
+
+def test_rows_of_another_model_are_told(tmp_path: Path) -> None:
+    args = options(tmp_path, max_loss="1%", mode="split")
+    note = preflight.note_on_rows(args)  # the folder is called `model`, as in `org/model`
+    assert note is None
+    args.model = str(make_model_dir(tmp_path / "tuned"))
+    note = preflight.note_on_rows(args)
+    assert note is not None
+    assert "are of org/model, not of tuned" in note
+    args.max_loss = None
+    assert preflight.note_on_rows(args) is None
+    args.mode, args.max_loss = "gated", "1%"
+    assert preflight.note_on_rows(args) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"max_loss": "1%", "sparsity": 0.4}, ["--max-loss 1%", "--sparsity 0.4"]),
+        ({"evidence": "measured"}, ["--evidence measured", "--max-loss"]),
+        ({"max_loss": "0"}, ["--max-loss 0"]),
+        (
+            {"max_loss": "1%", "tensor_parallel_size": 2},
+            ["another allocation", "--max-loss 1% --write-rows --tensor-parallel-size 2`"],
+        ),
+        (
+            {"max_loss": "1%", "kv_cache_dtype": "fp8"},
+            ["another KV cache type", "--write-rows --kv-cache-dtype fp8`"],
+        ),
+        ({"max_loss": "1%", "sink": 4}, ["another sink or window", "--write-rows --sink 4`"]),
+        (
+            {"max_loss": "0.1%"},
+            ["sparsity 0.5 is undecided: loses 0.2 points", "`rlkv eval org/model --task TASK "],
+        ),
+    ],
+)
+def test_a_budget_without_evidence(tmp_path: Path, flags: dict[str, Any], words: list[str]) -> None:
+    profile = make_profile(gates=[[0.9, 0.1]] * 4)
+    row = measured_row(0.5, lost=2, profile=profile)
+    save_profile(profile.model_copy(update={"evaluation": [row]}), tmp_path / "heads.json")
+    assert_one_line(refusal(options(tmp_path, **flags)), *words)
+
+
 # --- gated mode ------------------------------------------------------------------------
 
 
 def gated(**changes: Any) -> Namespace:
     given = {
-        "profile": None, "sparsity": None, "sink": None, "window": None,
-        "model_name": "m", "api_server_count": None,
-    }  # fmt: skip
+        **dict.fromkeys(("profile", "sparsity", "max_loss", "evidence", "sink", "window")),
+        "model_name": "m",
+        "api_server_count": None,
+    }
     return Namespace(**(given | changes))
 
 
@@ -138,6 +195,8 @@ def test_gated_mode_has_the_published_span_and_the_embedded_model_its_own() -> N
     [
         ({"profile": "embedded"}, "--profile"),
         ({"sparsity": 0.4}, "--sparsity"),
+        ({"max_loss": "1%"}, "--max-loss"),
+        ({"evidence": "measured"}, "--evidence"),
         ({"api_server_count": 2}, "--api-server-count"),
         ({"sink": -1}, "--sink -1"),
         ({"window": 0}, "--window 0"),

@@ -22,7 +22,7 @@ from rlkv_vllm.serving.endpoint import RlkvEndpoint
 from rlkv_vllm.serving.flags import FLAGS_FILE, installed_flags
 from rlkv_vllm.serving.messages import reason
 from rlkv_vllm.serving.serve import run_server, serve
-from tests.support.profiles import assert_one_line, make_model_dir, make_profile
+from tests.support.profiles import assert_one_line, make_model_dir, make_profile, measured_row
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,16 @@ def test_what_is_right_is_served(fitting: list[str], served: list[object]) -> No
     (args,) = served
     assert args.additional_config["rlkv"]["sparsity"] == 0.25  # type: ignore[attr-defined]
     assert "rlkv" in os.environ["VLLM_PLUGINS"].split(",")
+
+
+def test_a_budget_is_served(tmp_path: Path, fitting: list[str], served: list[object]) -> None:
+    profile = make_profile(evaluation=[measured_row(0.25, lost=0)])
+    save_profile(profile, tmp_path / "heads.json")
+    assert run_server([*fitting, "--max-loss", "1%", "--kv-cache-memory-bytes", "64M"]) == 0
+    (args,) = served
+    assert args.additional_config["rlkv"]["max_loss"] == 0.01  # type: ignore[attr-defined]
+    with pytest.raises(RlkvError, match="--write-rows --tensor-parallel-size 2"):
+        run_server([*fitting, "--max-loss", "0.0001%", "-tp", "2"])
 
 
 @pytest.mark.parametrize(
@@ -137,6 +147,14 @@ def test_an_invalid_profile_is_told_without_importing_vllm(
         (["org/model"], "--profile is missing"),
         (["--mode", "gated", "--profile", "p"], "--profile"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
+        (["--max-loss", "1"], "--max-loss 1: must be a share"),
+        (["--max-loss", "0.0001%"], "--max-loss 0.0001%: no sparsity of profile embedded"),
+        (["--max-loss", "50%", "--kv-cache-dtype", "fp8"], "another KV cache type"),
+        (["--max-loss", "0.0001%", "-tp", "2"], "--write-rows --tensor-parallel-size 2`"),
+        (["--max-loss", "1%", "--sparsity", ".2"], "remove one of them"),
+        (["--evidence", "measured"], "--evidence measured: says how sure"),
+        (["--evidence", "guessed"], "--evidence"),
+        (["--mode", "gated", "--max-loss", "1%"], "--max-loss: a server in gated mode"),
     ],
 )
 def test_what_needs_no_vllm_is_told_before_its_import(arguments: list[str], named: str) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.profile import EvaluationRow
+from rlkv_vllm.profile.budget import Budget, Verdict
+from rlkv_vllm.profile.evidence import sparsity_within
 from rlkv_vllm.serving.status import ByKind, CacheFigures, split_status
 from tests.support.plans import BLOCK, BLOCKS, LENGTH, make_plan
+from tests.support.profiles import measured_row
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -52,6 +58,31 @@ def test_forecast_says_whether_all_fit() -> None:
 def test_a_request_longer_than_the_longest_is_refused() -> None:
     with pytest.raises(RlkvError, match=f"tokens={LENGTH + 1}: .* {LENGTH} tokens"):
         CacheFigures(make_plan(), BLOCKS).forecast(LENGTH + 1, 1)
+
+
+def test_status_says_what_the_budget_rests_on() -> None:
+    plan = make_plan()
+    assert split_status(CacheFigures(plan, BLOCKS), ["a"], "?").accuracy_budget is None
+    rows = [measured_row(0.5, lost=4), measured_row(0.5, lost=0, task="easy")]
+    for row, verdict in ((rows[0], "proven"), (without_pairs(rows[0]), "measured")):
+        profile = plan.profile.model_copy(update={"evaluation": [row, rows[1]]})
+        within = sparsity_within(profile, Budget(0.02, Verdict.MEASURED))
+        figures = CacheFigures(replace(plan, within=within), BLOCKS)
+        told = split_status(figures, ["a"], "?").accuracy_budget
+        assert told is not None
+        assert (told.max_loss, told.verdict, told.n) == (0.02, verdict, 1000)
+        assert told.tasks == ["easy", "sums"]
+        assert told.loss == pytest.approx(0.004)
+        if verdict == "proven":
+            assert told.loss_bound is not None
+            assert told.loss < told.loss_bound <= 0.02
+        else:
+            assert told.loss_bound is None
+        assert "null" in told.model_dump_json() or verdict == "proven"
+
+
+def without_pairs(row: EvaluationRow) -> EvaluationRow:
+    return row.model_copy(update={"paired": None})
 
 
 def test_status_counts_heads_by_layer() -> None:
