@@ -32,13 +32,15 @@ class Sampling(BaseModel):
 
     def describe(self) -> str:
         """In words, for titles."""
-        if self.is_greedy:
-            return "greedy"
-        limits = [f"temperature {self.temperature:g}"]
-        if self.top_p < 1:
+        limits = ["greedy"] if self.is_greedy else [f"temperature {self.temperature:g}"]
+        if self.top_p < 1 and not self.is_greedy:
             limits.append(f"top-p {self.top_p:g}")
-        if self.top_k:
+        if self.top_k and not self.is_greedy:
             limits.append(f"top-k {self.top_k}")
+        if self.min_p and not self.is_greedy:
+            limits.append(f"min-p {self.min_p:g}")
+        if self.repetition_penalty != 1:
+            limits.append(f"repetition penalty {self.repetition_penalty:g}")
         return ", ".join(limits)
 
 

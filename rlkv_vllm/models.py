@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlkv_vllm.allocation.span import Span
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line, read_json_object
 from rlkv_vllm.profile import hub
@@ -216,3 +219,60 @@ def default_cache_bytes(model: str) -> int | None:
 def default_span(model: str, default: Span) -> Span:
     """Sink and window where the user gives none; `default` is that of other models."""
     return EMBEDDED_SPAN if model == MODEL_NAME else default
+
+
+def choose_sampling(
+    model: str,
+    given: Mapping[str, Any],
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    samples: int = 1,
+    revision: str | None = None,
+    prefix: str = "--",
+) -> tuple[Sampling, str]:
+    """How answers of a model are sampled, and why so: as `given`, the rest as `default_sampling`.
+
+    Args:
+        model: a name, folder or Hub id.
+        given: parameters by the names of `Sampling`; None is not given.
+        max_tokens: limit of an answer.
+        seed: of the random numbers.
+        samples: answers per problem.
+        revision: of a model on the hub.
+        prefix: of the parameters' names in errors: flags, or a section such as ``sampling.``.
+
+    Raises:
+        RlkvError: a parameter is out of range, or means nothing in greedy decoding.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    is_flag = prefix == "--"
+    flags = {name: prefix + (name.replace("_", "-") if is_flag else name) for name in chosen}
+    if chosen.get("temperature") == 0:
+        defaults: dict[str, Any] = {}
+        why = f"{flags['temperature']} 0"
+    else:
+        defaults = default_sampling(model, revision)
+        why = "generation_config.json of the model"
+        if defaults["temperature"] == 0:
+            why = f"{why} does not say to sample"
+    try:
+        sampling = Sampling(max_tokens=max_tokens, seed=seed, **(defaults | chosen))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        where = flags.get(name, f"model {one_line(model)}: generation_config.json: {name}")
+        raise RlkvError(f"{where} {one_line(first['input'], 40)}: {first['msg']}") from error
+    if sampling.is_greedy:
+        drawn = [flag for name, flag in flags.items() if name in ("top_p", "top_k", "min_p")]
+        if samples > 1:
+            drawn.append(f"{prefix}samples {samples}")
+        if drawn:
+            raise RlkvError(
+                f"{', '.join(drawn)}: greedy decoding samples nothing ({why}): leave it out, or "
+                f"give a {prefix}temperature above 0"
+            )
+    elif flags:
+        rest = "" if defaults.keys() <= chosen.keys() else f"; else {why}"
+        why = f"{', '.join(flags.values())}{rest}"
+    return sampling, why

@@ -58,37 +58,48 @@ def sign_flip_p(differences: Sequence[int]) -> float:
     return min(1.0, float(2 * sums[reach + observed :].sum()))
 
 
-def tango_bounds(gained: float, lost: float, n: float, level: float = 0.05) -> tuple[float, float]:
+def tango_bounds(
+    gained: float, lost: float, n: float, level: float = 0.05, correction: float = 0.0
+) -> tuple[float, float]:
     """Bounds of the difference of two shares on the same `n` pairs, each one-sided at `level`.
 
     The score interval of Tango 1998, "Equivalence test and confidence interval for the difference
     in proportions for the paired-sample design" (Statistics in Medicine 17, equations 5 to 8). Of
     the pairs, `gained` have only the first and `lost` only the second; the estimate is
-    ``(gained - lost) / n``. Counts may be fractions: those divided by a `design_effect`.
+    ``(gained - lost) / n``. Counts may be fractions: those divided by a `design_effect`. A
+    continuity `correction` of half a pair keeps the level where few pairs differ.
     """
     z = NormalDist().inv_cdf(1 - level)
     estimate = (gained - lost) / n
 
-    def score(difference: float) -> float:
-        # The share of `lost` that is most likely if the difference is as given.
-        b = -gained - lost + (2 * n - gained + lost) * difference
-        c = -lost * difference * (1 - difference)
-        share = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
-        variance = n * (2 * share + difference * (1 - difference))
-        away = gained - lost - n * difference
+    def score(difference: float, shift: float) -> float:
+        variance = n * tango_variance(gained / n, lost / n, difference)
+        away = gained - lost - n * difference + shift
         return math.copysign(math.inf, away) if variance <= 0 else away / math.sqrt(variance)
 
-    def bound(outside: float, wanted: float) -> float:
-        inside = estimate
-        for _ in range(60):
+    def bound(side: int) -> float:
+        inside, outside = estimate, float(side)
+        for _ in range(40):
             middle = (inside + outside) / 2
-            if abs(score(middle)) < wanted:
+            if -side * score(middle, side * correction) < z:
                 inside = middle
             else:
                 outside = middle
         return inside
 
-    return bound(-1.0, z), bound(1.0, z)
+    return bound(-1), bound(1)
+
+
+def tango_variance(gained: float, lost: float, difference: float) -> float:
+    """Variance of one pair's difference if the true `difference` is as given.
+
+    `gained` and `lost` are shares of the pairs (Tango 1998, equations 6 and 7).
+    """
+    # The share of `lost` that is most likely then.
+    b = -gained - lost + (2 - gained + lost) * difference
+    c = -lost * difference * (1 - difference)
+    share = (math.sqrt(max(0.0, b * b - 8 * c)) - b) / 4
+    return 2 * share + difference * (1 - difference)
 
 
 def design_effect(differences: Sequence[int], samples: int) -> float:
@@ -108,17 +119,32 @@ def design_effect(differences: Sequence[int], samples: int) -> float:
     return min(float(samples), max(1.0, effect))
 
 
-def log_ratio_error(first: Sequence[float], second: Sequence[float]) -> float:
+def log_ratio_error(
+    first: Sequence[float],
+    second: Sequence[float],
+    longest: float | None = None,
+    level: float = 0.05,
+) -> float:
     """Standard error of ``log(mean(first) / mean(second))``, values paired by problem.
 
-    The delta method for a ratio of means; infinite for a single problem.
+    The delta method for a ratio of means; infinite for a single problem. It says nothing of large
+    values that are so rare that none or few are seen. With `longest`, the largest value that
+    `first` could have, the error is that of an upper bound at `level` that holds for them, too: a
+    value of this size more counts as often as in the score bound of a rate of rare events, half of
+    z squared in the mean and once in the variance.
     """
     n = len(first)
     if n < 2:
         return math.inf
-    ratio = sum(first) / sum(second)
-    rest = [a - ratio * b for a, b in zip(first, second, strict=True)]
-    return math.sqrt(sum(value * value for value in rest) / (n * (n - 1))) * n / sum(first)
+    total, base = sum(first), sum(second)
+    ratio = total / base
+    squares = sum((a - ratio * b) ** 2 for a, b in zip(first, second, strict=True))
+    variance = squares * n / (n - 1) / base**2  # of the ratio
+    if longest is None:
+        return math.sqrt(variance) / ratio
+    z = NormalDist().inv_cdf(1 - level)
+    more = max(0.0, longest - total / n) / base
+    return math.log1p((more * z * z / 2 + z * math.sqrt(variance + more * more)) / ratio) / z
 
 
 def percentile_95(values: Sequence[int]) -> int:

@@ -1,31 +1,32 @@
-"""``rlkv eval``: accuracy against sparsity, through the served engine."""
+"""``rlkv eval``: accuracy against sparsity, through the served engine or by mask."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlkv_vllm.cli.progress import StageProgress
 from rlkv_vllm.cli.quick import quick_option, say_start
-from rlkv_vllm.cli.tables import new_table, print_next, print_plain
+from rlkv_vllm.cli.tables import print_next
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import check_writable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
-    from rlkv_vllm.evaluation.record import Row
-    from rlkv_vllm.evaluation.splits import Split
-    from rlkv_vllm.tasks.measurement import Measurement
+    from rlkv_vllm.evaluation.splits import Ask, Split
 
-_NOTE = (
-    "s/solved: seconds of the whole run per solved problem, all problems in flight together; a "
-    "throughput\nof this machine, the engine's start not counted. p: exact McNemar test against "
-    "the full cache."
-)
 
-_COLUMNS = ("sparsity", "accuracy", "95% interval", "mean tokens", "p95", "at cap", "s/solved", "p")
+class By(StrEnum):
+    """What writes the answers."""
+
+    ENGINE = "engine"
+    MASK = "mask"
 
 
 def evaluate(
@@ -60,14 +61,50 @@ def evaluate(
     reward: Annotated[
         str | None, typer.Option(help="Score answers with this function, `package.module:name`.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Problems, the same for all rows.")] = 200,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n",
+            min=1,
+            help="Problems, the same for all rows (default: 200, with --max-loss what it needs).",
+        ),
+    ] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Accuracy that may be lost, such as 2%: a sparsity is measured until it is proven "
+            "to lose no more, or to lose more."
+        ),
+    ] = None,
+    by: Annotated[
+        By, typer.Option(help="Through the served engine, or by mask in transformers, without it.")
+    ] = By.ENGINE,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size",
+            "-tp",
+            min=1,
+            help="Ranks, which share the full heads evenly; by mask as if there were so many.",
+        ),
+    ] = 1,
     seed: Annotated[
         int, typer.Option(min=0, max=2**31 - 1, help="Seed of the problems and of the sampling.")
     ] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length cap of an answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of the probability kept.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Tokens kept, 0 for all.")] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 is greedy (default of all five: generation_config.json)."),
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Share of the probability kept.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Tokens kept, 0 for all.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Least probability relative to the likeliest token.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens that came before are less likely.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per problem.")] = 1,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest request in tokens (default: the model's).")
     ] = None,
@@ -86,6 +123,7 @@ def evaluate(
     memory: Annotated[
         str, typer.Option(help="Memory of the KV cache, such as 512MiB or 8GiB.")
     ] = "512MiB",
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers written together, by mask.")] = 64,
     output: Annotated[
         list[Path] | None,
         typer.Option(
@@ -106,32 +144,41 @@ def evaluate(
     ] = False,
     quick: Annotated[bool, quick_option(n=40, sparsity=".4")] = False,
 ) -> None:
-    """Measure accuracy, answer length and time at several sparsities, with a really split cache."""
+    """Measure accuracy, answer length and time at several sparsities, with a really split cache.
+
+    With --max-loss each sparsity is measured until it is decided whether it loses more.
+    """
     for flag, path in (*(("--output", path) for path in output or []), ("--plot", plot)):
         if path is not None:
             _require_folder(flag, path)
+    asked = f"{n} problems" if n else "200 problems" if max_loss is None else "problems"
+    budget = "" if max_loss is None else f", within a loss of {max_loss}"
     say_start(
-        ctx, f"evaluating {model or 'embedded'}: {n} problems of task {task} at each sparsity"
+        ctx, f"evaluating {model or 'embedded'}: {asked} of task {task} at each sparsity{budget}"
     )
 
     from rlkv_vllm.allocation.heads import read_sparsities
-    from rlkv_vllm.answers import Sampling
+    from rlkv_vllm.cli.evaluation import Teller, print_rows
     from rlkv_vllm.cli.sizes import parse_size
-    from rlkv_vllm.evaluation import sweep
+    from rlkv_vllm.evaluation import looks, sweep
+    from rlkv_vllm.evaluation.conclusion import announce, conclude
     from rlkv_vllm.evaluation.record import Record, output_format
-    from rlkv_vllm.evaluation.rows import recommended_sparsity, with_rows
-    from rlkv_vllm.evaluation.served import answer
+    from rlkv_vllm.evaluation.rows import evaluation_row, recommended_sparsity, with_rows
     from rlkv_vllm.evaluation.splits import find_candidates, plan
-    from rlkv_vllm.models import MODEL_NAME, load_model_fingerprint, model_source, serving_defaults
+    from rlkv_vllm.models import (
+        MODEL_NAME,
+        choose_sampling,
+        load_model_fingerprint,
+        model_source,
+        serving_defaults,
+    )
+    from rlkv_vllm.profile.budget import MAX_LOSS, Verdict, largest_within, parse_loss
     from rlkv_vllm.profile.io import check_matches
-    from rlkv_vllm.serving.progress import quiet_logging
-    from rlkv_vllm.tasks import get_task, skip_note
+    from rlkv_vllm.tasks import count_problems, get_task, skip_note
 
     # All options are checked before an engine starts.
     shares = read_sparsities(sparsity, "--sparsity")
-    if not 0 < top_p <= 1:
-        raise RlkvError(f"--top-p {top_p:g}: must be above 0 and at most 1")
-    options: dict[str, Any] = {"kv_cache_memory_bytes": parse_size("--memory", memory)}
+    may_lose = None if max_loss is None else parse_loss("--max-loss", max_loss)
     outputs = output or []
     for path in outputs:
         output_format(path)
@@ -140,32 +187,59 @@ def evaluate(
 
         plot_format(plot)
     model = model or MODEL_NAME
-    if model == MODEL_NAME:
-        options |= {key: serving_defaults(model)[key] for key in ("dtype", "enforce_eager")}
-    elif not profile:
+    if model != MODEL_NAME and not profile:
         raise RlkvError(
             f"--profile: needed for model {model}: give the profiles to evaluate, `rlkv score` "
             "and `rlkv train` make them"
         )
+    _check_way(ctx, by)
     given = {"dtype": dtype, "max_model_len": max_model_len, "kv_cache_dtype": kv_cache_dtype}
+    options: dict[str, Any] = {"kv_cache_memory_bytes": parse_size("--memory", memory)}
+    if model == MODEL_NAME:
+        options |= {key: serving_defaults(model)[key] for key in ("dtype", "enforce_eager")}
     options |= {key: value for key, value in given.items() if value is not None}
     candidates = find_candidates(profile or [MODEL_NAME], sink, window)
-    splits = plan(candidates, shares)
+    splits = plan(candidates, shares, tensor_parallel_size)
     source = model_source(model)
     fingerprint = load_model_fingerprint(model)
     for choice in candidates.values():
         check_matches(choice.profile, fingerprint)
         if write_rows:
             sweep.check_can_take_rows(choice)
+    sampling, why = choose_sampling(
+        model,
+        {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        },
+        max_tokens=max_tokens,
+        seed=seed,
+        samples=samples,
+    )
+    each = f", {samples} answers per problem" if samples > 1 else ""
+    typer.echo(f"sampling: {sampling.describe()}{each} ({why})", err=True)
     columns = {"prompt_column": prompt_column, "answer_column": answer_column}
     chosen = get_task(task, split=split, reward=reward, **columns)
     if note := skip_note(chosen):
         typer.echo(note, err=True)
-    problems = chosen.problems(n, seed)
-    sampling = Sampling(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-    )
-    changing = {**given, "dtype": options.get("dtype"), "reward": reward}
+    wanted = n or (200 if may_lose is None else looks.planned_problems(may_lose))
+    held = None if may_lose is None else count_problems(chosen)
+    problems = chosen.problems(wanted if held is None else min(wanted, held), seed)
+    schedule = looks.schedule(len(problems), may_lose)
+    if may_lose is not None:
+        for line in announce(schedule, wanted):
+            typer.echo(line, err=True)
+    changing = {
+        **given,
+        "dtype": options.get("dtype"),
+        "reward": reward,
+        "samples": samples,
+        "tensor_parallel_size": tensor_parallel_size,
+        **sweep.settings_of_looks(schedule, by),
+    }
     settings: dict[str, Any] = {}
     if outputs:  # takes the digest of the weights
         settings = sweep.settings_of(
@@ -173,45 +247,69 @@ def evaluate(
         )
     record = Record(outputs, settings, fresh=fresh)
 
-    title = f"{fingerprint.id}, task {chosen.name}: {n} problems, seed {seed}, "
-    title += sampling.describe()
-    rows: list[Row] = []
+    title = f"{fingerprint.id}, task {chosen.name}: {len(problems)} problems, seed {seed}, "
+    title += sampling.describe() + each
+    if tensor_parallel_size > 1:
+        title += f", {tensor_parallel_size} ranks"
+    teller = Teller(len(splits), schedule, max_tokens)
+    make_row = partial(
+        evaluation_row,
+        chosen.name,
+        seed=seed,
+        sampling=sampling,
+        kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype,
+    )
+    with ExitStack() as stack:
+        if by is By.MASK:
+            from rlkv_vllm.evaluation import by_mask
+            from rlkv_vllm.hf.loading import load_model
 
-    def on_row(row: Row, reused: bool) -> None:
-        rows.append(row)
-        measured = row.measurement
-        how = "already measured" if reused else f"{measured.seconds:.1f} s"
-        typer.echo(
-            f"[{len(rows)}/{len(splits)}] {row.split.label}, sparsity {row.split.sparsity:g}: "
-            f"{measured.solved} of {measured.n} solved, {measured.mean_output_tokens:.0f} tokens "
-            f"on average ({how})"
-        )
+            loaded = load_model(model, dtype=options.get("dtype", "auto"))[:2]
+            progress = stack.enter_context(StageProgress())
+            opened = partial(by_mask.opened, loaded, batch_size=batch_size, report=progress.report)
+        else:
+            from rlkv_vllm.evaluation import served
+            from rlkv_vllm.serving.progress import quiet_logging
 
-    def serve(one: Split) -> Measurement:
-        return answer(source, one, chosen, problems, sampling, options)
+            quiet_logging([])
+            opened = partial(served.opened, source, engine_options=options)
 
-    quiet_logging([])
-    try:
-        sweep.run(splits, serve, record, on_row)
-    finally:
-        if rows:
-            _print_table(title, rows)
+        def open_split(one: Split) -> AbstractContextManager[Ask]:
+            return opened(one, chosen, problems, sampling, samples)
+
+        try:
+            sweep.run(splits, open_split, record, schedule, make_row, teller)
+        finally:
+            if teller.rows:
+                print_rows(title, teller.rows, may_lose or MAX_LOSS)
     for path in outputs:
         typer.echo(f"wrote {path}")
-    found = sweep.profile_rows(rows, candidates, task=chosen.name, seed=seed, sampling=sampling)
+    found = sweep.profile_rows(teller.rows, candidates)
+    evaluations = {label: [row.evaluation for row in rows] for label, rows in found.items()}
     if plot is not None:
         from rlkv_vllm.evaluation.plot import accuracy_figure
         from rlkv_vllm.profile.plot import save_figure
 
-        save_figure(accuracy_figure(found, title), plot)
+        save_figure(accuracy_figure(evaluations, title), plot)
         typer.echo(f"wrote {plot}")
     if write_rows:
         sweep.write_rows(candidates, found)
         for choice in candidates.values():
             typer.echo(f"wrote rows into {choice.path}")
+    for label, rows in found.items():
+        typer.echo(conclude(label, [row.assessment for row in rows], may_lose or MAX_LOSS))
     label, choice = next(iter(candidates.items()))
-    best = recommended_sparsity(with_rows(choice.profile, found[label]))
-    if best:
+    proven = largest_within([row.assessment for row in found[label]], Verdict.PROVEN)
+    best = recommended_sparsity(with_rows(choice.profile, evaluations[label]))
+    ranks = ["--tensor-parallel-size", str(tensor_parallel_size)] * (tensor_parallel_size > 1)
+    if max_loss is not None and proven:
+        if not write_rows:
+            typer.echo(
+                f"{choice.name} does not hold these rows: give --write-rows, and --output to "
+                "measure nothing again"
+            )
+        print_next("serve", model, "--profile", choice.name, "--max-loss", max_loss, *ranks)
+    elif best:
         flags = ["--sparsity", f"{best:g}", *(["--task", task] if task != MODEL_NAME else [])]
         print_next("bench", model, "--profile", choice.name, *flags, "--quick" * quick)
     else:  # another ranking of the heads may keep the accuracy
@@ -219,33 +317,21 @@ def evaluate(
         print_next("refine", choice.name, "--model", model, "--task", task, *folder)
 
 
+def _check_way(ctx: typer.Context, by: By) -> None:
+    """Refuse options that mean nothing to the other way of answering."""
+    others = {
+        By.MASK: ("memory", "max_model_len", "kv_cache_dtype"),
+        By.ENGINE: ("batch_size",),
+    }
+    for name in others[by]:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = f"--{name.replace('_', '-')}"
+            other = next(way for way in By if way is not by)
+            raise RlkvError(f"{flag}: has no meaning by {by}: leave it out, or give --by {other}")
+
+
 def _require_folder(flag: str, path: Path) -> None:
     if not path.parent.is_dir():
         raise RlkvError(f"{flag} {path}: there is no folder {path.parent}: make it first")
     check_writable(flag, path)
-
-
-def _print_table(title: str, rows: Sequence[Row]) -> None:
-
-    table = new_table("profile", *_COLUMNS)
-    table.title = title
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        measured = row.measurement
-        low, high = measured.interval
-        seconds = measured.seconds_per_solved
-        table.add_row(
-            row.split.label,
-            f"{row.split.sparsity:g}",
-            f"{measured.accuracy:.3f}",
-            f"{low:.3f}-{high:.3f}",
-            f"{measured.mean_output_tokens:.0f}",
-            f"{measured.p95_output_tokens}",
-            f"{measured.capped_share:.1%}",
-            "-" if seconds is None else f"{seconds:.3g}",
-            "-" if row.p_full is None else f"{row.p_full:.2g}",
-        )
-    print_plain(table)
-    typer.echo(_NOTE)

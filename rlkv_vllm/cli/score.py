@@ -28,7 +28,7 @@ def score(
         ),
     ] = "greedy",
     task: Annotated[str, typer.Option(help="Where the problems come from.")] = "embedded",
-    n: Annotated[int, typer.Option("--n", help="Problems that the model answers itself.")] = 64,
+    n: Annotated[int, typer.Option("--n", help="Problems that the model answers itself.")] = 128,
     seed: Annotated[
         int, typer.Option(help="Seed of the problems; the evaluation uses the next one.")
     ] = 0,

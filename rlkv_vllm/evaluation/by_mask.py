@@ -1,8 +1,10 @@
-"""Accuracy against sparsity by attention masks, for scorers and training jobs."""
+"""Accuracy against sparsity by attention masks: without vLLM, on any number of planned ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,9 +12,11 @@ from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.rows import evaluation_row
+from rlkv_vllm.evaluation.splits import SEEDS, Ask, Split
 from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.profile.schema import EvaluationRow
 from rlkv_vllm.tasks import Problem, Task
+from rlkv_vllm.tasks.measurement import Measurement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +43,41 @@ def fresh_problems(
             "problems"
         )
     return left
+
+
+@contextmanager
+def opened(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    split: Split,
+    task: Task,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    samples: int = 1,
+    batch_size: int = 64,
+    report: Report = lambda *_: None,
+) -> Iterator[Ask]:
+    """A loaded, ungated model that answers parts of `problems` with one split of its cache."""
+    model, tokenizer = loaded
+    full = split.allocation.full
+    heads = HeadSplit(full, *split.span) if split.sparsity else None
+
+    def ask(start: int, end: int) -> Measurement:
+        # Random numbers of its own for every part.
+        seed = sampling.seed * SEEDS + start
+        found = solve(
+            model,
+            tokenizer,
+            task,
+            problems[start:end],
+            split=heads,
+            sampling=sampling.model_copy(update={"seed": seed}),
+            samples=samples,
+            batch_size=batch_size,
+            report=partial(report, f"{split.label}, sparsity {split.sparsity:g}"),
+        )
+        return replace(found, answers=())  # not timed: masks say nothing of a served model
+
+    yield ask
 
 
 def measure_gates(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.splits import Split
 from rlkv_vllm.evaluation.stored import StoredAnswers, stored_answers
 from rlkv_vllm.files import one_line, write_bytes_atomic
+from rlkv_vllm.profile.budget import Assessment, Verdict
+from rlkv_vllm.profile.schema import EvaluationRow
 from rlkv_vllm.statistics import sign_test_p
 from rlkv_vllm.store import Store
 from rlkv_vllm.tasks.measurement import Measurement
@@ -28,15 +32,35 @@ _PER_ANSWER = ("split", "correct", "cut", "output_lengths")  # not in CSV
 
 @dataclass(frozen=True)
 class Row:
-    """A finished row of the table.
+    """A row of the table.
 
-    `p_full` is the p-value of the two-sided sign test against the full cache, over the problems;
-    with one answer per problem that is McNemar's test. It is None for the full cache itself.
+    `full` is the measurement with the full cache, of as many problems or more. `p_full` is the
+    p-value of the two-sided sign test against it, over the problems; with one answer per problem
+    that is McNemar's test. It is None for the full cache itself.
     """
 
     split: Split
     measurement: Measurement
-    p_full: float | None
+    full: Measurement
+    assessment: Assessment
+
+    @cached_property
+    def p_full(self) -> float | None:
+        if self.split.sparsity == 0:
+            return None
+        full = self.full.first(self.measurement.n)
+        return sign_test_p(
+            full.solved_per_problem, self.measurement.solved_per_problem, "two-sided"
+        )
+
+    @property
+    def evaluation(self) -> EvaluationRow:
+        """As a profile holds it."""
+        return self.assessment.row
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.assessment.verdict
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -59,9 +83,27 @@ class Row:
             "seconds": measured.seconds,
             "seconds_per_solved": measured.seconds_per_solved,
             "p_full": self.p_full,
+            **self._budget(),
             "split": self.split.digest,
             **stored_answers(measured),  # the keys above keep their places
         }
+
+    def _budget(self) -> dict[str, Any]:
+        loss, length, cut = self.assessment.measures
+        return {
+            "loss": loss.estimate,
+            "loss_at_most": loss.high,
+            "length_ratio": _finite(length.estimate),
+            "length_ratio_at_most": _finite(length.high),
+            "more_capped": cut.estimate,
+            "more_capped_at_most": cut.high,
+            "max_loss": loss.limit,
+            "verdict": str(self.verdict),
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class _StoredRow(StoredAnswers):
@@ -75,7 +117,7 @@ class _StoredRow(StoredAnswers):
 class Record:
     """The `.json` and `.csv` files of one evaluation; only JSON files can be continued.
 
-    `settings` are those of all rows, `n` included, as plain JSON values.
+    `settings` are those of all rows, `looks` included, as plain JSON values.
 
     Raises:
         RlkvError: if a file exists that this evaluation cannot continue.
@@ -99,16 +141,14 @@ class Record:
         """The measurement of this split or of one that serves alike."""
         return self._known.get(split.digest)
 
-    def add(self, split: Split, measurement: Measurement, full: Measurement) -> Row:
-        """Add a row and write all files; `full` is the measurement with the full cache.
+    def add(self, row: Row) -> Row:
+        """Add or replace a row and write all files.
 
         Raises:
             RlkvError: if a file cannot be written.
         """
-        p = None if split.sparsity == 0 else _sign_test(full.first(measurement.n), measurement)
-        row = Row(split, measurement, p)
         new = row.to_dict()
-        self._known[split.digest] = measurement
+        self._known[row.split.digest] = row.measurement
         # Rows of earlier runs with other profiles or sparsities stay.
         place = (new["profile"], new["sparsity"])
         kept = [old for old in self._rows if (old["profile"], old["sparsity"]) != place]
@@ -140,16 +180,13 @@ class Record:
                 first = error.errors(include_url=False)[0]
                 field = ".".join(map(str, first["loc"])) or "row"
                 raise RlkvError(f"{where}: {field}: {one_line(first['msg'])}: {_FIX}") from error
-            if len(row.correct) != row.samples * store.settings["n"]:
+            looks = {problems for problems, _ in store.settings["looks"]}
+            if len(row.correct) not in {row.samples * problems for problems in looks}:
                 raise RlkvError(
                     f"{where}: row {one_line(row.profile)} has another number of problems: {_FIX}"
                 )
             self._known[row.split] = row.measurement()
             self._rows.append(raw)
-
-
-def _sign_test(full: Measurement, measured: Measurement) -> float:
-    return sign_test_p(full.solved_per_problem, measured.solved_per_problem, "two-sided")
 
 
 def output_format(path: Path) -> str:

@@ -56,16 +56,26 @@ def evaluation_row(
         full_capped_share=full.capped_share,
         kv_cache_dtype=kv_cache_dtype,
         allocation=allocation,
-        paired=compare(result, full, level),
+        paired=compare(result, full, level, sampling.max_tokens),
     )
 
 
-def compare(result: Measurement, full: Measurement, level: float = LEVEL) -> PairedCounts:
-    """How the answers of `result` differ from those of `full` to the same problems."""
+def compare(
+    result: Measurement, full: Measurement, level: float = LEVEL, max_tokens: int | None = None
+) -> PairedCounts:
+    """How the answers of `result` differ from those of `full` to the same problems.
+
+    `max_tokens` limits an answer: the error of the lengths allows for rare answers of this length.
+    """
     samples = result.samples
     correct = [int(a) - int(b) for a, b in zip(result.correct, full.correct, strict=True)]
     cut = [int(a) - int(b) for a, b in zip(result.cut, full.cut, strict=True)]
-    error = log_ratio_error(result.tokens_per_problem, full.tokens_per_problem)
+    error = log_ratio_error(
+        result.tokens_per_problem,
+        full.tokens_per_problem,
+        None if max_tokens is None else samples * max_tokens,
+        level,
+    )
     return PairedCounts(
         gained=correct.count(1),
         lost=correct.count(-1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,15 @@ from rlkv_vllm.allocation.span import Span
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.profile.choice import ProfileChoice, choose_profile
+from rlkv_vllm.tasks.measurement import Measurement
 
 #: The baselines of every table: sparsity 0, and sparsity 1 (StreamingLLM, arXiv 2309.17453).
 FULL, STREAMING = "full cache", "all streaming"
+
+#: Answers of the problems in [start, end), by a model with one split of its cache.
+Ask = Callable[[int, int], Measurement]
+#: Seeds of one evaluation, so that no two share one.
+SEEDS = 1_000_003
 
 _NAMED = re.compile(r"(?P<label>[^/@:#=]+)=(?P<profile>.+)")
 _NO_NAMES = ("profile", "head_profile")  # files that every run calls the same

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100
-#: Tokens of a forward pass, padding included. The logits of 8,192 tokens and 152,000 words are
-#: 2.5 GB in bfloat16.
-BATCH_TOKENS = 8192
+#: Tokens of a forward pass, padding included. The logits of 4,096 tokens and 152,000 words are
+#: 1.2 GB in bfloat16.
+BATCH_TOKENS = 4096
 #: Tokens whose logits exist in float32 at once.
 _BLOCK = 1024
 

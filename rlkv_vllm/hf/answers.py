@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlkv_vllm.answers import Answer, Sampling
-from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.gated_attention import GatedAttention, attach_gates
 from rlkv_vllm.tasks import is_solved, output_text
 from rlkv_vllm.tasks.measurement import Measurement
@@ -90,6 +89,7 @@ def solve(
                     ends,
                     sampling.max_tokens,
                     next_tokens,
+                    sampling.repetition_penalty,
                     gates,
                 )
                 for i, ids in zip(batch, outputs, strict=True):
@@ -136,6 +136,7 @@ def _generate(
     ends: set[int],
     max_tokens: int,
     next_tokens: Callable[[torch.Tensor], torch.Tensor],
+    penalty: float,
     gates: GatedAttention | None,
 ) -> list[list[int]]:
     """Decoding that drops finished rows.
@@ -144,8 +145,9 @@ def _generate(
     few rows run into the token limit, and then all rows would cost as much as these. Dropping rows
     copies the cache, so it waits until an eighth of them are finished.
 
-    `next_tokens` maps logits ``[rows, vocabulary]`` to tokens ``[rows]``. Returns the new tokens
-    of every row, up to and including the one of `ends`.
+    `next_tokens` maps logits ``[rows, vocabulary]`` to tokens ``[rows]``, after logits of the
+    tokens that prompt and answer have so far got a repetition `penalty`. Returns the new tokens of
+    every row, up to and including the one of `ends`.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
@@ -155,6 +157,7 @@ def _generate(
     real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     ids, mask = (torch.tensor(x, device=model.device) for x in (rows, real))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    seen: torch.Tensor | None = None  # tokens so far, [rows, vocabulary]
     for _ in range(max_tokens):
         logits = model(
             input_ids=ids,
@@ -164,7 +167,18 @@ def _generate(
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        new = next_tokens(logits[:, -1])
+        new_logits = logits[:, -1]
+        if penalty != 1:
+            if seen is None:
+                seen = torch.zeros_like(new_logits, dtype=torch.bool)
+            # Padding is no token of the prompt: it marks nothing.
+            seen |= (
+                torch.zeros_like(seen, dtype=torch.int32)
+                .scatter_add_(1, ids, mask[:, -ids.shape[1] :].int())
+                .bool()
+            )
+            new_logits = _penalised(new_logits, seen, penalty)
+        new = next_tokens(new_logits)
         for row, token in zip(running, new.tolist(), strict=True):
             if not outputs[row] or outputs[row][-1] not in ends:
                 outputs[row].append(token)
@@ -178,10 +192,17 @@ def _generate(
             if gates is not None:
                 gates.select_sequences(select)
             new, mask, positions = new[select], mask[select], positions[select]
+            seen = None if seen is None else seen[select]
         ids = new[:, None]
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], 1)
         positions = positions[:, -1:] + 1
     return outputs
+
+
+def _penalised(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits of `seen` tokens made less likely (CTRL, arXiv 1909.05858), as vLLM does."""
+    worse = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, worse, logits)
 
 
 def _make_cache(model: PreTrainedModel) -> Cache:
@@ -227,11 +248,6 @@ def _next_tokens(
     sampling: Sampling, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Chooses the next tokens, with random numbers of its own."""
-    if sampling.repetition_penalty != 1:
-        raise RlkvError(
-            f"repetition_penalty {sampling.repetition_penalty:g}: answers by mask are sampled "
-            "without one: leave it at 1"
-        )
     if sampling.is_greedy:
         return lambda logits: logits.argmax(-1)
     from transformers import LogitsProcessorList

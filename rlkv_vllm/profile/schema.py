@@ -76,7 +76,8 @@ class PairedCounts(_Record):
         ge=0, description="Answers cut off with the full cache and not here."
     )
     tokens_error: float | None = _optional(
-        "Standard error of the logarithm of the ratio of mean output tokens, here to full cache.",
+        "Standard error of the logarithm of the ratio of mean output tokens, here to full cache; "
+        "enlarged to allow for answers of the length cap that are too rare to be seen.",
         ge=0.0,
     )
     design_effect: float | None = _optional(

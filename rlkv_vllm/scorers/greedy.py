@@ -96,7 +96,7 @@ def streaming_order(
     rise: dict[Head, float] = {}
     for head in heads:
         rise[head] = loss((head,)) - before
-        report(len(rise), total, f"{len(rise)} heads tried alone")
+        report(len(rise), total, f"{len(rise)} of {len(heads)} heads tried alone")
     order: list[Head] = []
     fresh = set(heads)
     while len(order) < steps:

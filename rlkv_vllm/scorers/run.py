@@ -50,7 +50,7 @@ class ScoreConfig:
     model: str
     method: str = "greedy"
     task: str = "embedded"
-    n: int = 64
+    n: int = 128
     seed: int = 0
     sink: int | None = None
     window: int | None = None

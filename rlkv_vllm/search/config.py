@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from rlkv_vllm.answers import Sampling
 from rlkv_vllm.options import Positive, Section, Share
 from rlkv_vllm.training.config import JobConfig
 
@@ -36,8 +35,17 @@ class SearchConfig(Section):
     )
 
 
-def _with_defaults(value: Any) -> Any:
-    return {"max_tokens": 512, "temperature": 0} | value if isinstance(value, dict) else value
+class SamplingConfig(Section):
+    """How answers are sampled; null: as the model's `generation_config.json` says."""
+
+    max_tokens: Positive = Field(default=512, description="Where an answer is cut off.")
+    temperature: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="0 is greedy decoding."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
 
 
 class RefineConfig(JobConfig):
@@ -55,9 +63,8 @@ class RefineConfig(JobConfig):
         description="Problems that the model tries with its full cache, at most: it stops when it "
         "has solved twice `search.problems`.",
     )
-    sampling: Annotated[Sampling, BeforeValidator(_with_defaults)] = Field(
-        default=Sampling(max_tokens=512, temperature=0),
-        description="Of all answers but those of the evaluation, which are greedy.",
+    sampling: SamplingConfig = Field(
+        default=SamplingConfig(), description="Of all answers, those of the evaluation included."
     )
     batch_size: Positive = Field(default=128, description="Answers written together.")
     search: SearchConfig = Field(default=SearchConfig())

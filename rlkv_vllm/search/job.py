@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from rlkv_vllm.allocation.span import Span, resolve_span
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.models import load_model_fingerprint, model_source
+from rlkv_vllm.models import choose_sampling, load_model_fingerprint, model_source
 from rlkv_vllm.options import RUN_FILE
 from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.profile.io import check_matches
@@ -44,10 +44,20 @@ def run(
             "`rlkv refine`"
         )
     check_output(output, resume, (RUN_FILE, REFINE_FILE))
+    asked = config.sampling.model_dump(exclude={"max_tokens"})
+    sampling, why = choose_sampling(
+        config.model,
+        asked,
+        max_tokens=config.sampling.max_tokens,
+        revision=config.revision,
+        prefix="sampling.",
+    )
+    config.evaluation.sampling(sampling, config.seed + 1)  # refused now, if it is
     state = PartialState(cpu=not torch.cuda.is_available())
     job = Run(config, listener, state.device)
+    listener.say(f"sampling: {sampling.describe()} ({why})")
     rank, world = state.process_index, state.num_processes
-    solver, sampling = job.solver, config.sampling
+    solver = job.solver
     curriculum = job.curriculum(config.tried, 2 * wanted.problems, sampling, config.batch_size)
     model = SplitModel(
         solver,
@@ -93,5 +103,5 @@ def run(
         f"{made.method}+refine",
         made.source,
         settings,
-        max_new_tokens=sampling.max_tokens,
+        sampling=sampling,
     )

@@ -11,10 +11,18 @@ from rlkv_vllm.tasks.files import read_file_task
 from rlkv_vllm.tasks.grading import output_text
 from rlkv_vllm.tasks.reward import RewardedTask
 from rlkv_vllm.tasks.rows import Columns
-from rlkv_vllm.tasks.task import Problem, Task, is_solved, skip_note
+from rlkv_vllm.tasks.task import Problem, Task, count_problems, is_solved, skip_note
 from rlkv_vllm.tasks.testbed import NAMES, TestbedTask
 
-__all__ = ["Problem", "Task", "get_task", "is_solved", "output_text", "skip_note"]
+__all__ = [
+    "Problem",
+    "Task",
+    "count_problems",
+    "get_task",
+    "is_solved",
+    "output_text",
+    "skip_note",
+]
 
 
 def get_task(

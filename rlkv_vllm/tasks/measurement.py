@@ -10,6 +10,8 @@ from rlkv_vllm.statistics import percentile_95, wilson_interval
 
 
 def _sums(values: Sequence[int], size: int) -> list[int]:
+    if size == 1:
+        return list(values)
     return [sum(values[start : start + size]) for start in range(0, len(values), size)]
 
 
@@ -55,6 +57,17 @@ class Measurement:
             seconds=self.seconds * problems / self.n,
             samples=self.samples,
             answers=self.answers[:end],
+        )
+
+    def then(self, more: Measurement) -> Measurement:
+        """That of these problems and of `more`, answered afterwards in the same way."""
+        return Measurement(
+            correct=[*self.correct, *more.correct],
+            output_tokens=[*self.output_tokens, *more.output_tokens],
+            cut=[*self.cut, *more.cut],
+            seconds=self.seconds + more.seconds,
+            samples=self.samples,
+            answers=[*self.answers, *more.answers],
         )
 
     @property

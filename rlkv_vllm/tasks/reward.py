@@ -12,7 +12,7 @@ from typing import Any
 
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
-from rlkv_vllm.tasks.task import Problem, Task
+from rlkv_vllm.tasks.task import Problem, Task, count_problems
 
 
 class RewardedTask:
@@ -30,6 +30,7 @@ class RewardedTask:
         self.name = task.name
         self.problems = task.problems
         self.skipped: list[str] = getattr(task, "skipped", [])
+        self.count = count_problems(task)
         self._path = one_line(path)
         self._function = _find(path)
         self._check_signature()

@@ -42,6 +42,11 @@ def is_solved(task: Task, text: str, problem: Problem) -> bool:
     return task.score(text, problem) >= SOLVED
 
 
+def count_problems(task: Task) -> int | None:
+    """How many problems `task` has; None: as many as are wanted."""
+    return getattr(task, "count", None)
+
+
 def skip_note(task: Task) -> str | None:
     """One line about the rows that `task` cannot use, or None if there are none.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from rlkv_vllm.allocation.span import SERVING_SPAN, TRAINING_SPAN, Span, resolve_span
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import one_line
 from rlkv_vllm.models import default_span
@@ -73,7 +74,27 @@ class EvaluationConfig(Section):
     max_new_tokens: Positive | None = Field(
         default=None, description="Where an answer is cut off; null: as in training."
     )
-    batch_size: Positive = Field(default=64, description="Problems answered together.")
+    samples: Positive = Field(default=1, description="Answers per problem.")
+    greedy: bool = Field(
+        default=False, description="Greedy answers instead of the job's sampling parameters."
+    )
+    batch_size: Positive = Field(default=64, description="Answers written together.")
+
+    def sampling(self, job: Sampling, seed: int) -> Sampling:
+        """How answers are sampled: as those of the `job`, with other random numbers.
+
+        Raises:
+            RlkvError: several samples are asked for, and all would be alike.
+        """
+        limit = self.max_new_tokens or job.max_tokens
+        if self.greedy:
+            job = Sampling(max_tokens=limit, temperature=0)
+        if job.is_greedy and self.samples > 1:
+            raise RlkvError(
+                f"evaluation.samples {self.samples}: greedy decoding gives the same answer each "
+                "time: set it to 1, or sample (evaluation.greedy, sampling.temperature)"
+            )
+        return job.model_copy(update={"max_tokens": limit, "seed": seed})
 
 
 class JobConfig(Section):

@@ -67,6 +67,7 @@ def make_curriculum(
         RlkvError: nothing is solved, or the files in `output` have other settings.
     """
     draw = sampling.model_dump(include={"temperature", "top_p", "top_k"})
+    draw |= sampling.model_dump(include={"min_p", "repetition_penalty"}, exclude_defaults=True)
     wanted = {
         **solver.settings,
         "draw": None if sampling.is_greedy else draw,  # the name in earlier runs

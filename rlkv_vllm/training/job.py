@@ -51,15 +51,23 @@ def run(
     if resume and (output / RUN_FILE).exists():
         _require_same_run(config, load_config(output / RUN_FILE))
     args = _trainer_args(config)
-    job = Run(config, listener, args.device)
-    wanted = config.curriculum
     sampling = Sampling(
-        max_tokens=wanted.max_new_tokens or args.max_completion_length,
-        temperature=0 if wanted.greedy else args.temperature,
+        max_tokens=args.max_completion_length,
+        temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
+        min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
     )
-    curriculum = job.curriculum(wanted.problems, wanted.keep, sampling, wanted.batch_size)
+    config.evaluation.sampling(sampling, config.seed + 1)  # refused now, if it is
+    job = Run(config, listener, args.device)
+    wanted = config.curriculum
+    trying = sampling.model_copy(
+        update={"max_tokens": wanted.max_new_tokens or args.max_completion_length}
+    )
+    if wanted.greedy:
+        trying = trying.model_copy(update={"temperature": 0.0})
+    curriculum = job.curriculum(wanted.problems, wanted.keep, trying, wanted.batch_size)
     sink, window = config.span
     if sink + window >= curriculum.longest:
         raise RlkvError(
@@ -91,7 +99,7 @@ def run(
         "rlkv",
         SOURCE,
         {"sink": sink, "window": window, "step": step, "trainer": trainer},
-        max_new_tokens=args.max_completion_length,
+        sampling=sampling,
         is_evaluated=not is_sharded,
     )
 

@@ -89,16 +89,17 @@ class Run:
         source: str | None,
         settings: dict[str, Any],
         *,
-        max_new_tokens: int,
+        sampling: Sampling,
         is_evaluated: bool = True,
     ) -> HeadProfile:
         """Write the profile, evaluate it by mask on fresh problems, and report.
 
-        `settings` are recorded beside the options of the job. `max_new_tokens` limits an answer of
-        the evaluation if its options do not.
+        `settings` are recorded beside the options of the job. `sampling` is that of its answers,
+        and of the evaluation unless its options say otherwise.
         """
         config, solver, task = self._config, self.solver, self.solver.task
         options = config.model_dump(mode="json", exclude={"output", "evaluation"}) | settings
+        options["sampling"] = sampling.model_dump(mode="json", exclude={"seed"})
         # Where a local copy lies is nobody else's business.
         options |= {"model": solver.fingerprint.id, "task": {**options["task"], "name": task.name}}
         profile = HeadProfile(
@@ -136,7 +137,8 @@ class Run:
             sink=span.sink,
             window=span.window,
             sparsities=wanted.sparsities,
-            sampling=Sampling(max_tokens=wanted.max_new_tokens or max_new_tokens, temperature=0),
+            sampling=wanted.sampling(sampling, seed),
+            samples=wanted.samples,
             batch_size=wanted.batch_size,
             seed=seed,
             report=self._listener.report,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlkv_vllm.answers import Sampling
-from rlkv_vllm.evaluation.served import answer
+from rlkv_vllm.evaluation.served import opened
 from rlkv_vllm.evaluation.splits import find_candidates, plan
 from rlkv_vllm.hf import answers
 from rlkv_vllm.models import model_dir
@@ -25,18 +25,13 @@ def test_served_answers_are_those_of_the_masked_model(engines: EngineCache) -> N
     source = model_dir()
     engines.close()
     try:
-        served = answer(
-            str(source),
-            split,
-            task,
-            problems,
-            SAMPLING,
-            {
-                "dtype": "float32",
-                "enforce_eager": True,
-                "kv_cache_memory_bytes": 64 << 20,
-            },
-        )
+        options = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 64 << 20,
+        }
+        with opened(str(source), split, task, problems, SAMPLING, engine_options=options) as ask:
+            served = ask(0, 5).then(ask(5, N))  # one engine answers in parts
     finally:
         cleanup_dist_env_and_memory()
     expected = answers.solve(

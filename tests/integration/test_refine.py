@@ -62,6 +62,9 @@ def test_a_run_leaves_profile_and_report(finished: Path) -> None:
     assert (profile.sink, profile.window) == (given.sink, given.window)
     assert sorted(chain(*profile.gates)) == pytest.approx(sorted(chain(*given.gates)), abs=1e-4)
     assert [row.sparsity for row in profile.evaluation] == [0.0, 0.2]
+    assert {(row.temperature, row.seed) for row in profile.evaluation} == {
+        (1, profile.provenance.seed + 1)
+    }
     report = (finished / "report.html").read_text()
     assert "Refinement" in report
     assert "Not in this report" not in report

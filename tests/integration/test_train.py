@@ -65,6 +65,9 @@ def test_a_run_leaves_profile_report_and_logs(finished: Path) -> None:
     profile = load_profile(finished / "profile.json")
     assert profile.provenance.method == "rlkv"
     assert [row.sparsity for row in profile.evaluation] == [0.0, 0.2]
+    assert {(row.temperature, row.seed) for row in profile.evaluation} == {
+        (1, profile.provenance.seed + 1)
+    }
     assert profile.gates == rows(finished, "gates.jsonl")[-1]["gates"]
     assert all(0 <= gate <= 1 for layer in profile.gates for gate in layer)
     assert min(min(layer) for layer in profile.gates) < 1

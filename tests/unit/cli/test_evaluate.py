@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,18 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.answers import Sampling
 from rlkv_vllm.cli import app
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation import served
-from rlkv_vllm.evaluation.splits import Split
+from rlkv_vllm.evaluation.looks import SHARES, nominal_levels
+from rlkv_vllm.evaluation.splits import Ask, Split
+from rlkv_vllm.hf.answers import HeadSplit, solve
+from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.profile.io import load_profile, save_profile
 from rlkv_vllm.profile.lookup import packaged_profiles
-from rlkv_vllm.tasks import Problem
+from rlkv_vllm.tasks import Problem, get_task
 from rlkv_vllm.tasks.measurement import Measurement
 from tests.support.profiles import assert_one_line, make_model_dir, make_profile, random_gates
 
@@ -34,7 +40,12 @@ class FakeEngine:
         self.fails_at: float | None = None
         self.problems: list[list[Problem]] = []
         self.sampling: Sampling | None = None
+        self.options: dict[str, Any] | None = None
+        self.asked: list[tuple[float, int, int]] = []
+        self.fails_after = 0
+        self.solves = lambda sparsity, n: range(round(n * (1 - sparsity)))
 
+    @contextmanager
     def __call__(
         self,
         model: str,
@@ -42,26 +53,34 @@ class FakeEngine:
         task: Any,
         problems: Sequence[Problem],
         sampling: Sampling,
+        samples: int = 1,
         engine_options: dict[str, Any] | None = None,
-    ) -> Measurement:
+    ) -> Iterator[Ask]:
         self.starts.append((split.label, split.sparsity))
         self.problems.append(list(problems))
-        self.sampling = sampling
-        if split.sparsity == self.fails_at:
-            raise RuntimeError("out of\nmemory")
-        solved = round(len(problems) * (1 - split.sparsity))
-        return Measurement(
-            correct=tuple(i < solved for i in range(len(problems))),
-            output_tokens=tuple(range(100, 100 + len(problems))),
-            cut=tuple(i >= solved for i in range(len(problems))),
-            seconds=5.0,
-        )
+        self.sampling, self.options = sampling, engine_options
+
+        def ask(start: int, end: int) -> Measurement:
+            self.asked.append((split.sparsity, start, end))
+            if split.sparsity == self.fails_at and end > self.fails_after:
+                raise RuntimeError("out of\nmemory")
+            solved = self.solves(split.sparsity, len(problems))
+            places = [i for i in range(start, end) for _ in range(samples)]
+            return Measurement(
+                correct=tuple(i in solved for i in places),
+                output_tokens=tuple(100 + i for i in places),
+                cut=tuple(i not in solved for i in places),
+                seconds=5.0,
+                samples=samples,
+            )
+
+        yield ask
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
-    monkeypatch.setattr(served, "answer", fake)
+    monkeypatch.setattr(served, "opened", fake)
     return fake
 
 
@@ -110,10 +129,12 @@ def test_all_rows_on_the_same_problems_baselines_once(engine: FakeEngine) -> Non
         "[2/6] one, sparsity 0.25: 8 of 10 solved, 104 tokens on average (5.0 s)"
     )
     cells = [line.split() for line in lines if line.strip().startswith(("full", "two", "all"))]
-    assert ["full", "cache", "0", "1.000", "0.722-1.000", "104", "109", "0.0%", "0.5", "-"] in cells
-    assert ["two", "0.5", "0.500", "0.237-0.763", "104", "109", "50.0%", "1", "0.062"] in cells
-    assert cells[-1][:3] == ["all", "streaming", "1"]
-    assert cells[-1][-2:] == ["-", "0.002"]  # nothing solved: no time per solved problem
+    full = "full cache 0 10 1.000 0.722-1.000 - - 104 109 0.0% 0.5 -"
+    assert full.split() in cells
+    half = "two 0.5 10 0.500 0.237-0.763 50.0 (76.9) violated 104 109 50.0% 1 0.062"
+    assert half.split() in cells
+    last = next(line for line in cells if line[:3] == ["all", "streaming", "1"])
+    assert last[-2:] == ["-", "0.002"]  # nothing solved: no time per solved problem
 
 
 def test_sampling_reaches_the_engine_and_the_title(engine: FakeEngine) -> None:
@@ -121,6 +142,167 @@ def test_sampling_reaches_the_engine_and_the_title(engine: FakeEngine) -> None:
     output = ok(*TWO, *sampling, "--max-tokens", "99")
     assert engine.sampling == Sampling(max_tokens=99, temperature=0.6, top_p=0.95, top_k=20, seed=7)
     assert "temperature 0.6, top-p 0.95, top-k 20" in output
+    assert "sampling: temperature 0.6, top-p 0.95, top-k 20 (--temperature, --top-p, " in output
+
+
+def test_the_model_says_how_to_sample(engine: FakeEngine) -> None:
+    """Its `generation_config.json` does, unless the command says so."""
+    why = "sampling: greedy (generation_config.json of the model does not say to sample)\n"
+    assert why in ok(*TWO)
+    wanted = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.1}
+    config = {"do_sample": True, "top_k": None, "eos_token_id": 3, **wanted}
+    Path("model/generation_config.json").write_text(json.dumps(config))
+    output = ok(*TWO, "--samples", "3", "-o", "rows.json", "--write-rows", "--top-k", "5")
+    assert engine.sampling == Sampling(max_tokens=1024, seed=1, top_k=5, **wanted)
+    text = "temperature 0.6, top-p 0.95, top-k 5, min-p 0.1, repetition penalty 1.1, 3 answers per "
+    why = f"{text}problem (--top-k; else generation_config.json of the model)\n"
+    assert f"sampling: {why}" in output
+    rows = json.loads(Path("rows.json").read_text())["rows"]
+    assert rows[2]["correct"] == "111" * 5 + "000" * 5
+    row = load_profile("one.json").evaluation[-2]
+    assert (row.n, row.samples, row.top_k, row.min_p, row.repetition_penalty) == (
+        N, 3, 5, 0.1, 1.1,
+    )  # fmt: skip
+    assert row.paired is not None
+    assert row.paired.design_effect == 3
+    ok(*TWO, "--temperature", "0")
+    assert engine.sampling == Sampling(max_tokens=1024, seed=1, temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--top-k", "5"], "--top-k: greedy decoding samples nothing"),
+        (["--samples", "2"], "--samples 2: greedy"),
+        (["--temperature", "0", "--min-p", ".1"], "--min-p: greedy decoding samples nothing"),
+        (["--temperature", "1", "--min-p", "2"], "--min-p 2.0: "),
+        (["--temperature", "1", "--repetition-penalty", "0"], "--repetition-penalty 0.0: "),
+        (["--by", "mask", "--memory", "1GiB"], "--memory: has no meaning by mask"),
+        (["--by", "mask", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype: has no meaning by mask"),
+        (["--batch-size", "2"], "--batch-size: has no meaning by engine"),
+        (["-tp", "3"], "must divide the 2 KV heads"),
+        (["--max-loss", "0"], "--max-loss 0: must be"),
+        (["--max-loss", "100%"], "--max-loss 100%: must be"),
+        (["--max-loss", "some"], "--max-loss some: must be"),
+    ],
+)
+def test_what_cannot_be_asked(arguments: list[str], words: str, engine: FakeEngine) -> None:
+    result = run(*TWO, *arguments)
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, words)
+    assert engine.starts == []
+
+
+# --- within a budget ---------------------------------------------------------------------------
+
+
+BUDGET = ("--profile", "one.json", "--sparsity", ".25,.5,.75", "--max-loss", "2%")
+
+
+def test_each_sparsity_stops_when_it_is_decided(engine: FakeEngine) -> None:
+    """Good at .25, hopeless at .5; so .75 and all streaming are left out."""
+    engine.solves = lambda sparsity, n: range(0, n, 1 if sparsity < 0.5 else 2)
+    result = run(*BUDGET, "--n", "2000", "-o", "rows.json", "-o", "rows.csv", "--write-rows")
+    assert result.exit_code == 0, result.exception
+    assert (
+        "a loss of at most 2% needs about 502 problems if 2% of the answers change against the "
+        "full cache, 1,725 if 10% do; 2,000 are planned, each sparsity stops as soon as it is "
+        "decided\n"
+    ) in result.stderr
+    looks = [(0, 500), (500, 1000), (1000, 1500), (1500, 2000)]
+    assert engine.asked[:4] == [(0, *look) for look in looks]
+    assert engine.asked[4:] == [(0.25, 0, 500), (0.25, 500, 1000), (0.5, 0, 500)]
+    left_out = "sparsity 0.75: not measured, as sparsity 0.5 is beyond the budget"
+    assert f"[4/5] one, {left_out}" in result.stdout
+    assert "[5/5] all streaming, sparsity 1: not measured, as" in result.stdout
+    assert "  one, sparsity 0.25 after 500 of 2000 problems: " in result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[-2].startswith(
+        "one, a loss of at most 2%: sparsity 0.25 is proven; 0.5 is violated: loses 50.0 points"
+    )
+    assert lines[-1] == "next: rlkv serve model --profile one.json --max-loss 2%"
+    rows = json.loads(Path("rows.json").read_text())["rows"]
+    figures = [(row["sparsity"], row["n"], row["verdict"], row["max_loss"]) for row in rows]
+    assert figures == [
+        (0, 2000, "proven", 0.02),
+        (0.25, 1000, "proven", 0.02),
+        (0.5, 500, "violated", 0.02),
+    ]
+    assert rows[1]["loss_at_most"] < 0.02 < rows[2]["loss"]
+    with open("rows.csv", newline="") as stream:
+        assert [row["verdict"] for row in csv.DictReader(stream)] == [
+            "proven",
+            "proven",
+            "violated",
+        ]
+    evaluation = load_profile("one.json").evaluation[-2]
+    assert evaluation.paired is not None
+    assert (evaluation.n, evaluation.paired.level) == (1000, nominal_levels(SHARES)[1])
+
+
+def test_an_interrupted_look_loses_no_answer(engine: FakeEngine) -> None:
+    engine.solves = lambda sparsity, n: range(n)
+    arguments = (*BUDGET, "--n", "800", "-o", "rows.json")
+    engine.fails_at, engine.fails_after = 0.25, 200
+    result = run(*arguments)
+    assert isinstance(result.exception, RlkvError)
+    engine.fails_at, engine.asked = None, []
+    output = ok(*arguments)
+    assert engine.asked[0] == (0.25, 200, 400)
+    assert "one, a loss of at most 2%: sparsity 1 is proven\n" in output
+    # The levels are the same for every budget: nothing is asked again.
+    engine.asked = []
+    output = ok(*arguments[:-1], "rows.json", "--max-loss", "5%")
+    assert engine.asked == []
+    assert "one, a loss of at most 5%: sparsity 1 is proven\n" in output
+    result = run("--profile", "one.json", "--n", "800", "-o", "rows.json")
+    assert isinstance(result.exception, RlkvError)
+    assert_one_line(result.exception, "rows.json", "looks")
+
+
+def test_too_few_problems_are_told(engine: FakeEngine) -> None:
+    engine.solves = lambda sparsity, n: range(n)
+    lines = [json.dumps({"prompt": f"{i}?", "answer": "1"}) for i in range(120)]
+    Path("few.jsonl").write_text("\n".join(lines))
+    arguments = ["eval", "model", *BUDGET, "--task", "few.jsonl", "--write-rows"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.exception
+    assert "the task has 120 problems, not 1,800: all are asked\n" in result.stderr
+    assert "120 problems can prove nothing: 180 are the least, if no answer" in result.stderr
+    assert [look for look in engine.asked if look[0] == 0.25] == [(0.25, 0, 120)]
+    assert "answers have 160 tokens on average and may have 1,024: to prove" in result.stderr
+    assert "no sparsity is proven or measured; 0.25 is undecided: loses 0.0 points" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("next: rlkv refine one.json")
+
+
+def test_by_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model in transformers, as if two ranks served it, without vLLM."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    save_profile(load_profile(packaged_profiles()["embedded"]), "mine.json")
+    arguments = ["eval", "embedded", "--profile", "mine.json", "--by", "mask", "-tp", "2", "--n"]
+    arguments += ["6", "--sparsity", ".4", "--max-tokens", "60", "--write-rows", "-o", "rows.json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.exception
+    assert "all streaming, sparsity 1: 6/6, " in result.stderr
+    profile = load_profile("mine.json")
+    row = profile.evaluation[-2]
+    allocation = allocate(profile.gates, 0.4, 2)
+    span = (profile.sink, profile.window)
+    assert (row.sparsity, row.allocation) == (0.4, allocation.digest(*span))
+    model, tokenizer, _ = load_model("embedded")
+    task = get_task("embedded")
+    expected = solve(
+        model,
+        tokenizer,
+        task,
+        task.problems(6, seed=1),
+        sampling=Sampling(max_tokens=60, temperature=0),
+        split=HeadSplit(allocation.full, *span),
+    )
+    stored = json.loads(Path("rows.json").read_text())["rows"][1]
+    assert stored["output_lengths"] == list(expected.output_tokens)
+    assert stored["correct"] == "".join("01"[right] for right in expected.correct)
+    assert row.seconds_per_solved is None
 
 
 def test_files(engine: FakeEngine) -> None:
@@ -297,10 +479,24 @@ def test_write_rows_refuses_what_is_not_the_users(engine: FakeEngine) -> None:
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, RlkvError)
         assert_one_line(result.exception, "--write-rows", "cp ", "my_profile.json")
-    result = run(*TWO, "--write-rows", "--window", "8")
-    assert isinstance(result.exception, RlkvError)
-    assert_one_line(result.exception, "--window out")
     assert engine.starts == []
+
+
+def test_rows_of_another_window_or_of_more_ranks_do_not_recommend(engine: FakeEngine) -> None:
+    engine.solves = lambda sparsity, n: range(n)
+    arguments = ("--profile", "one.json", "--sparsity", ".5", "--n", "400", "--write-rows")
+    before = load_profile("one.json")
+    digests = set()
+    for more in ((), ("--window", "8"), ("-tp", "2")):
+        save_profile(before, "one.json")
+        ok(*arguments, *more)
+        profile = load_profile("one.json")
+        digests.add(profile.evaluation[-2].allocation)
+        assert (profile.recommended_sparsity == 1) is not more
+        assert engine.options is not None
+    ranks = allocate(before.gates, 0.5, 2).digest(before.sink, before.window)
+    assert ranks == profile.evaluation[-2].allocation
+    assert len(digests) == 3
 
 
 def test_write_rows_refuses_a_profile_from_the_hub(
@@ -322,11 +518,11 @@ def test_gates_that_change_meanwhile_get_no_rows(
 ) -> None:
     new = make_profile(gates=random_gates(4, 2, seed=9))
 
-    def answer(*arguments: Any) -> Measurement:
+    def opened(*arguments: Any, **options: Any) -> Any:
         save_profile(new, "two.json")
-        return engine(*arguments)
+        return engine(*arguments, **options)
 
-    monkeypatch.setattr(served, "answer", answer)
+    monkeypatch.setattr(served, "opened", opened)
     before = Path("one.json").read_bytes()
     result = run(*TWO, "--write-rows")
     assert isinstance(result.exception, RlkvError)

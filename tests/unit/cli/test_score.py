@@ -76,7 +76,7 @@ def test_quick_needs_no_other_argument(monkeypatch: pytest.MonkeyPatch, tmp_path
     (config,) = configs
     assert (config.model, config.n, config.evaluate) == ("embedded", 16, 8)
     first, second, *_ = result.stderr.splitlines()
-    assert first.startswith("--quick: --output quick-profile.json, --n 16 instead of 64, ")
+    assert first.startswith("--quick: --output quick-profile.json, --n 16 instead of 128, ")
     assert "--evaluate" not in first
     assert second.startswith("scoring the heads of embedded with greedy: 16 problems")
     last = result.stdout.splitlines()[-1]

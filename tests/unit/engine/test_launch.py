@@ -257,11 +257,15 @@ class TestEveryCommandMakesTheSameEngine:
         from rlkv_vllm.evaluation.splits import Split
         from rlkv_vllm.profile.choice import choose_profile
 
-        row = Split("p", choose_profile(str(profile), 0.5))
+        row = Split("p", choose_profile(str(profile), 0.5), tp_size=2)
         nothing: Any = None
-        with pytest.raises(AttributeError):  # the fake one cannot chat
-            served.answer("m", row, nothing, [], nothing)
+        with (
+            pytest.raises(AttributeError),  # the fake one cannot chat
+            served.opened("m", row, nothing, [], nothing),
+        ):
+            pass
         assert engines[0].options.items() >= CLASSES.items()
+        assert engines[0].options["tensor_parallel_size"] == 2
         assert engines[0].options["additional_config"] == {"rlkv": row.choice.engine_config()}
 
     def test_bench(self) -> None:

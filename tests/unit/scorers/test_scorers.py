@@ -400,7 +400,7 @@ def test_score_writes_a_profile(
         "answers": 1,
         "tokens": 65536,
         "until": 0.5,
-        "batch_tokens": 8192,
+        "batch_tokens": 4096,
     }
     assert set(profile.provenance.versions) == {"rlkv-vllm", "torch", "transformers"}
     assert "own answers (greedy)" in (profile.provenance.data or "")

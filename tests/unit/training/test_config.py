@@ -5,9 +5,10 @@ import yaml
 
 pytest.importorskip("trl")
 
+from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.options import save_options
-from rlkv_vllm.training.config import load_config, make_config
+from rlkv_vllm.training.config import EvaluationConfig, load_config, make_config
 from tests.support import ROOT
 
 SHIPPED = sorted((ROOT / "head_profiles" / "runs").glob("*.yaml"))
@@ -99,3 +100,18 @@ def test_yaml_loads_no_code(tmp_path: Path) -> None:
 def test_output_is_required() -> None:
     with pytest.raises(RlkvError, match="output: Field required"):
         make_config(yaml.safe_load("model: embedded"), "job.yaml")
+
+
+def test_the_evaluation_samples_as_the_job_does() -> None:
+    job = Sampling(max_tokens=50, temperature=0.6, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+    assert EvaluationConfig().sampling(job, 4) == job.model_copy(update={"seed": 4})
+    longer = EvaluationConfig(max_new_tokens=80, samples=4).sampling(job, 4)
+    assert longer == job.model_copy(update={"seed": 4, "max_tokens": 80})
+    greedy = EvaluationConfig(greedy=True).sampling(job, 4)
+    assert greedy == Sampling(max_tokens=50, temperature=0, seed=4)
+    for config, asked in (
+        (EvaluationConfig(greedy=True, samples=2), job),
+        (EvaluationConfig(samples=2), greedy),
+    ):
+        with pytest.raises(RlkvError, match=r"evaluation\.samples 2: greedy"):
+            config.sampling(asked, 4)
