@@ -1,4 +1,4 @@
-"""``rlkv refine``: search for the full heads that serve best, from a head profile."""
+"""``rlkv refine``: search for full heads that serve better, around those of a profile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refine(
         str, typer.Option(help="Sparsities that count, separated by commas.")
     ] = ".4,.5",
     problems: Annotated[
-        int, typer.Option(help="Problems that finalists solve; as many others test the winner.")
+        int, typer.Option(help="Problems of the race; as many others test the winner.")
     ] = 256,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut off.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the problems; the evaluation has the next.")] = 0,
@@ -32,11 +32,11 @@ def refine(
     resume: Resume = False,
     threads: Threads = None,
 ) -> None:
-    """Search for the full heads that serve best, from the ranking of PROFILE.
+    """Search for full heads that serve better, around the ranking of PROFILE.
 
-    Allocations are compared by the problems that the model solves with really split heads. Writes
-    profile.json, report.html and all answers to the output folder. On several GPUs:
-    accelerate launch -m rlkv_vllm refine PROFILE ...
+    Allocations in which two heads have changed places are compared by the problems that the model
+    solves with really split heads. Writes profile.json, report.html and all answers to the output
+    folder. On several GPUs: accelerate launch -m rlkv_vllm refine PROFILE ...
     """
     from rlkv_vllm.allocation.heads import read_sparsities
     from rlkv_vllm.options import override, validate

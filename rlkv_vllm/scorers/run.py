@@ -21,6 +21,7 @@ from rlkv_vllm.evaluation.rows import with_rows
 from rlkv_vllm.evaluation.sweep import settings_of
 from rlkv_vllm.files import one_line
 from rlkv_vllm.hf.loading import load_model
+from rlkv_vllm.hf.own_answers import write_answers
 from rlkv_vllm.models import (
     default_sampling,
     default_span,
@@ -30,7 +31,6 @@ from rlkv_vllm.models import (
 from rlkv_vllm.options import job_versions
 from rlkv_vllm.profile import HeadProfile, Provenance
 from rlkv_vllm.scorers import get_scorer
-from rlkv_vllm.scorers.own_answers import write_answers
 from rlkv_vllm.scorers.scorer import ScoringInput
 from rlkv_vllm.store import Store
 from rlkv_vllm.tasks import get_task, skip_note

@@ -1,1 +1,1 @@
-"""Search for the full heads that serve best: `rlkv refine`."""
+"""Search for full heads that serve better, around those of a profile: `rlkv refine`."""

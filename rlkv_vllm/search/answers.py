@@ -60,3 +60,7 @@ class Answers:
     def solved(self, streaming: Streaming, first: int, last: int) -> list[bool]:
         """Which of the problems ``first:last``, all asked for before, are solved."""
         return [bit == "1" for bit in self._solved[name_of(streaming)][first:last]]
+
+    def known(self, nested: Iterable[Streaming], most: int) -> int:
+        """How many of the first `most` problems were asked for, with every allocation."""
+        return min(most, *(len(self._solved[name_of(streaming)]) for streaming in nested))

@@ -11,26 +11,27 @@ from rlkv_vllm.training.config import JobConfig
 
 
 class SearchConfig(Section):
-    """Search for full heads by the answers of really split heads."""
+    """Search for full heads around those of a profile."""
 
     sparsities: Annotated[list[Share], Field(min_length=1)] = Field(
         default=[0.4, 0.5], description="Sparsities that count, all alike."
     )
     margin: Positive = Field(
         default=10,
-        description="Heads in question on either side of a sparsity's number of streaming heads; "
-        "as many as the model has: all of them, and the given ranking does not matter.",
+        description="Heads that may move on either side of a sparsity's number of streaming heads.",
     )
-    candidates: Positive = Field(
-        default=64, description="Allocations per sparsity in the first round of a race."
+    answers: Positive = Field(
+        default=32,
+        description="Own answers whose cross-entropy orders the neighbours; one to a problem.",
     )
+    candidates: Positive = Field(default=12, description="Neighbours that race.")
     problems: Positive = Field(
         default=256,
-        description="Problems that finalists solve; as many others test the winner. At most half "
-        "of those that the model solves with its full cache.",
+        description="Problems of the race; as many others test the winner. At most half of those "
+        "that the model solves with its full cache.",
     )
     level: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.1, description="p-value up to which the winner's gain counts as real."
+        default=0.1, description="p-value up to which a gain counts as real."
     )
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from rlkv_vllm.allocation.span import Span, resolve_span
-from rlkv_vllm.allocation.streaming import Streaming, full_heads
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.hf.answers import HeadSplit
 from rlkv_vllm.models import choose_sampling, load_model_fingerprint, model_source
 from rlkv_vllm.options import RUN_FILE
 from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.search.config import RefineConfig
+from rlkv_vllm.search.model import SplitModel
 from rlkv_vllm.search.refine import refine_gates, streaming_counts
 from rlkv_vllm.training.run import QUIET, Listener, Run, check_output, explained_failures
 from rlkv_vllm.training.run_folder import METRICS_FILE, REFINE_FILE
@@ -64,25 +59,18 @@ def run(
     rank, world = state.process_index, state.num_processes
     solver = job.solver
     curriculum = job.curriculum(config.tried, 2 * wanted.problems, sampling, config.batch_size)
-    model = solver.fingerprint
-
-    def evaluate(which: Sequence[int], streaming: Sequence[Streaming], seed: int) -> list[bool]:
-        mine = range(rank, len(which), world)
-        correct: Sequence[bool] = []
-        if mine:  # the last few answers may be fewer than processes
-            full = [full_heads(streaming[i], model.num_layers, model.num_kv_heads) for i in mine]
-            correct = solver.solve(
-                [curriculum.problems[which[i]] for i in mine],
-                sampling=sampling.model_copy(update={"seed": (seed + rank) % 2**31}),
-                batch_size=config.batch_size,
-                split=[HeadSplit(heads, *span) for heads in full],
-            ).correct
-        found = gather_object(list(zip(mine, correct, strict=True)))
-        return [is_solved for _, is_solved in sorted(found)]
-
+    model = SplitModel(
+        solver,
+        curriculum.problems,
+        span,
+        sampling=sampling.model_copy(update={"seed": config.seed}),
+        batch_size=config.batch_size,
+        processes=state,
+        report=listener.report,
+    )
     gates, result = refine_gates(
         given.gates,
-        evaluate,
+        model,
         len(curriculum.problems),
         wanted,
         output / REFINE_FILE,
@@ -95,7 +83,7 @@ def run(
             "sampling": sampling.model_dump(),
         },
         is_writer=rank == 0,
-        report=partial(listener.report, "search"),
+        report=listener.report,
     )
     if rank != 0:
         return None

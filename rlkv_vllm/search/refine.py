@@ -1,13 +1,9 @@
 """Refinement of gates: a search for the full heads that serve best. Not part of RLKV.
 
-Training mixes full and local attention in every head; a served head has one or the other, and the
-mix says little about two heads of nearly the same gate. So the ranking of the gates decides only
-where to search, and what counts is the share of problems that the model solves with really split
-heads (`search`). All sparsities count alike.
-
-The ranking of the given gates takes part in the race. It is replaced only if the winner solves
-more of problems that were not used for the choice, significantly (`level`, one-sided sign test
-over the problems).
+The ranking of the gates decides where to search, and what counts is the share of problems that the
+model solves with really split heads (`search`). All sparsities count alike. The ranking is replaced
+only if the winner solves more of problems that were not used for the choice, significantly
+(`level`, one-sided sign test over the problems).
 """
 
 from __future__ import annotations
@@ -17,24 +13,52 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
-from rlkv_vllm.allocation.streaming import Head
+from rlkv_vllm.allocation.streaming import Head, Streaming
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.search.answers import Answers, Evaluate
+from rlkv_vllm.search.answers import Answers
 from rlkv_vllm.search.config import SearchConfig
-from rlkv_vllm.search.search import Nested, heads_in_question, most_answers, nested_of, search
-from rlkv_vllm.statistics import sign_test_p
+from rlkv_vllm.search.losses import Losses
+from rlkv_vllm.search.neighbours import Nested, most_evaluations
+from rlkv_vllm.search.search import (
+    RACES,
+    gain_p,
+    heads_in_question,
+    most_answers,
+    nested_of,
+    search,
+)
 from rlkv_vllm.store import Store
 
-FORMAT = "rlkv refine 1"
+FORMAT = "rlkv refine 2"
 #: Between two gates, if they were closer; float32 can represent it.
 STEP = 1e-6
 
 
+class Model(Protocol):
+    """A model and problems, which have numbers."""
+
+    def write_answers(
+        self, problems: Sequence[int], written: list[dict[str, Any]], save: Callable[[], None]
+    ) -> None:
+        """Answer `problems` with the full cache, for `cross_entropy`.
+
+        What is in `written` need not be written again; `save` is called after more was added.
+        """
+
+    def cross_entropy(self, streaming: Streaming) -> float:
+        """Nats per token of its own answers while these heads stream."""
+
+    def solve(
+        self, problems: Sequence[int], streaming: Sequence[Streaming], seed: int
+    ) -> Sequence[bool]:
+        """Which of `problems` are solved, each with streaming heads of its own."""
+
+
 def refine_gates(
     gates: Sequence[Sequence[float]],
-    evaluate: Evaluate,
+    model: Model,
     num_problems: int,
     config: SearchConfig,
     path: Path,
@@ -43,16 +67,17 @@ def refine_gates(
     chunk: int,
     settings: dict[str, Any] | None = None,
     is_writer: bool = True,
-    report: Callable[[int, int, str], None] = lambda done, total, state: None,
+    report: Callable[[str, int, int, str], None] = lambda stage, done, total, state: None,
 ) -> tuple[list[list[float]], dict[str, Any]]:
     """Put gates in an order that serves better; continues what `path` holds.
 
-    `evaluate` is asked for `chunk` answers at once; `settings` is what else decides them. `report`
-    is called with (answers so far, answers at most, figures in words); at the end both are their
-    number.
+    `model` is asked for `chunk` answers at once; `settings` is what else decides them. `report` is
+    called with a stage ("search" or "cross-entropy"), the answers or evaluations so far, at most,
+    and figures in words; at the end of the search both are the number of answers.
 
     Returns the values of `gates` ``[layers][KV heads]``, reassigned to the heads, and the result:
-    ``p``, ``is_taken``, ``answers`` (their number) and ``rows`` (a mapping per sparsity).
+    ``p``, ``is_taken``, ``answers`` and ``evaluations`` (their numbers) and ``rows`` (a mapping per
+    sparsity).
 
     Raises:
         RlkvError: `path` was made with other settings or another start, or there are no two
@@ -70,9 +95,10 @@ def refine_gates(
     problems = min(config.problems, num_problems // 2)
     last = min(2 * config.problems, num_problems)
     order = random.Random(seed).sample(range(num_problems), num_problems)
-    in_question = len(heads_in_question(start, counts, config.margin))
-    most = most_answers(in_question, len(counts), config.candidates, problems)
+    most = most_answers(len(counts), config.candidates, problems)
     most += 2 * len(counts) * (last - problems)
+    in_question = len(heads_in_question(start, counts, config.margin))
+    most_losses = RACES * most_evaluations(in_question, len(counts), config.candidates)
     own = {"search": config.model_dump(mode="json"), "seed": seed, "problems": num_problems}
     store = Store(
         path,
@@ -83,27 +109,36 @@ def refine_gates(
         fix="give the settings and the profile that it was made with, or choose another --output",
     )
     answers = Answers(
-        lambda which, streaming, seed: evaluate([order[i] for i in which], streaming, seed),
+        lambda which, streaming, seed: model.solve([order[i] for i in which], streaming, seed),
         store,
         chunk,
         seed=seed * 1_000_003,
-        report=lambda done, state: report(min(done, most - 1), most, state),
+        report=lambda done, state: report("search", min(done, most - 1), most, state),
     )
+    losses = Losses(
+        model.cross_entropy,
+        store,
+        report=lambda done: report("cross-entropy", done, most_losses, "allocations"),
+    )
+    if "result" not in store.content:
+        written = store.content.setdefault("own_answers", [])
+        model.write_answers(order[: min(config.answers, problems)], written, store.save)
     given = nested_of(start, counts)
     best = search(
         answers,
+        losses,
         start,
         counts,
         margin=config.margin,
         candidates=config.candidates,
         problems=problems,
-        known=[given],
-    ).best
-    p, tested = 1.0, (0, problems)
+        level=config.level,
+    )
+    p, tested = 1.0, (0, answers.known(given, problems))
     if best != given:
         answers.ask([*given, *best], last)
         tested = (problems, last)
-        p = sign_test_p(_solved(answers, best, *tested), _solved(answers, given, *tested))
+        p = gain_p(answers, best, given, *tested)
     is_taken = best != given and p <= config.level
     rows = [
         {
@@ -115,10 +150,16 @@ def refine_gates(
         }
         for count, old, new in zip(counts, given, best, strict=True)
     ]
-    result = {"p": p, "is_taken": is_taken, "answers": answers.count, "rows": rows}
+    result = {
+        "p": p,
+        "is_taken": is_taken,
+        "answers": answers.count,
+        "evaluations": losses.count,
+        "rows": rows,
+    }
     store.content["result"] = result
     store.save()
-    report(answers.count, answers.count, f"p {p:.2g}")
+    report("search", answers.count, answers.count, f"p {p:.2g}")
     return (_reassigned(gates, start, best) if is_taken else [*map(list, gates)]), result
 
 
@@ -131,12 +172,6 @@ def streaming_counts(sparsities: Sequence[float], heads: int) -> list[int]:
             f"--sparsities {shares}: of {heads} heads all or none stream: choose others"
         )
     return counts
-
-
-def _solved(answers: Answers, nested: Nested, first: int, last: int) -> list[float]:
-    """Per problem, the share of the allocations that solve it."""
-    rows = (answers.solved(streaming, first, last) for streaming in nested)
-    return [fmean(row) for row in zip(*rows, strict=True)]
 
 
 def _reassigned(

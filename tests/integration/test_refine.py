@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,21 @@ import pytest
 pytest.importorskip("accelerate")
 
 from rlkv_vllm.errors import RlkvError
-from rlkv_vllm.hf import answers
 from rlkv_vllm.options import override, validate
 from rlkv_vllm.profile.io import load_profile
 from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.search.config import RefineConfig
 from rlkv_vllm.search.job import run
+from rlkv_vllm.search.model import SplitModel
 from rlkv_vllm.training.run import Listener
 from rlkv_vllm.training.solver import Solver
 from tests.support.profiles import assert_one_line, make_profile
 
 #: As flags of the command line.
 CHANGES = [
-    "tried=12", "batch_size=6", "sampling.max_tokens=150", "sampling.temperature=1",
-    "search.sparsities=[.5]", "search.problems=2", "search.margin=2", "search.candidates=2",
+    "tried=12", "batch_size=3", "sampling.max_tokens=150", "sampling.temperature=1",
+    "search.sparsities=[.5]", "search.problems=2", "search.margin=2", "search.candidates=4",
+    "search.answers=2",
     "evaluation.problems=4", "evaluation.sparsities=[.2]",
 ]  # fmt: skip
 
@@ -55,6 +57,7 @@ def test_a_run_leaves_profile_and_report(finished: Path) -> None:
     settings = profile.provenance.config
     assert (settings["p"], settings["answers"]) == (found["p"], found["answers"])
     assert settings["search"]["margin"] == 2
+    assert found["evaluations"] == len(result(finished)["losses"]) > 2
     assert settings["start"]["sha256"] == given.sha256()
     assert (profile.sink, profile.window) == (given.sink, given.window)
     assert sorted(chain(*profile.gates)) == pytest.approx(sorted(chain(*given.gates)), abs=1e-4)
@@ -71,22 +74,25 @@ def test_a_killed_run_goes_on_as_without(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "killed"
-    solve, calls = answers.solve, 0
 
-    def dies(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls % 2 == 0:
-            raise KeyboardInterrupt
-        return solve(*args, **options)
+    def dying(method: Callable[..., Any], calls: int) -> Callable[..., Any]:
+        left = iter(range(calls))
 
-    with monkeypatch.context() as patched:
-        patched.setattr("rlkv_vllm.training.solver.solve", dies)
-        for resume in (False, True, True):
+        def call(*args: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return method(*args)
+
+        return call
+
+    for name, calls in (("write_answers", 0), ("cross_entropy", 3), ("solve", 0), ("solve", 1)):
+        with monkeypatch.context() as patched:
+            patched.setattr(SplitModel, name, dying(getattr(SplitModel, name), calls))
             with pytest.raises(KeyboardInterrupt):
-                run(config(output), resume=resume)
+                run(config(output), resume=output.exists())
     before = result(output)
     assert before["solved"]
+    assert len(before["own_answers"]) == 2
     assert "result" not in before
     with pytest.raises(RlkvError, match="give --resume to continue it"):
         run(config(output))
@@ -107,7 +113,7 @@ def test_a_killed_run_goes_on_as_without(
     assert (output / "refine.json").read_bytes() == (finished / "refine.json").read_bytes()
     gates = [load_profile(folder / "profile.json").gates for folder in (output, finished)]
     assert gates[0] == gates[1]
-    assert stages == {"search", "sparsity 0", "sparsity 0.2"}
+    assert stages == {"search", "sparsity 0", "sparsity 0.2"}, "no cross-entropy again"
     count = result(output)["result"]["answers"]
     assert any(f"search: {count} answers, the" in line for line in said)
 
@@ -115,7 +121,7 @@ def test_a_killed_run_goes_on_as_without(
 def test_two_processes_ask_for_the_same_answers(tmp_path: Path) -> None:
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlkv_vllm"]
     options = ["--model", "embedded", "--task", "hops", "--output", str(tmp_path / "two")]
-    changes = [*CHANGES, "batch_size=3", "sampling.temperature=0"]
+    changes = [*CHANGES, "sampling.temperature=0"]
     for change in changes:
         options += ["--set", change]
     subprocess.run(
@@ -128,15 +134,7 @@ def test_two_processes_ask_for_the_same_answers(tmp_path: Path) -> None:
     found = [result(tmp_path / name) for name in ("one", "two")]
     assert found[0]["result"] == found[1]["result"]
     assert found[0]["solved"] == found[1]["solved"]
-
-
-def test_without_a_ranking_all_heads_are_in_question(tmp_path: Path) -> None:
-    """From any profile: a margin as wide as the model makes the given order irrelevant."""
-    output = tmp_path / "run"
-    run(config(output, "search.margin=20", "evaluation.problems=0"))
-    asked = {head for name in result(output)["solved"] for head in name.split()}
-    assert len(asked) == 20
-    assert load_profile(output / "profile.json").evaluation == []
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"])
 
 
 @pytest.fixture

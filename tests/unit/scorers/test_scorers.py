@@ -23,12 +23,13 @@ from rlkv_vllm.cli.score import score
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation import by_mask
 from rlkv_vllm.evaluation.by_mask import fresh_problems
+from rlkv_vllm.hf import own_answers
 from rlkv_vllm.hf.answer_loss import Sample, SplitLoss, answer_loss, make_batch
 from rlkv_vllm.hf.answers import HeadSplit, solve
 from rlkv_vllm.hf.gated_attention import attach_gates
 from rlkv_vllm.options import Positive, Section, override
 from rlkv_vllm.profile.io import load_profile
-from rlkv_vllm.scorers import METHODS, get_scorer, head_importance, own_answers, run
+from rlkv_vllm.scorers import METHODS, get_scorer, head_importance, run
 from rlkv_vllm.scorers.head_importance import path_gradients
 from rlkv_vllm.scorers.scorer import Scorer, ScoringInput, Weight, to_gates
 from rlkv_vllm.tasks import Problem, get_task

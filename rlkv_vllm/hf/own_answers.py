@@ -1,4 +1,4 @@
-"""The model's own correct answers, which scorers work on."""
+"""The model's own correct answers, which scorers and searches work on."""
 
 from __future__ import annotations
 
