@@ -586,11 +586,12 @@ def test_quick_gives_smaller_defaults_and_says_so(engine: FakeEngine) -> None:
 
 def test_ends_with_the_next_command(engine: FakeEngine) -> None:
     save_profile(make_profile(evaluation=[]), "one.json")
-    more = ["--profile", "my=one.json", "--sparsity", "0.04"]
+    engine.solves = lambda sparsity, n: range(0, n, 1 if sparsity < 0.5 else 2)
+    more = ["--profile", "my=one.json", "--sparsity", "0.25"]
     last = ok(*more).splitlines()[-1]  # ten problems say too little
     assert last.startswith("next: rlkv refine one.json --model model")
     last = ok(*more, "--n", "200").splitlines()[-1]
-    assert last == "next: rlkv bench model --profile one.json --sparsity 0.04"
+    assert last == "next: rlkv bench model --profile one.json --sparsity 0.25"
 
 
 def test_the_embedded_model_has_its_own_profile(engine: FakeEngine) -> None:
