@@ -63,13 +63,18 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="Of all answers, 0: greedy decoding (default: the model's)."),
+        typer.Option(
+            min=0,
+            help="Of all answers, 0 is greedy (default of all five: generation_config.json).",
+        ),
     ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Share of the probability kept (default: the model's).")
+    top_p: Annotated[float | None, typer.Option(help="Share of the probability kept.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Tokens kept, 0 for all.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Least probability relative to the likeliest token.")
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="Tokens kept, 0 for all (default: the model's).")
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens that came before are less likely.")
     ] = None,
     sink: Annotated[
         int | None,
@@ -132,7 +137,13 @@ def compare(
     chosen = read_methods(methods, patterns, changes or [])
     if any(method.start is not None for method in chosen.values()):
         require_packages("rlkv compare with +refine", "accelerate")
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     config = CompareConfig(
         models=read_models(names),
         methods=chosen,

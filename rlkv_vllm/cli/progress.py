@@ -129,8 +129,17 @@ def _flags(options: Mapping[str, object]) -> list[str]:
 
 
 def print_evaluation(profile: HeadProfile) -> None:
-    """Print accuracy and length at every sparsity of a profile."""
-    if profile.evaluation:
-        typer.echo("sparsity  accuracy  output tokens")
+    """Print accuracy and length at every sparsity of a profile, and what it recommends."""
+    from rlkv_vllm.profile.budget import ENOUGH_PROBLEMS, MAX_LOSS
+
+    if not profile.evaluation:
+        return
+    typer.echo("sparsity  accuracy  output tokens")
     for row in profile.evaluation:
         typer.echo(f"{row.sparsity:>8g}  {row.accuracy:>8.3f}  {row.mean_output_tokens:>13.1f}")
+    best = profile.recommended_sparsity
+    typer.echo(
+        f"recommended sparsity: {'none' if best is None else f'{best:g}'} (the largest one that "
+        f"is at least measured, over {ENOUGH_PROBLEMS} problems or more, for a loss of "
+        f"{100 * MAX_LOSS:g} points, together with all smaller ones)"
+    )

@@ -54,14 +54,19 @@ def score(
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="Of the answers; 0: greedy decoding. Default of this, --top-p and --top-k: what "
-            "the model's generation config says."
+            help="Of the answers, 0 is greedy (default of all five: generation_config.json)."
         ),
     ] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Share of likely tokens to draw from.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Likely tokens to draw from; 0: all.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Least probability relative to the likeliest token.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens that came before are less likely.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Answers per problem.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Answers written together.")] = 64,
     revision: Annotated[
@@ -108,6 +113,8 @@ def score(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         samples=samples,
         batch_size=batch_size,
         revision=revision,
@@ -119,9 +126,6 @@ def score(
     save_profile(profile, output)
     work.unlink(missing_ok=True)
     print_evaluation(profile)
-    if profile.evaluation:
-        best = profile.recommended_sparsity
-        typer.echo(f"recommended sparsity: {'none' if best is None else f'{best:g}'}")
     typer.echo(f"wrote {output}: {profile.provenance.data}")
     tasks = [] if task == "embedded" else ["--task", task]
     print_next("eval", model, "--profile", str(output), *tasks, "--quick" * quick)

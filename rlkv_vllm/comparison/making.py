@@ -12,7 +12,6 @@ from rlkv_vllm.comparison.cost import FORMAT, Meter, cost_file
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report
 from rlkv_vllm.files import one_line
-from rlkv_vllm.models import default_sampling
 from rlkv_vllm.options import validate
 from rlkv_vllm.profile import HeadProfile
 from rlkv_vllm.profile.io import load_profile, save_profile
@@ -101,11 +100,9 @@ def _scoring(config: CompareConfig, method: Method, model: str, seed: int) -> Sc
         sink=config.sink,
         window=config.window,
         max_new_tokens=config.max_new_tokens,
-        temperature=config.sampling.get("temperature"),
-        top_p=config.sampling.get("top_p"),
-        top_k=config.sampling.get("top_k"),
         batch_size=config.batch_size,
         settings=method.settings,
+        **config.sampling,
     )
 
 
@@ -120,11 +117,7 @@ def _refinement(config: CompareConfig, method: Method, model: str, seed: int) ->
         "seed": seed,
         "sink": config.sink,
         "window": config.window,
-        "sampling": {
-            "max_tokens": config.max_new_tokens,
-            **default_sampling(config.models[model]),
-            **config.sampling,
-        },
+        "sampling": {"max_tokens": config.max_new_tokens, **config.sampling},
         "search": {"sparsities": list(config.sparsities)},
         "evaluation": {"problems": 0},
     }

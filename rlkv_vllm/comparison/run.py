@@ -28,7 +28,7 @@ from rlkv_vllm.evaluation.by_mask import Report
 from rlkv_vllm.files import check_writable
 from rlkv_vllm.hf.answers import HeadSplit
 from rlkv_vllm.machine import describe_machine
-from rlkv_vllm.models import default_sampling, folder_digest, load_model_fingerprint, model_source
+from rlkv_vllm.models import choose_sampling, folder_digest, load_model_fingerprint, model_source
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint
 from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile
@@ -138,13 +138,13 @@ def _compare(
 def _model(config: CompareConfig, label: str) -> _Model:
     name = config.models[label]
     fingerprint = load_model_fingerprint(name)
-    asked = default_sampling(name) | dict(config.sampling)
-    sampling = Sampling(max_tokens=config.max_new_tokens, seed=config.problem_seed, **asked)
-    if config.samples > 1 and sampling.is_greedy:
-        raise RlkvError(
-            f"--samples {config.samples}: greedy answers to a problem are all alike: give "
-            f"--temperature, or --samples 1 (model {label})"
-        )
+    sampling, _ = choose_sampling(
+        name,
+        config.sampling,
+        max_tokens=config.max_new_tokens,
+        seed=config.problem_seed,
+        samples=config.samples,
+    )
     source = Path(model_source(name))
     version = folder_digest(source) if source.is_dir() else fingerprint.revision
     all_full = allocate([[1.0] * fingerprint.num_kv_heads] * fingerprint.num_layers, 0.0)

@@ -145,7 +145,7 @@ def assess(
     if full is not None:
         full_tokens = full.mean_output_tokens if full_tokens is None else full_tokens
         full_cut = full.capped_share if full_cut is None else full_cut
-    paired, answers = row.paired, row.n * (row.samples or 1)
+    paired, samples = row.paired, row.samples or 1
     loss = row.full_accuracy - row.accuracy
     ratio = row.mean_output_tokens / full_tokens if full_tokens else math.inf
     known = row.capped_share is not None and full_cut is not None
@@ -153,10 +153,11 @@ def assess(
     unknown = (-math.inf, math.inf)
     loss_bounds = cut_bounds = ratio_bounds = unknown
     if paired is not None:
-        loss_bounds = _bounds(paired, paired.lost, paired.gained, paired.design_effect, answers)
-        cut_bounds = _bounds(
-            paired, paired.newly_cut, paired.no_longer_cut, paired.cut_design_effect, answers
-        )
+        # Unknown: the answers to a problem count as one.
+        effect, cut_effect = paired.design_effect or samples, paired.cut_design_effect or samples
+        answers = row.n * samples
+        loss_bounds = _bounds(paired, paired.lost, paired.gained, effect, answers)
+        cut_bounds = _bounds(paired, paired.newly_cut, paired.no_longer_cut, cut_effect, answers)
         if paired.tokens_error is not None and math.isfinite(ratio):
             away = NormalDist().inv_cdf(1 - (paired.level or LEVEL)) * paired.tokens_error
             ratio_bounds = ratio * math.exp(-away), ratio * math.exp(away)
@@ -292,9 +293,8 @@ def percent(share: float) -> str:
 
 
 def _bounds(
-    paired: PairedCounts, worse: int, better: int, effect: float | None, answers: int
+    paired: PairedCounts, worse: int, better: int, effect: float, answers: int
 ) -> tuple[float, float]:
     """One-sided bounds of the share by which `worse` exceeds `better`."""
-    effect = effect or 1.0
     level = paired.level or LEVEL
     return tango_bounds(worse / effect, better / effect, answers / effect, level, CORRECTION)

@@ -90,7 +90,7 @@ class PairedCounts(_Record):
         "One-sided error level of bounds from this row: below the usual 0.05 where the evaluation "
         "could stop early.",
         gt=0.0,
-        lt=0.5,
+        le=0.05,
     )
 
 
@@ -131,6 +131,32 @@ class EvaluationRow(_Record):
         "Digest of the full heads, sink and window that were measured.", pattern="^[0-9a-f]{64}$"
     )
     paired: PairedCounts | None = _optional("Comparison with the full cache, answer by answer.")
+
+    @model_validator(mode="after")
+    def _counts_fit_the_shares(self) -> Self:
+        if (paired := self.paired) is None:
+            return self
+        answers = self.n * (self.samples or 1)
+        self._fit("gained", "accuracy", paired.gained, paired.lost, answers)
+        self._fit("newly_cut", "capped_share", paired.newly_cut, paired.no_longer_cut, answers)
+        return self
+
+    def _fit(self, name: str, share: str, here: int, there: int, answers: int) -> None:
+        """Refuse counts that no answers have: `here` alone and `there` alone, at the full cache."""
+        if here + there > answers:
+            raise ValueError(
+                f"paired.{name} {here} and its opposite {there} exceed the {answers} answers"
+            )
+        now, full = getattr(self, share), getattr(self, f"full_{share}")
+        if now is None or full is None:
+            return
+        # Half an answer: shares may be rounded.
+        wrong = abs((now - full) * answers - (here - there)) > 0.5
+        if wrong or here > now * answers + 0.5 or there > (1 - now) * answers + 0.5:
+            raise ValueError(
+                f"paired.{name} {here} and its opposite {there} of {answers} answers contradict "
+                f"{share} {now:g} and full_{share} {full:g}: measure again with `rlkv eval`"
+            )
 
 
 class HeadProfile(_Record):

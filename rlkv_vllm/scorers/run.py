@@ -10,20 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from rlkv_vllm.allocation.heads import check_sparsity
 from rlkv_vllm.allocation.span import SERVING_SPAN, resolve_span
-from rlkv_vllm.answers import Sampling
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report, fresh_problems, measure_gates
 from rlkv_vllm.evaluation.rows import with_rows
+from rlkv_vllm.evaluation.splits import SEEDS
 from rlkv_vllm.evaluation.sweep import settings_of
 from rlkv_vllm.files import one_line
 from rlkv_vllm.hf.loading import load_model
 from rlkv_vllm.hf.own_answers import write_answers
 from rlkv_vllm.models import (
-    default_sampling,
+    choose_sampling,
     default_span,
     load_model_fingerprint,
     model_source,
@@ -37,6 +35,7 @@ from rlkv_vllm.tasks import get_task, skip_note
 
 #: Of the file beside a profile that holds what was computed for it so far.
 WORK_FORMAT = "rlkv score 1"
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ class ScoreConfig:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     samples: int = 1
     batch_size: int = 64
     revision: str | None = None
@@ -95,7 +96,14 @@ def make_profile(
     sink, window = resolve_span(
         config.sink, config.window, default_span(config.model, SERVING_SPAN)
     )
-    sampling, why = choose_sampling(config)
+    sampling, why = choose_sampling(
+        config.model,
+        {name: getattr(config, name) for name in _SAMPLING},
+        max_tokens=config.max_new_tokens,
+        seed=config.seed * SEEDS % 2**31,
+        samples=config.samples,
+        revision=config.revision,
+    )
     fingerprint = load_model_fingerprint(config.model, config.revision)
     content: dict[str, Any] = {}
     save: Callable[[], None] = lambda: None  # noqa: E731
@@ -111,7 +119,6 @@ def make_profile(
                 config.seed,
                 sampling,
                 {
-                    **sampling.model_dump(include={"min_p"}),
                     "samples": config.samples,
                     "batch_size": config.batch_size,
                     "method": config.method,
@@ -203,7 +210,7 @@ def make_profile(
                 "sparsities": list(config.sparsities),
                 "sink": sink,
                 "window": window,
-                **sampling.model_dump(include={"temperature", "top_p", "top_k", "min_p"}),
+                **sampling.model_dump(include={*_SAMPLING}),
                 # All of them, where ScoreConfig has the changed ones.
                 "settings": settings.model_dump(),
             },
@@ -221,50 +228,6 @@ def make_profile(
     return with_rows(profile, evaluation) if evaluation else profile
 
 
-def choose_sampling(config: ScoreConfig) -> tuple[Sampling, str]:
-    """How answers are sampled, and why so: the given parameters, else those of the model.
-
-    Raises:
-        RlkvError: a parameter is out of range.
-    """
-    given = {
-        name: getattr(config, name)
-        for name in ("temperature", "top_p", "top_k")
-        if getattr(config, name) is not None
-    }
-    served = default_sampling(config.model, config.revision)
-    penalty = served.pop("repetition_penalty", 1.0)
-    flags = ", ".join(map(_flag, given))
-    try:
-        sampling = Sampling(
-            max_tokens=config.max_new_tokens,
-            seed=config.seed * 1_000_003 % 2**31,
-            **(served | given),
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RlkvError(f"{_flag(first['loc'][0])} {first['input']}: {first['msg']}") from error
-    if sampling.is_greedy and (config.samples > 1 or given.keys() - {"temperature"}):
-        several = f"--samples {config.samples}" if config.samples > 1 else flags
-        raise RlkvError(
-            f"{several}: nothing is drawn in greedy decoding, which is what "
-            f"{'--temperature 0' if given.get('temperature') == 0 else 'the model asks for'} "
-            "means: give a --temperature above 0"
-        )
-    why = f"generation config of {one_line(config.model)}"
-    if given:
-        is_all = sampling.is_greedy or served.keys() <= given.keys()
-        why = flags if is_all else f"{flags}; else {why}"
-    if penalty != 1:
-        # It would need the answer so far.
-        why += f", but not its repetition penalty of {penalty:g}"
-    return sampling, why
-
-
-def _flag(name: object) -> str:
-    return f"--{str(name).replace('_', '-')}"
-
-
 def _each(samples: int) -> str:
     return f", {samples} answers each" if samples > 1 else ""
 
@@ -277,6 +240,7 @@ def _check(config: ScoreConfig) -> None:
     for name, least in minimum.items():
         value = getattr(config, name)
         if value is not None and value < least:
-            raise RlkvError(f"{_flag(name)} {value}: must be at least {least}")
+            flag = f"--{name.replace('_', '-')}"
+            raise RlkvError(f"{flag} {value}: must be at least {least}")
     for sparsity in config.sparsities:
         check_sparsity(sparsity)

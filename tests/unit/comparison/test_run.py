@@ -176,7 +176,7 @@ def test_methods_and_sparsities_may_be_added(
     [
         ({"n": N - 1}, ["compare.json", f"n {N} there, {N - 1} here", "--fresh"]),
         ({"problem_seed": 7}, ["problem_seed 1000 there, 7 here"]),
-        ({"samples": 2}, ["--samples 2: greedy answers", "give --temperature"]),
+        ({"samples": 2}, ["--samples 2: greedy decoding", "a --temperature above 0"]),
         ({"samples": 2, "sampling": {"temperature": 1}}, ["samples 1 there, 2 here"]),
         ({"task": "hops"}, ['task "embedded" there, "hops" here']),
         ({"max_new_tokens": 9}, ["model embedded has other settings", "max_tokens 512 there, 9"]),

@@ -1,15 +1,18 @@
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from pydantic import ValidationError
 
+from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint
-from rlkv_vllm.profile.io import profile_text
+from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.schema import json_schema_text
 from tests.support import ROOT
-from tests.support.profiles import make_profile
+from tests.support.profiles import assert_one_line, make_profile
 
 PUBLISHED = ROOT / "docs" / "head_profile.schema.json"
 
@@ -77,3 +80,36 @@ def test_config_must_be_finite_at_any_depth():
     provenance = make_profile().provenance
     with pytest.raises(ValidationError, match=r"config\.a\.list\.0\.dict\.b.*\n.*finite"):
         type(provenance)(**(provenance.model_dump() | {"config": {"a": [{"b": math.inf}]}}))
+
+
+@pytest.mark.parametrize(
+    ("row", "paired", "words"),
+    [
+        ({}, {"gained": 60, "lost": 60}, "paired.gained 60 and its opposite 60 exceed"),
+        ({}, {"newly_cut": 101}, "paired.newly_cut 101 and its opposite 0 exceed"),
+        ({}, {"gained": 2, "lost": 1}, "contradict accuracy 0.9 and full_accuracy 0.9"),
+        ({"accuracy": 0.7}, {}, "contradict accuracy 0.7"),
+        ({}, {"gained": 11, "lost": 11}, "contradict accuracy 0.9"),
+        ({"capped_share": 0.3}, {}, "contradict capped_share 0.3 and full_capped_share 0.1"),
+        ({"samples": 2, "accuracy": 0.895}, {"lost": 1}, None),
+        ({"samples": 2}, {"lost": 2}, "of 200 answers contradict accuracy 0.9"),
+        ({"capped_share": None}, {"newly_cut": 3}, None),
+        ({}, {"level": 0.4}, "paired.level 0.4: Input should be less than or equal to 0.05"),
+        ({}, {"gained": 3, "lost": 3, "newly_cut": 2, "no_longer_cut": 2}, None),
+    ],
+)
+def test_counts_that_no_answers_have_are_refused(
+    row: dict[str, Any], paired: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    counts = {"gained": 0, "lost": 0, "newly_cut": 0, "no_longer_cut": 0} | paired
+    shares = {"accuracy": 0.9, "full_accuracy": 0.9, "capped_share": 0.1, "full_capped_share": 0.1}
+    given = {"task": "t", "n": 100, "sparsity": 0.5, "mean_output_tokens": 9.0, "paired": counts}
+    content = make_profile().model_dump(mode="json") | {"evaluation": [given | shares | row]}
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(content))
+    if words is None:
+        assert load_profile(path).evaluation[0].paired is not None
+        return
+    with pytest.raises(RlkvError) as error:
+        load_profile(path)
+    assert_one_line(error.value, str(path), "evaluation[0]", words)

@@ -405,14 +405,16 @@ def test_score_writes_a_profile(
     assert "own answers (greedy)" in (profile.provenance.data or "")
     assert "2 correct" in (profile.provenance.data or "")
     assert profile.provenance.config["temperature"] == 0
-    assert f"answers: greedy (generation config of {checkpoint})" in result.stderr
+    assert "answers: greedy (generation_config.json of the model does not say to" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
     assert [row.sparsity for row in profile.evaluation] == [0, 0.5, 1]
     assert all(
         row.n == 4 and row.accuracy == row.full_accuracy == 0.5 for row in profile.evaluation
     )
     assert profile.recommended_sparsity is None
-    assert "recommended sparsity: none" in result.output
+    assert "recommended sparsity: none (the largest one that is at least measured, over 200 " in (
+        result.output
+    )
 
 
 class Calls:
@@ -459,27 +461,28 @@ def test_answers_are_sampled_as_served(
     more = ("--samples", "3", "--evaluate", "2", "--sparsities", "1")
     result = invoke(str(sampled), "-o", str(output), *SHORT, *more)
     assert result.exit_code == 0, result.output
-    assert (
-        f"answers: temperature 0.8, top-k 30 (generation config of {sampled}, but not its "
-        "repetition penalty of 1.1)" in result.stderr
-    )
-    assert {
-        (one.temperature, one.top_k, one.top_p, one.max_tokens, samples) for one, samples in seen
-    } == {(0.8, 30, 1.0, 6, 3)}
+    words = "temperature 0.8, top-k 30, repetition penalty 1.1"
+    assert f"answers: {words} (generation_config.json of the model)" in result.stderr
+    asked = Sampling(max_tokens=6, temperature=0.8, top_k=30, repetition_penalty=1.1)
+    assert {(one.model_copy(update={"seed": 0}), samples) for one, samples in seen} == {(asked, 3)}
     made = load_profile(output)
     assert made.provenance.config["temperature"] == 0.8
+    assert made.provenance.config["repetition_penalty"] == 1.1
     assert made.provenance.config["samples"] == 3
     data = made.provenance.data or ""
-    assert "own answers (temperature 0.8, top-k 30) to 4 problems" in data
+    assert f"own answers ({words}) to 4 problems" in data
     assert "3 answers each), of which the 12 correct ones" in data
-    assert [(row.temperature, row.top_k, row.samples) for row in made.evaluation] == [
-        (0.8, 30, 3)
-    ] * 2
+    assert [
+        (row.temperature, row.top_k, row.repetition_penalty, row.samples) for row in made.evaluation
+    ] == [(0.8, 30, 1.1, 3)] * 2
 
     result = invoke(str(sampled), "-o", str(output), *SHORT, "--temperature", "0")
-    assert "answers: greedy (--temperature, but not its repetition" in result.stderr
+    assert "answers: greedy (--temperature 0)" in result.stderr
     result = invoke(str(sampled), "-o", str(output), *SHORT, "--top-k", "7")
-    assert "answers: temperature 0.8, top-k 7 (--top-k; else generation config" in result.stderr
+    assert "top-k 7, repetition penalty 1.1 (--top-k; else generation_config" in result.stderr
+    more = ("--top-k", "7", "--min-p", ".1", "--repetition-penalty", "1")
+    result = invoke(str(sampled), "-o", str(output), *SHORT, *more)
+    assert "answers: temperature 0.8, top-k 7, min-p 0.1 (--top-k, --min-p" in result.stderr
 
 
 def test_answers_to_a_problem_differ_and_do_not_depend_on_a_kill(

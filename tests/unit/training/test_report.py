@@ -153,6 +153,7 @@ def test_a_complete_run(tmp_path: Path) -> None:
     ]
     heads = found.images["Gates by layer and KV head"]
     assert "sparsity 0.4" in heads  # the recommended one
+    assert "for a loss of 2 points, together with all smaller ones: sparsity 0.4." in found.text
 
 
 def test_a_refinement(tmp_path: Path) -> None:
@@ -243,6 +244,7 @@ def test_a_profile_without_evaluation(tmp_path: Path) -> None:
     save_profile(make_profile(evaluation=[], recommended_sparsity=None), run / "profile.json")
     found = page(run)
     assert "the profile has no evaluation rows" in found.text
+    assert "for a loss of 2 points" not in found.text
     assert "sparsity 0.5, where nothing is recommended" in found.text
 
 
