@@ -161,7 +161,7 @@ def evaluate(
     from rlkv_vllm.cli.evaluation import Teller, print_rows
     from rlkv_vllm.cli.sizes import parse_size
     from rlkv_vllm.evaluation import looks, sweep
-    from rlkv_vllm.evaluation.conclusion import announce, conclude
+    from rlkv_vllm.evaluation.conclusion import announce, conclude, is_undecided
     from rlkv_vllm.evaluation.record import Record, output_format
     from rlkv_vllm.evaluation.rows import evaluation_row, recommended_sparsity, with_rows
     from rlkv_vllm.evaluation.splits import find_candidates, plan
@@ -172,7 +172,7 @@ def evaluate(
         model_source,
         serving_defaults,
     )
-    from rlkv_vllm.profile.budget import MAX_LOSS, Verdict, largest_within, parse_loss
+    from rlkv_vllm.profile.budget import MAX_LOSS, Verdict, largest_within, parse_loss, percent
     from rlkv_vllm.profile.io import check_matches
     from rlkv_vllm.tasks import count_problems, get_task, skip_note
 
@@ -312,6 +312,11 @@ def evaluate(
     elif best:
         flags = ["--sparsity", f"{best:g}", *(["--task", task] if task != MODEL_NAME else [])]
         print_next("bench", model, "--profile", choice.name, *flags, "--quick" * quick)
+    elif is_undecided([row.assessment for row in found[label]]) and (n or max_loss is None):
+        words = ["--task", task] if task != MODEL_NAME else []
+        words += ["--by", by] if by is By.MASK else []
+        words += ["--max-loss", max_loss or percent(MAX_LOSS), *ranks]
+        print_next("eval", model, "--profile", choice.name, *words)
     else:  # another ranking of the heads may keep the accuracy
         folder = ["--output", "runs/refined"]
         print_next("refine", choice.name, "--model", model, "--task", task, *folder)

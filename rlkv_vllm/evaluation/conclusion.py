@@ -68,3 +68,10 @@ def conclude(label: str, assessments: Sequence[Assessment], max_loss: float) -> 
         if missing.verdict is not Verdict.VIOLATED:
             text += ": more problems (--n) may prove it"
     return text
+
+
+def is_undecided(assessments: Sequence[Assessment]) -> bool:
+    """Whether more problems may decide the smallest sparsity that is not measured to hold."""
+    missing = [one for one in assessments if one.verdict < Verdict.MEASURED]
+    first = min(missing, key=lambda one: one.row.sparsity, default=None)
+    return first is not None and first.verdict is Verdict.UNDECIDED

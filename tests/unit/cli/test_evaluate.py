@@ -581,7 +581,7 @@ def test_quick_gives_smaller_defaults_and_says_so(engine: FakeEngine) -> None:
     assert len(engine.problems[0]) == 5  # the explicit flag wins
     assert "--quick: --sparsity .4 instead of 0,.2,.4,.5,.6,.8\n" in result.stderr
     last = result.stdout.splitlines()[-1]
-    assert last.startswith("next: rlkv refine embedded --model embedded --task embedded ")
+    assert last == "next: rlkv eval embedded --profile embedded --max-loss 2%"
 
 
 def test_ends_with_the_next_command(engine: FakeEngine) -> None:
@@ -589,7 +589,11 @@ def test_ends_with_the_next_command(engine: FakeEngine) -> None:
     engine.solves = lambda sparsity, n: range(0, n, 1 if sparsity < 0.5 else 2)
     more = ["--profile", "my=one.json", "--sparsity", "0.25"]
     last = ok(*more).splitlines()[-1]  # ten problems say too little
-    assert last.startswith("next: rlkv refine one.json --model model")
+    assert last == "next: rlkv eval model --profile one.json --max-loss 2%"
+    engine.solves = lambda sparsity, n: range(0, n, 2 if sparsity else 1)
+    last = ok(*more, "--n", "200").splitlines()[-1]
+    assert last.startswith("next: rlkv refine one.json --model model"), "violated"
+    engine.solves = lambda sparsity, n: range(0, n, 1 if sparsity < 0.5 else 2)
     last = ok(*more, "--n", "200").splitlines()[-1]
     assert last == "next: rlkv bench model --profile one.json --sparsity 0.25"
 

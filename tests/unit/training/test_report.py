@@ -153,7 +153,7 @@ def test_a_complete_run(tmp_path: Path) -> None:
     ]
     heads = found.images["Gates by layer and KV head"]
     assert "sparsity 0.4" in heads  # the recommended one
-    assert "for a loss of 2 points, together with all smaller ones: sparsity 0.4." in found.text
+    assert "for a loss of 2 points, together with all smaller ones." in found.text
 
 
 def test_a_refinement(tmp_path: Path) -> None:
