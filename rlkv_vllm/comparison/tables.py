@@ -11,6 +11,7 @@ from typing import Any
 from rlkv_vllm.comparison.config import FULL
 from rlkv_vllm.comparison.record import RunRow
 from rlkv_vllm.evaluation.stored import StoredAnswers
+from rlkv_vllm.profile.budget import CORRECTION
 from rlkv_vllm.statistics import design_effect, sign_flip_p, tango_bounds, wilson_interval
 from rlkv_vllm.tasks.measurement import Measurement
 
@@ -223,7 +224,8 @@ def _compared(
     differences, size = _by_problem(rows, samples), samples * len(pairs)
     effect = design_effect(differences, size) if size > 1 else 1.0
     counts = differences.count(1), differences.count(-1), len(differences)
-    low, high = tango_bounds(*(count / effect for count in counts))
+    gained, lost, answers = (count / effect for count in counts)
+    low, high = tango_bounds(gained, lost, answers, LEVEL, CORRECTION)
     starts = range(0, len(differences), size)
     return Comparison(
         method=method,

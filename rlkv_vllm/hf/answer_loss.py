@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from rlkv_vllm.allocation.streaming import Head, full_heads, name_of
+from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.hf.gated_attention import attach_gates
 
 if TYPE_CHECKING:
@@ -155,6 +157,11 @@ class SplitLoss:
                     reduction="sum",
                 ).item()
             self.tokens += batch.input_ids.numel()
+        if not math.isfinite(total):
+            raise RlkvError(
+                f"the cross-entropy of the model's own answers is {total} while heads "
+                f"{name_of(streaming) or 'none'} stream: load the model in bfloat16 or float32"
+            )
         return total / self._answer_tokens
 
     def __enter__(self) -> Self:

@@ -182,7 +182,7 @@ def assess_rows(rows: Iterable[EvaluationRow], max_loss: float = MAX_LOSS) -> li
     """One assessment per task, sampling and sparsity, in this order.
 
     All `rows` are of one allocation per sparsity. Of several rows the one with most answers
-    counts, of equal ones the last.
+    counts, of equal ones the worst.
 
     Raises:
         ContradictingRowsError: one row proves what another one disproves.
@@ -202,8 +202,13 @@ def assess_rows(rows: Iterable[EvaluationRow], max_loss: float = MAX_LOSS) -> li
                     f"{violated.n}, seed {violated.seed} violates it: remove the wrong row from "
                     "the profile's `evaluation`, or measure again with `rlkv eval --write-rows`"
                 )
-            found.append(max(reversed(same), key=lambda one: one.row.n * (one.row.samples or 1)))
+            found.append(max(same, key=_weight))
     return found
+
+
+def _weight(one: Assessment) -> tuple[float, ...]:
+    """Of rows that measure the same, the highest counts: no other seed buys a better verdict."""
+    return one.row.n * (one.row.samples or 1), -one.verdict, one.loss.high, one.loss.estimate
 
 
 def conditions(row: EvaluationRow) -> tuple[object, ...]:

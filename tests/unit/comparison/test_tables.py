@@ -107,7 +107,7 @@ def test_one_profile_each(tmp_path: Path) -> None:
     gained = sum(a and not b for a, b in zip(good, bad, strict=True))
     lost = sum(b and not a for a, b in zip(good, bad, strict=True))
     assert one.difference == pytest.approx((gained - lost) / N)
-    assert (one.low, one.high) == pytest.approx(tango_bounds(gained, lost, N))
+    assert (one.low, one.high) == pytest.approx(tango_bounds(gained, lost, N, 0.05, 0.5))
     assert one.p == pytest.approx(sign_test_p(good, bad, "two-sided"))
     assert one.outcome == "win"
 

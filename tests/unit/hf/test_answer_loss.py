@@ -106,6 +106,15 @@ def test_long_answers_count_in_full(model: Any, monkeypatch: pytest.MonkeyPatch)
         assert loss(STREAMING) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_loss_that_is_no_number_is_refused(checkpoint: Path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    refused = pytest.raises(RlkvError, match=r"nan while heads 0\.1 stream: load")
+    with SplitLoss(broken, samples(), SINK, WINDOW) as loss, refused:
+        loss({(0, 1)})
+
+
 def test_a_set_is_evaluated_once(model: Any) -> None:
     known: dict[str, float] = {}
     saved: list[int] = []
