@@ -183,6 +183,8 @@ def evaluation_command(
         words += ["--tensor-parallel-size", str(target.tp_size)]
     if target.kv_cache_dtype and cache_dtype(target.kv_cache_dtype):
         words += ["--kv-cache-dtype", target.kv_cache_dtype]
+    limits = [row.max_tokens for row in profile.evaluation if row.max_tokens is not None]
+    words += ["--max-tokens", str(limits[-1])] if limits else []
     own = _own_span(profile)
     words += ["--sink", str(span.sink)] if span.sink != own.sink else []
     words += ["--window", str(span.window)] if span.window != own.window else []

@@ -256,7 +256,7 @@ def test_the_command_copies_a_profile_that_takes_no_rows() -> None:
     assert_one_line(
         caught.value,
         f"`cp {path} my_profile.json && rlkv eval embedded --profile my_profile.json "
-        "--max-loss 0.001% --write-rows`",
+        "--max-loss 0.001% --write-rows --max-tokens 200`",
     )
 
 
