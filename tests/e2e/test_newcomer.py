@@ -48,6 +48,7 @@ PARSED = {
     "pip install torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu",
     "rlkv bench Qwen/Qwen3-4B-Thinking-2507 --profile my_profile.json --sparsity 0.5 --memory 8GiB",
     "rlkv eval",
+    "rlkv eval --max-loss 2% --write-rows",
     "rlkv eval Qwen/Qwen3-4B-Thinking-2507 --profile my_profile.json --task problems.jsonl",
     "rlkv profile import FOLDER --model MODEL -o my_profile.json",
     "rlkv profile import PUBLISHED_FOLDER --model Qwen/Qwen3-4B-Thinking-2507 -o my_profile.json",
@@ -56,6 +57,7 @@ PARSED = {
     "rlkv refine",
     "rlkv score MODEL --task problems.jsonl -o my_profile.json",
     "rlkv serve",
+    "rlkv serve --max-loss 2%",
     "rlkv serve Qwen/Qwen3-4B-Thinking-2507 --profile my_profile.json --sparsity 0.5 "
     "--max-model-len 32768 --reasoning-parser deepseek_r1",
     "rlkv train",
