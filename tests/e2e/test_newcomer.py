@@ -35,6 +35,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "start.md")
 RUN = {
     "make serve",
     "rlkv doctor",
+    "rlkv profile show embedded",
     "rlkv testbed sample --n 5",
     "curl http://127.0.0.1:8000/v1/chat/completions",  # its question stands in the page
 }

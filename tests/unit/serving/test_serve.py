@@ -150,7 +150,7 @@ def test_an_invalid_profile_is_told_without_importing_vllm(
         (["--max-loss", "1"], "--max-loss 1: must be a share"),
         (["--max-loss", "0.0001%"], "--max-loss 0.0001%: no sparsity of profile embedded"),
         (["--max-loss", "50%", "--kv-cache-dtype", "fp8"], "another KV cache type"),
-        (["--max-loss", "0.0001%", "-tp", "2"], "--write-rows --tensor-parallel-size 2 --max-tokens 200`"),
+        (["--max-loss", "0.0001%", "-tp", "2"], "--tensor-parallel-size 2 --max-tokens 200`"),
         (["--max-loss", "1%", "--sparsity", ".2"], "remove one of them"),
         (["--evidence", "measured"], "--evidence measured: says how sure"),
         (["--evidence", "guessed"], "--evidence"),
