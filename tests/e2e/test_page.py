@@ -20,7 +20,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.bench.server import free_port
+from rlkv_vllm.profile.lookup import find_profile
 from rlkv_vllm.serving.endpoint import RlkvEndpoint
 from rlkv_vllm.serving.page import page as show_page
 from rlkv_vllm.serving.status import CacheFigures, split_status
@@ -67,9 +69,14 @@ def test_head_map_tells_kind_and_gate_to_mouse_and_keyboard(page: Page) -> None:
     page.wait_for("map", lambda: page.browser.find_elements(By.CSS_SELECTOR, "#map .cell"))
     cells = page.browser.find_elements(By.CSS_SELECTOR, "#map .cell")
     assert len(cells) == 20
-    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#map .cell.streaming")) == 4
+    profile, _ = find_profile("embedded")
+    assert profile.recommended_sparsity is not None
+    streaming = allocate(profile.gates, profile.recommended_sparsity).num_streaming
+    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#map .cell.streaming")) == streaming
     page.browser.execute_script("arguments[0].focus()", cells[0])
-    assert page.get("readout").text == "Layer 0, KV head 0: full head, gate 0.959"
+    assert (
+        page.get("readout").text == f"Layer 0, KV head 0: full head, gate {profile.gates[0][0]:.3f}"
+    )
     page.browser.switch_to.active_element.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.END)
     assert page.get("readout").text == "Layer 2, KV head 3: streaming head, gate 0.000"
     assert page.browser.switch_to.active_element.get_attribute("aria-label").startswith("Layer 2")

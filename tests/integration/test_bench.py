@@ -27,6 +27,7 @@ def bench(stem: Path, *flags: str, status: int = 0) -> subprocess.CompletedProce
 def test_measures_reports_and_goes_on(tmp_path: Path) -> None:
     stem = tmp_path / "report"
     small = ("--rounds", "2", "--seconds", "0.5", "--memory", "12MiB", "--max-model-len", "1152")
+    small += ("--sparsity", ".2")
     done = bench(stem, "--cases", "capacity,decode", *small)
     assert "points left, about" in done.stderr
     content = json.loads(stem.with_suffix(".json").read_text())
