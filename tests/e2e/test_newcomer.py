@@ -48,7 +48,6 @@ PARSED = {
     "pip install '.[gpu]'",
     "pip install torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu",
     "rlkv bench Qwen/Qwen3-4B-Thinking-2507 --profile my_profile.json --sparsity 0.5 --memory 8GiB",
-    "rlkv eval",
     "rlkv eval --max-loss 2% --write-rows",
     "rlkv eval Qwen/Qwen3-4B-Thinking-2507 --profile my_profile.json --task problems.jsonl",
     "rlkv profile import FOLDER --model MODEL -o my_profile.json",

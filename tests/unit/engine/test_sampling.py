@@ -30,7 +30,7 @@ def test_every_parameter_arrives() -> None:
 def test_every_answer_has_a_seed_of_its_own() -> None:
     sampling = Sampling(max_tokens=9, seed=7)
     assert [sampling_params(sampling, i).seed for i in range(3)] == [7, 8, 9]
-    assert [one.seed for one in _sampling_params(sampling, 2)] == [7_000_021, 7_000_022]
+    assert [one.seed for one in _sampling_params(sampling, range(2))] == [7_000_021, 7_000_022]
 
 
 def test_greedy_answers_need_no_seed() -> None:
