@@ -9,6 +9,7 @@ import typer
 
 from rlkv_vllm.cli.progress import StageProgress, Threads, require_packages
 from rlkv_vllm.cli.quick import quick_option, say_start
+from rlkv_vllm.cli.sampling import MinP, RepetitionPenalty, Temperature, TopK, TopP
 from rlkv_vllm.cli.tables import new_table, print_plain
 from rlkv_vllm.files import check_writable
 
@@ -61,21 +62,11 @@ def compare(
         int, typer.Option(min=1, help="Problems that scorers work on, as `rlkv score --n`.")
     ] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 512,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Of all answers, 0 is greedy (default of all five: generation_config.json).",
-        ),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Share of the probability kept.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Tokens kept, 0 for all.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Least probability relative to the likeliest token.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: tokens that came before are less likely.")
-    ] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     sink: Annotated[
         int | None,
         typer.Option(

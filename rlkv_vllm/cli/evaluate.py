@@ -12,6 +12,7 @@ import typer
 
 from rlkv_vllm.cli.progress import StageProgress
 from rlkv_vllm.cli.quick import quick_option, say_start
+from rlkv_vllm.cli.sampling import MinP, RepetitionPenalty, Temperature, TopK, TopP
 from rlkv_vllm.cli.tables import print_next
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.files import check_writable
@@ -92,18 +93,11 @@ def evaluate(
         int, typer.Option(min=0, max=2**31 - 1, help="Seed of the problems and of the sampling.")
     ] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length cap of an answer.")] = 1024,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="0 is greedy (default of all five: generation_config.json)."),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Share of the probability kept.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Tokens kept, 0 for all.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Least probability relative to the likeliest token.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: tokens that came before are less likely.")
-    ] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers per problem.")] = 1,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest request in tokens (default: the model's).")

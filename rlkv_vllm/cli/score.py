@@ -9,6 +9,7 @@ import typer
 
 from rlkv_vllm.cli.progress import StageProgress, print_evaluation
 from rlkv_vllm.cli.quick import quick_option, say_start
+from rlkv_vllm.cli.sampling import MinP, RepetitionPenalty, TopP
 from rlkv_vllm.cli.tables import print_next
 from rlkv_vllm.files import check_writable
 from rlkv_vllm.scorers import METHODS
@@ -57,16 +58,10 @@ def score(
             help="Of the answers, 0 is greedy (default of all five: generation_config.json)."
         ),
     ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Share of likely tokens to draw from.")
-    ] = None,
+    top_p: TopP = None,
     top_k: Annotated[int | None, typer.Option(help="Likely tokens to draw from; 0: all.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Least probability relative to the likeliest token.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: tokens that came before are less likely.")
-    ] = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     samples: Annotated[int, typer.Option(help="Answers per problem.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Answers written together.")] = 64,
     revision: Annotated[

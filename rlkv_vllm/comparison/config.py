@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rlkv_vllm.errors import RlkvError
+from rlkv_vllm.evaluation.splits import FULL
 from rlkv_vllm.files import one_line
 from rlkv_vllm.options import override
 from rlkv_vllm.scorers import METHODS
 
 #: What follows the label of the method whose profiles are refined.
 REFINED = "+refine"
-#: The row of the full cache.
-FULL = "full cache"
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
 _MAX_SEED = 2**31 - 2

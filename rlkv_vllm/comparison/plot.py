@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlkv_vllm.comparison.config import FULL
 from rlkv_vllm.comparison.tables import ModelTables
+from rlkv_vllm.evaluation.splits import FULL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

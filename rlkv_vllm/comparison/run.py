@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +13,7 @@ import torch
 from rlkv_vllm.allocation.heads import allocate
 from rlkv_vllm.allocation.span import Span, resolve_span
 from rlkv_vllm.answers import Sampling
-from rlkv_vllm.comparison.config import FULL, CompareConfig, Method
+from rlkv_vllm.comparison.config import CompareConfig, Method
 from rlkv_vllm.comparison.cost import read_cost
 from rlkv_vllm.comparison.making import check_settings, make, profile_path
 from rlkv_vllm.comparison.measuring import load_answers, measure
@@ -25,6 +23,7 @@ from rlkv_vllm.comparison.seen import seen_problems
 from rlkv_vllm.comparison.tables import tables
 from rlkv_vllm.errors import RlkvError
 from rlkv_vllm.evaluation.by_mask import Report
+from rlkv_vllm.evaluation.splits import FULL
 from rlkv_vllm.files import check_writable
 from rlkv_vllm.hf.answers import HeadSplit
 from rlkv_vllm.machine import describe_machine
@@ -32,7 +31,7 @@ from rlkv_vllm.models import choose_sampling, folder_digest, load_model_fingerpr
 from rlkv_vllm.profile import HeadProfile, ModelFingerprint
 from rlkv_vllm.profile.io import check_matches
 from rlkv_vllm.profile.lookup import find_profile
-from rlkv_vllm.tasks import Problem, Task, get_task, skip_note
+from rlkv_vllm.tasks import Problem, Task, get_task, problems_digest, skip_note
 
 RESULTS_FILE = "compare.json"
 
@@ -159,14 +158,13 @@ def _model(config: CompareConfig, label: str) -> _Model:
 
 
 def _settings(config: CompareConfig, task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
-    asked = [[problem.messages, problem.answer] for problem in problems]
     versions = describe_machine()["versions"]
     return {
         "task": task.name,
         "n": len(problems),
         "samples": config.samples,
         "problem_seed": config.problem_seed,
-        "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "problems": problems_digest(problems),
         "versions": {name: versions.get(name) for name in ("torch", "transformers")},
     }
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from rlkv_vllm.comparison.config import FULL
 from rlkv_vllm.comparison.record import RunRow
+from rlkv_vllm.evaluation.splits import FULL
 from rlkv_vllm.evaluation.stored import StoredAnswers
 from rlkv_vllm.profile.budget import CORRECTION
 from rlkv_vllm.statistics import design_effect, sign_flip_p, tango_bounds, wilson_interval

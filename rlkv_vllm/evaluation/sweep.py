@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +23,7 @@ from rlkv_vllm.profile.choice import ProfileChoice
 from rlkv_vllm.profile.io import load_profile, profile_text
 from rlkv_vllm.profile.lookup import is_own_file
 from rlkv_vllm.profile.schema import EvaluationRow, ModelFingerprint
-from rlkv_vllm.tasks import Problem
+from rlkv_vllm.tasks import Problem, problems_digest
 from rlkv_vllm.tasks.measurement import Measurement
 
 
@@ -147,14 +145,13 @@ def settings_of(
 
     `source` is the folder or Hub id of the weights; `options` are all others that change answers.
     """
-    asked = [[problem.messages, problem.answer] for problem in problems]
     return {
         "model": model.id,
         "model_version": folder_digest(Path(source)) if Path(source).is_dir() else model.revision,
         "task": task,
         "n": len(problems),
         "seed": seed,
-        "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "problems": problems_digest(problems),
         **sampling.model_dump(exclude={"seed", "stop_token_ids"}),
         **options,
     }

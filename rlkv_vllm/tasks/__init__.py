@@ -11,7 +11,14 @@ from rlkv_vllm.tasks.files import read_file_task
 from rlkv_vllm.tasks.grading import output_text
 from rlkv_vllm.tasks.reward import RewardedTask
 from rlkv_vllm.tasks.rows import Columns
-from rlkv_vllm.tasks.task import Problem, Task, count_problems, is_solved, skip_note
+from rlkv_vllm.tasks.task import (
+    Problem,
+    Task,
+    count_problems,
+    is_solved,
+    problems_digest,
+    skip_note,
+)
 from rlkv_vllm.tasks.testbed import NAMES, TestbedTask
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "get_task",
     "is_solved",
     "output_text",
+    "problems_digest",
     "skip_note",
 ]
 

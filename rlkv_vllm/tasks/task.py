@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +23,12 @@ class Problem:
     messages: list[dict[str, str]]
     answer: str
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """SHA-256 of questions and answers, in their order."""
+    asked = [[problem.messages, problem.answer] for problem in problems]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 class Task(Protocol):
